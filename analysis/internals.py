@@ -1,0 +1,159 @@
+"""`internals.safetensors`: what was recorded of every MLP of one model, added up over runs.
+
+    internals = Internals.new(layout.family, fingerprint, recorder.results(), steps=20)
+    total = add_to_file(path, internals)             # locked, atomic; other processes may do the same
+    Internals.load(path).sites["double-img-0"].rate
+
+Keys, per site S: `S` int64 [width] (fires), `S.tokens` int64 [1], `S.sum` and `S.sum_sq` float64 [width]; everything else is in
+the header. Sums stand on a grid of 2^-20, so that adding them is exact, and the same in every order, as long as they
+stay below 2^33.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import locked, write_safetensors
+from ..flux.checkpoint import open_safetensors
+from ..flux.fingerprint import Fingerprint
+from .recording import added
+from .statistics import SiteInternals
+
+FORMAT = "flux-poke internals 1"
+GRID = 2.0**-20
+
+
+@dataclass(frozen=True)
+class Internals:
+    """Statistics of every MLP of the model with `fingerprint`.
+
+    `runs` and `steps` count sampling runs and model calls; times are UTC, as 2026-01-31T12:00:00Z. `workflow` holds
+    the ComfyUI graphs (`workflow`, `prompt`) of the run that made the file.
+    """
+
+    family: str
+    fingerprint: Fingerprint
+    sites: Mapping[str, SiteInternals]
+    runs: int
+    steps: int
+    created: str
+    updated: str
+    workflow: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def new(
+        cls,
+        family: str,
+        fingerprint: Fingerprint,
+        sites: Mapping[str, SiteInternals],
+        steps: int,
+        runs: int = 1,
+        workflow: Mapping[str, str] | None = None,
+    ) -> Internals:
+        """What was just recorded; sums are rounded to the grid."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        rounded = {name: replace(site, sum=_on_grid(site.sum), sum_sq=_on_grid(site.sum_sq)) for name, site in sites.items()}
+        return cls(family, fingerprint, rounded, runs, steps, now, now, workflow or {})
+
+    def merged(self, other: Internals, name: str = "the other file") -> Internals:
+        """Both together; raises `UserError` (calling `other` by `name`) where they are not of one model."""
+        if not self.fingerprint.matches(other.fingerprint):
+            raise UserError(
+                f"{name} was recorded on another model: {self.fingerprint.difference(other.fingerprint)}. "
+                "Recordings add up only for one model; choose another file name for this one."
+            )
+        if self.sites.keys() != other.sites.keys():
+            raise UserError(
+                f"{name} holds other MLPs of the model ({len(other.sites)}) than this recording ({len(self.sites)})."
+            )
+        first, last = (self, other) if self.created <= other.created else (other, self)
+        return replace(
+            first,
+            sites={name: added(site, other.sites[name]) for name, site in self.sites.items()},
+            runs=self.runs + other.runs,
+            steps=self.steps + other.steps,
+            updated=max(self.updated, other.updated),
+            workflow=first.workflow or last.workflow,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file as a whole, in place of what was there."""
+        tensors: dict[str, Tensor] = {}
+        for name, site in self.sites.items():
+            tensors[name] = site.fires
+            tensors[f"{name}.tokens"] = torch.tensor([site.tokens])
+            tensors[f"{name}.sum"] = site.sum
+            tensors[f"{name}.sum_sq"] = site.sum_sq
+        metadata = {
+            "format": FORMAT,
+            "family": self.family,
+            "model": self.fingerprint.to_json(),
+            "runs": str(self.runs),
+            "steps": str(self.steps),
+            "created": self.created,
+            "updated": self.updated,
+            **self.workflow,
+        }
+        write_safetensors(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Internals:
+        """Raises `UserError` where the file is missing, damaged, or holds something else."""
+        with open_safetensors(path) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                found = metadata.get("format", "a safetensors file of another kind")
+                raise UserError(f"{path} is no internals file: expected '{FORMAT}', found '{found}'.")
+            names = [key for key in file.keys() if "." not in key]
+            try:
+                sites = {
+                    name: SiteInternals(
+                        fires=file.get_tensor(name),
+                        tokens=int(file.get_tensor(f"{name}.tokens")),
+                        sum=file.get_tensor(f"{name}.sum"),
+                        sum_sq=file.get_tensor(f"{name}.sum_sq"),
+                    )
+                    for name in sorted(names, key=site_order)
+                }
+                return cls(
+                    family=metadata["family"],
+                    fingerprint=Fingerprint.from_json(metadata["model"]),
+                    sites=sites,
+                    runs=int(metadata["runs"]),
+                    steps=int(metadata["steps"]),
+                    created=metadata["created"],
+                    updated=metadata["updated"],
+                    workflow={key: metadata[key] for key in ("workflow", "prompt") if key in metadata},
+                )
+            except (KeyError, ValueError, SafetensorError) as error:
+                raise UserError(f"{path} is a damaged internals file ({error}): record again or use a copy.") from error
+
+
+def add_to_file(path: str | os.PathLike[str], new: Internals) -> Internals:
+    """Adds a recording to the file at `path`, or makes it; the total. Safe beside other processes and against kills.
+
+    Raises `UserError`, with the file as it was, where it is of another model, damaged or read-only.
+    """
+    with locked(path):
+        total = Internals.load(path).merged(new, "This run") if Path(path).exists() else new
+        total.save(path)
+    return total
+
+
+def site_order(name: str) -> tuple[str, int, str]:
+    """Sort key that brings site names into the model's order: doubles by number (img, txt), then singles."""
+    kind, *stream, index = name.split("-")
+    return kind, int(index), stream[0] if stream else ""
+
+
+def _on_grid(sums: Tensor) -> Tensor:
+    return torch.round(sums / GRID) * GRID

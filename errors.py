@@ -1,0 +1,10 @@
+"""The one exception that carries a sentence for the person at the keyboard.
+
+Raise `UserError` where the cause lies in what was given (a file, a number, a name) and not in this
+program: say what it is about, what was expected, what was found and what to do. The terminal prints it
+without a traceback, ComfyUI shows it on the node.
+"""
+
+
+class UserError(ValueError):
+    """What was given cannot be used; the message says why and what to do."""

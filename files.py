@@ -1,0 +1,87 @@
+"""Writing files so that a reader finds the old one or the new one, whole, whatever happens in between.
+
+with locked(path):                               # other processes wait
+    write_safetensors(path, tensors, metadata)   # temporary name, fsync, rename
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new file beside `path` to write to; it takes `path`'s place when the `with` ends well, and is gone otherwise.
+
+    Raises `UserError` where the folder or the file cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.stat().st_mode & 0o222:
+            raise PermissionError("the file is read-only")
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}): choose another place or change its permissions.") from error
+    new = Path(name)
+    try:
+        yield new
+        umask = os.umask(0)
+        os.umask(umask)
+        new.chmod(0o666 & ~umask)
+        with open(new, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+    if hasattr(os, "O_DIRECTORY"):
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds the lock of `path` (a `.lock` file next to it) against other processes and threads."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be locked for writing ({error}): choose another place or change its permissions."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file, replaced as a whole."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as new:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, new, dict(metadata))
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """A UTF-8 text file, replaced as a whole."""
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8")

@@ -1,0 +1,75 @@
+"""Reading a FLUX checkpoint file tensor by tensor.
+
+    checkpoint = Checkpoint(path)
+    checkpoint.layout, checkpoint.metadata
+    weight = checkpoint["double_blocks.3.img_mlp.0.weight"]      # read now, only this
+
+Keys are canonical (no prefix, `.scale` for the q/k norms). Opening reads the header alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import UserError
+from .layout import Layout, canonical_key, read_layout
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """A FLUX transformer on disk as a mapping of canonical keys to tensors, each read when it is asked for.
+
+    Raises `UserError` where the file is missing, damaged, not safetensors, or no FLUX.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self._file = open_safetensors(self.path)
+        self.shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}
+        self.layout: Layout = read_layout(self.shapes, source=str(self.path))
+        self._stored = {
+            canonical_key(key, self.layout.prefix): key for key in self.shapes if key.startswith(self.layout.prefix)
+        }
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        return self._file.metadata() or {}
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._file.get_tensor(self._stored[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self.shapes[self._stored[key]]
+
+    def rows(self, key: str, start: int, stop: int) -> Tensor:
+        """Rows `start:stop` of a tensor, without reading the others."""
+        return self._file.get_slice(self._stored[key])[start:stop]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it in memory."""
+        return {key: self[key] for key in self}
+
+
+def open_safetensors(path: str | os.PathLike[str], framework: str = "pt"):
+    """`safetensors.safe_open` with errors that name the file and say what is wrong with it."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not there: expected a .safetensors file.")
+    try:
+        return safe_open(path, framework=framework)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read as safetensors ({error}): it is damaged, cut short, or of another format. "
+            "Copy or download it again."
+        ) from error

@@ -1,0 +1,124 @@
+"""Whose numbers are these? A fingerprint tells one model from another without reading it whole.
+
+    fingerprint = Fingerprint.of_checkpoint(Checkpoint(path))
+    fingerprint.matches(other)
+
+It holds a digest of all shapes and 256 weights from fixed places. The same model in another precision matches: each
+weight is compared at the coarser of the two, with quantisation scales undone. A fine-tune does not match.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .checkpoint import Checkpoint
+
+SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Digest of the shapes, sampled weights, and the distance to the next number in each weight's precision."""
+
+    shapes: str
+    values: tuple[float, ...]
+    steps: tuple[float, ...]
+
+    @classmethod
+    def of(
+        cls, shapes: Mapping[str, Sequence[int]], row: Callable[[str, int], Tensor], scale: Callable[[str, int], float]
+    ) -> Fingerprint:
+        """Fingerprint of a model of `shapes` (canonical keys).
+
+        `row(key, i)` gives row i of a weight as stored, `scale(key, i)` what its numbers are to be multiplied by.
+        """
+        matrices = {key: tuple(shape) for key, shape in shapes.items() if len(shape) == 2 and key.endswith(".weight")}
+        digest = hashlib.sha256(json.dumps(sorted(matrices.items())).encode()).hexdigest()
+        values, steps = [], []
+        keys = sorted(matrices)
+        for number in range(SAMPLES):
+            key = keys[number * len(keys) // SAMPLES]
+            place = int.from_bytes(hashlib.sha256(f"{key} {number}".encode()).digest()[:8])
+            index, column = divmod(place % math.prod(matrices[key]), matrices[key][1])
+            stored = row(key, index)[column]
+            factor = scale(key, index)
+            values.append(_float32(stored.item() * factor))
+            steps.append(_float32(_spacing(stored) * factor))
+        return cls(digest, tuple(values), tuple(steps))
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint) -> Fingerprint:
+        """Fingerprint of a file; raises `UserError` where its quantisation is not one scale a tensor or row."""
+        stored = {key: checkpoint.shape(key) for key in checkpoint}
+
+        def scale(key: str, index: int) -> float:
+            for name in (f"{key}_scale", f"{key.removesuffix('.weight')}.scale_weight"):
+                if name in checkpoint:
+                    return row_scale(checkpoint[name], index, key)
+            return 1.0
+
+        return cls.of(stored, lambda key, index: checkpoint.rows(key, index, index + 1)[0], scale)
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Fingerprint:
+        """Fingerprint of plain (unquantised) weights in memory, canonical keys."""
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        return cls.of(shapes, lambda key, index: tensors[key][index], lambda key, index: 1.0)
+
+    def matches(self, other: Fingerprint) -> bool:
+        """Whether both are of one model, perhaps in two precisions."""
+        if self.shapes != other.shapes:
+            return False
+        for a, b, step_a, step_b in zip(self.values, other.values, self.steps, other.steps, strict=True):
+            tolerance = 0.0 if step_a == step_b else max(step_a, step_b)
+            if not abs(a - b) <= tolerance:
+                return False
+        return True
+
+    def difference(self, other: Fingerprint) -> str:
+        """In a few words, why `other` does not match."""
+        if self.shapes != other.shapes:
+            return "its layers have other shapes"
+        changed = sum(a != b for a, b in zip(self.values, other.values, strict=True))
+        return f"its weights differ ({changed} of {len(self.values)} sampled ones), as a fine-tune's do"
+
+    def to_json(self) -> str:
+        return json.dumps({"shapes": self.shapes, "values": self.values, "steps": self.steps})
+
+    @classmethod
+    def from_json(cls, text: str) -> Fingerprint:
+        """Raises `ValueError` or `KeyError` where `text` is none."""
+        found = json.loads(text)
+        return cls(found["shapes"], tuple(map(float, found["values"])), tuple(map(float, found["steps"])))
+
+
+def row_scale(scale: Tensor, index: int, key: str) -> float:
+    """The factor of row `index` in a scale that has one number, or one a row; `UserError` for finer ones."""
+    if scale.numel() == 1:
+        return scale.float().item()
+    if scale.squeeze().ndim == 1:
+        return scale.float().flatten()[index].item()
+    raise UserError(
+        f"{key} is quantised in blocks (scale of shape {tuple(scale.shape)}); expected one scale for the tensor or one a row. "
+        "Use a bf16, fp16 or fp8 file."
+    )
+
+
+def _spacing(number: Tensor) -> float:
+    """Distance from `number` to the next one in its own precision."""
+    info = torch.finfo(number.dtype)
+    size = abs(number.item())
+    binade = 2.0 ** math.floor(math.log2(size)) if size else 0.0
+    return max(binade, info.tiny) * info.eps
+
+
+def _float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()

@@ -1,0 +1,220 @@
+"""What a FLUX checkpoint looks like, read from key names and shapes alone.
+
+    layout = read_layout({key: tensor.shape for key, tensor in state_dict.items()})
+    layout.family, layout.hidden, layout.depth            # "flux1", 3072, 19
+    for site in layout.sites:                             # every MLP of the model
+        site.name, site.up, site.down, site.width         # "double-img-3", "double_blocks.3.img_mlp.0", ...
+
+Where an MLP lives in a checkpoint (or in a model with the checkpoint's module names) is known here and
+nowhere else. Widths are those of the tensors, so pruned checkpoints are read like dense ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import UserError
+
+Family = Literal["flux1", "flux2", "chroma"]
+Stream = Literal["img", "txt", "single"]
+
+#: Channels of each rotary axis, and theta, by family (black-forest-labs/flux and /flux2 `util.py`).
+ROTARY: dict[Family, tuple[tuple[int, ...], int]] = {
+    "flux1": ((16, 56, 56), 10_000),
+    "chroma": ((16, 56, 56), 10_000),
+    "flux2": ((32, 32, 32, 32), 2_000),
+}
+FAMILY_NAMES: dict[Family, str] = {"flux1": "FLUX.1", "flux2": "FLUX.2", "chroma": "Chroma"}
+
+_ANCHOR = "double_blocks.0.img_attn.qkv.weight"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One MLP: `act(x @ up.T) @ down.T`, the part of the two projections that belongs to it.
+
+    `up`, `act` and `down` are module paths. The MLP owns the rows `up_row:` of `up.weight` and the columns
+    `down_column:` of `down.weight`: all of them in a double block; in a single block the first rows make
+    q, k, v and the first columns read the attention. In a gated MLP, `act` is silu(x1) * x2 with x1, x2 the
+    two halves of its input: neuron j owns the rows `up_row + j` (gate) and `up_row + width + j`.
+    """
+
+    name: str
+    stream: Stream
+    index: int
+    up: str
+    act: str
+    down: str
+    up_row: int
+    down_column: int
+    width: int
+    gated: bool
+    biased: bool
+
+    @property
+    def block(self) -> str:
+        """Module path of the block the MLP stands in."""
+        kind = "single_blocks" if self.stream == "single" else "double_blocks"
+        return f"{kind}.{self.index}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Family, widths and MLP sites of one checkpoint; `prefix` is what its keys begin with."""
+
+    family: Family
+    prefix: str
+    hidden: int
+    in_channels: int
+    out_channels: int
+    context: int
+    vector: int | None
+    guidance: bool
+    depth: int
+    depth_single: int
+    sites: tuple[Site, ...]
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        return ROTARY[self.family][0]
+
+    @property
+    def theta(self) -> int:
+        return ROTARY[self.family][1]
+
+    @property
+    def head_dim(self) -> int:
+        return sum(self.axes)
+
+    @property
+    def heads(self) -> int:
+        return self.hidden // self.head_dim
+
+    @property
+    def patch(self) -> int:
+        """Side of the square of latent pixels that makes one image token."""
+        return 1 if self.family == "flux2" else 2
+
+    @property
+    def neurons(self) -> int:
+        return sum(site.width for site in self.sites)
+
+    def site(self, name: str) -> Site:
+        """The site called `name`; raises `UserError` where the model has none."""
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise UserError(
+            f"This {FAMILY_NAMES[self.family]} model has no MLP called {name!r}; it has double-img-0 to "
+            f"double-txt-{self.depth - 1} and single-0 to single-{self.depth_single - 1}."
+        )
+
+
+def canonical_key(key: str, prefix: str = "") -> str:
+    """`key` without `prefix`, and with the q/k norm's name as the first releases had it (`.scale`)."""
+    key = key.removeprefix(prefix)
+    if key.endswith(("query_norm.weight", "key_norm.weight")):
+        key = key.removesuffix("weight") + "scale"
+    return key
+
+
+def read_layout(shapes: Mapping[str, Sequence[int]], source: str = "the state dict") -> Layout:
+    """The layout of a checkpoint given as `{key: shape}`.
+
+    Raises `UserError`, naming `source`, where this is no FLUX.1, FLUX.2 or Chroma transformer.
+    """
+    prefix = _find_prefix(shapes, source)
+    keys = {canonical_key(key, prefix): tuple(shape) for key, shape in shapes.items() if key.startswith(prefix)}
+
+    def shape(key: str) -> tuple[int, ...]:
+        if key not in keys:
+            raise UserError(f"{source} looks like a FLUX checkpoint but has no {prefix}{key}: the file is incomplete.")
+        return keys[key]
+
+    family: Family
+    if "double_stream_modulation_img.lin.weight" in keys:
+        family = "flux2"
+    elif any(key.startswith("distilled_guidance_layer.") for key in keys):
+        family = "chroma"
+    else:
+        family = "flux1"
+    if "double_blocks.0.img_mlp.gate_proj.weight" in keys:
+        raise UserError(f"{source} has MLPs of three projections (Ovis); FLUX.1, FLUX.2 and Chroma are known here.")
+
+    hidden, context = shape("txt_in.weight")
+    depth, depth_single = _count(keys, "double_blocks"), _count(keys, "single_blocks")
+    vector = keys.get("vector_in.in_layer.weight")
+    sites: list[Site] = []
+    for index in range(depth):
+        for stream in ("img", "txt"):
+            sites.append(_site(keys, shape, source, stream, index, hidden))  # type: ignore[arg-type]
+    for index in range(depth_single):
+        sites.append(_site(keys, shape, source, "single", index, hidden))
+    return Layout(
+        family=family,
+        prefix=prefix,
+        hidden=hidden,
+        in_channels=shape("img_in.weight")[1],
+        out_channels=shape("final_layer.linear.weight")[0],
+        context=context,
+        vector=vector[1] if vector else None,
+        guidance="guidance_in.in_layer.weight" in keys,
+        depth=depth,
+        depth_single=depth_single,
+        sites=tuple(sites),
+    )
+
+
+def _site(keys, shape, source: str, stream: Stream, index: int, hidden: int) -> Site:
+    if stream == "single":
+        block = f"single_blocks.{index}"
+        name, up, act, down = f"single-{index}", f"{block}.linear1", f"{block}.mlp_act", f"{block}.linear2"
+        up_row, down_column = 3 * hidden, hidden
+    else:
+        mlp = f"double_blocks.{index}.{stream}_mlp"
+        name, up, act, down = f"double-{stream}-{index}", f"{mlp}.0", f"{mlp}.1", f"{mlp}.2"
+        up_row, down_column = 0, 0
+    rows = shape(f"{up}.weight")[0] - up_row
+    width = shape(f"{down}.weight")[1] - down_column
+    if rows not in (width, 2 * width):
+        raise UserError(
+            f"{source}: {down}.weight reads {width} neurons but {up}.weight makes {rows} values, neither one nor two "
+            "for each. Packed 4-bit weights look like this: use a bf16, fp16 or fp8 file."
+        )
+    return Site(
+        name=name,
+        stream=stream,
+        index=index,
+        up=up,
+        act=act,
+        down=down,
+        up_row=up_row,
+        down_column=down_column,
+        width=width,
+        gated=rows == 2 * width,
+        biased=f"{down}.bias" in keys,
+    )
+
+
+def _find_prefix(shapes: Mapping[str, object], source: str) -> str:
+    for key in shapes:
+        if key.endswith(_ANCHOR):
+            return key.removesuffix(_ANCHOR)
+    if any(key.startswith(("transformer_blocks.", "single_transformer_blocks.")) for key in shapes):
+        raise UserError(
+            f"{source} is a FLUX in the diffusers layout (transformer_blocks.*); expected the original layout "
+            "(double_blocks.*), as ComfyUI's diffusion_models folder holds it."
+        )
+    found = ", ".join(sorted(shapes)[:3]) or "nothing"
+    raise UserError(
+        f"{source} is not a FLUX checkpoint: looked for a key that ends with {_ANCHOR}, found {len(shapes)} others ({found} …)."
+    )
+
+
+def _count(keys: Mapping[str, object], kind: str) -> int:
+    pattern = re.compile(rf"{kind}\.(\d+)\.")
+    indices = {int(match[1]) for key in keys if (match := pattern.match(key))}
+    return max(indices) + 1 if indices else 0

@@ -30,8 +30,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.stat().st_mode & 0o222:
-            raise PermissionError("the file is read-only")
+        check_writable(path)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent)
         os.close(handle)
     except OSError as error:
@@ -53,6 +52,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises `UserError` where a file is marked read-only: replacing it would be allowed, but is not meant."""
+    path = Path(path)
+    if path.exists() and not path.stat().st_mode & 0o222:
+        raise UserError(f"{path} is read-only: choose another name or make it writable.")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from flux_poke.errors import UserError
 from urllib3 import Retry
 
 LONG, SHORT = DATASETS
-ROWS = {
+ROWS: dict[str, list[str | None]] = {
     LONG: [f'a sign "{n}"' if n % 7 == 0 else f"a fox,\nnumber {n % 800}" for n in range(1050)],
     SHORT: [None if n == 3 else f"  a house {n}\r\nin snow " for n in range(230)],
 }
@@ -177,7 +177,12 @@ def test_a_download_killed_in_the_middle_ends_like_one_that_was_not(server, tmp_
     """Killed four times at any moment after so many pages; each time it is the file, run as one, that goes on."""
     out = tmp_path / "prompts.txt"
     command = [sys.executable, module.__file__, "--server", server.url, "--out", str(out), "--limit", "0"]
-    server.fault = lambda number: time.sleep(0.02) or ("cut off" if number % 5 == 4 else "")
+
+    def slow(number: int) -> str:
+        time.sleep(0.02)
+        return "cut off" if number % 5 == 4 else ""
+
+    server.fault = slow
     for pages, end in ((2, signal.SIGKILL), (5, signal.SIGINT), (7, signal.SIGKILL), (9, signal.SIGKILL)):
         running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         while server.served < pages and running.poll() is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..counter import count_up
-from ..prompts import SHIPPED, pick_prompt
+from ..prompts import RANDOM, SHIPPED, pick, read_prompts
 from . import host
 
 
@@ -27,8 +27,8 @@ class Prompts(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "index",
-                    default=-1,
-                    min=-1,
+                    default=RANDOM,
+                    min=RANDOM,
                     max=2**31 - 1,
                     tooltip="Which prompt, counted from 0; starts over after the last. -1 = a random one each run.",
                 ),
@@ -40,11 +40,11 @@ class Prompts(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, index: int | None = None, regex: str = ""):
-        return float("nan") if index == -1 else _file(file).stat().st_mtime_ns
+        return float("nan") if index == RANDOM else _file(file).stat().st_mtime_ns
 
     @classmethod
     def execute(cls, file: str, index: int, regex: str) -> io.NodeOutput:
-        prompt, number = pick_prompt(_file(file), index, regex)
+        prompt, number = pick(read_prompts(_file(file), regex), index)
         host.say(cls.hidden.unique_id, f"{number}: {prompt}")
         return io.NodeOutput(prompt, number)
 

@@ -55,7 +55,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises `UserError` where a folder is in the way, or a file marked read-only: replacing that is possible, but not meant."""
+    """Raises `UserError` where a folder stands at `path`, or a file that is marked read-only."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder: choose another name.")

@@ -30,9 +30,14 @@ def test_a_new_file_appears_whole_and_its_folder_with_it(tmp_path):
 def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path, stop):
     path = tmp_path / "text.txt"
     path.write_text("old")
-    with pytest.raises(stop), replacing(path) as new:
-        new.write_text("new")
-        raise stop
+
+    def write():
+        with replacing(path) as new:
+            new.write_text("new")
+            raise stop
+
+    with pytest.raises(stop):
+        write()
     assert (path.read_text(), names(tmp_path)) == ("old", ["text.txt"])
 
 

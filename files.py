@@ -31,10 +31,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
-        if path.exists() and not path.stat().st_mode & 0o222:
-            raise PermissionError("the file is read-only")
+        check_writable(path)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent)
         os.close(handle)
     new = Path(name)
@@ -55,6 +52,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises `UserError` where a folder is in the way, or a file marked read-only: replacing that is possible, but not meant."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: choose another name.")
+    if path.exists() and not path.stat().st_mode & 0o222:
+        raise UserError(f"{path} is read-only: choose another name or make it writable.")
 
 
 @contextmanager

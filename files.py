@@ -6,6 +6,7 @@ with locked(path):                               # other processes wait
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -55,7 +56,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises `UserError` where a folder is in the way, or a file marked read-only: replacing that is possible, but not meant."""
+    """Raises `UserError` where a folder is in the way, or a file marked read-only: it could be replaced, but is not to be."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder: choose another name.")
@@ -74,7 +75,10 @@ def _explained(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Holds the lock of `path` (a `.lock` file next to it) against other processes and threads."""
+    """Holds the lock of `path` (a `.lock` file next to it) against other processes and threads.
+
+    Whoever holds it is the only one that writes: what a killed writer left half-written beside `path` is removed.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +89,8 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
             f"{path} cannot be locked for writing ({error}): choose another place or change its permissions."
         ) from error
     try:
+        for abandoned in path.parent.glob(f".{glob.escape(path.name)}.*.new"):
+            abandoned.unlink(missing_ok=True)
         yield
     finally:
         lock.release()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from flux_poke.analysis.internals import FORMAT, Internals, add_to_file, site_order
+from flux_poke.analysis.internals import FORMAT, Internals, add_to_file, check_file, site_order
 from flux_poke.analysis.statistics import SiteInternals
 from flux_poke.errors import UserError
 from flux_poke.flux.fingerprint import Fingerprint
@@ -218,14 +218,24 @@ def test_a_missing_file_is_named(tmp_path):
         Internals.load(tmp_path)
 
 
-def test_a_read_only_file_is_not_touched(tmp_path):
+def test_a_read_only_file_is_not_touched_and_told_of_before_the_work(tmp_path):
     path = tmp_path / "internals.safetensors"
     recording().save(path)
     before = path.read_bytes()
     path.chmod(0o444)
-    with pytest.raises(UserError, match=r"internals\.safetensors cannot be written .*read-only"):
-        add_to_file(path, recording())
+    for use in (lambda: add_to_file(path, recording()), lambda: check_file(path, MODEL)):
+        with pytest.raises(UserError, match=r"internals\.safetensors is read-only"):
+            use()
     assert path.read_bytes() == before
+
+
+def test_a_file_of_another_model_is_told_of_before_the_work(tmp_path):
+    path = tmp_path / "internals.safetensors"
+    check_file(path, MODEL)
+    recording().save(path)
+    check_file(path, MODEL)
+    with pytest.raises(UserError, match=r"another model than this one: its weights differ \(1 of 3 sampled ones\)"):
+        check_file(path, replace(MODEL, values=(0.5, -0.25, 3.5)))
 
 
 def test_sites_are_ordered_as_the_model_runs_them():
@@ -304,3 +314,4 @@ assert runs > 30, runs
 check(add_to_file(path, one), runs + 1)
 """
     in_a_process(code, tmp_path / "internals.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} <= {"internals.safetensors", "internals.safetensors.lock"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,17 +26,17 @@ if TYPE_CHECKING:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new file beside `path` to write to; it takes `path`'s place when the `with` ends well, and is gone otherwise.
+    """Where to write a new file; it takes `path`'s place when the `with` ends well, and is gone otherwise.
 
+    It has the name of `path`, in a hidden folder beside it, where a library may put temporary files of its own.
     Raises `UserError` where the folder or the file cannot be written.
     """
     path = Path(path)
     with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         check_writable(path)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent)
-        os.close(handle)
-    new = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent))
+    new = folder / path.name
     try:
         yield new
         with _explained(path):
@@ -46,13 +47,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
                 os.fsync(file.fileno())
             os.replace(new, path)
     finally:
-        new.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
     if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            os.fsync(folder)
+            os.fsync(handle)
         finally:
-            os.close(folder)
+            os.close(handle)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -90,7 +91,7 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
     try:
         for abandoned in path.parent.glob(f".{glob.escape(path.name)}.*.new"):
-            abandoned.unlink(missing_ok=True)
+            shutil.rmtree(abandoned, ignore_errors=True)
         yield
     finally:
         lock.release()

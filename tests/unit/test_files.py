@@ -22,6 +22,8 @@ def test_a_new_file_appears_whole_and_its_folder_with_it(tmp_path):
     path = tmp_path / "a" / "b" / "text.txt"
     with replacing(path) as new:
         new.write_text("half")
+        assert new.name == path.name, "libraries go by the ending"
+        (new.parent / "of a library").write_text("temporary")
         assert not path.exists()
         new.write_text("whole")
     assert (path.read_text(), names(path.parent)) == ("whole", ["text.txt"])

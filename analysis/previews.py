@@ -119,12 +119,20 @@ class BlockTaps:
 
     Args:
         denoise: how the model's output becomes x0.
+        to_autoencoder: brings latents from the model's space to the autoencoder's, where the two differ.
         memory_limit: bytes to hold in memory; the steps beyond go to disk and are deleted with this object.
         folder: where they go to, by default the system's folder for temporary files.
     """
 
-    def __init__(self, denoise: Denoise = flow_denoise, memory_limit: int = 2**30, folder: Path | None = None):
+    def __init__(
+        self,
+        denoise: Denoise = flow_denoise,
+        to_autoencoder: Callable[[Tensor], Tensor] = lambda latents: latents,
+        memory_limit: int = 2**30,
+        folder: Path | None = None,
+    ):
         self.denoise = denoise
+        self.to_autoencoder = to_autoencoder
         self.memory_limit = memory_limit
         self.folder = folder
         self._steps: dict[int, _Step] = {}
@@ -176,11 +184,15 @@ class BlockTaps:
         """Noise level at the beginning of a step."""
         return self._steps[step].sigma.flatten()[0].item()
 
+    def velocity(self, tap: Tap) -> Tensor:
+        """The model's output if the block were its last, float32 [batch, channels, height, width]."""
+        return self._steps[tap.step].read(tap.block.name).float()
+
     def latent(self, tap: Tap, view: View = "x0") -> Tensor:
         """What the block takes the image for, or where its velocity leads; float32 [batch, channels, height, width]."""
         step = self._steps[tap.step]
         x = step.read("x")
-        x0 = self.denoise(step.sigma, step.read(tap.block.name).float(), x)
+        x0 = self.denoise(step.sigma, self.velocity(tap), x)
         if view == "x0":
             return x0
         sigma = step.sigma.view(-1, 1, 1, 1)

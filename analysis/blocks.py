@@ -23,6 +23,9 @@ from ..flux.layout import Layout
 
 Kind = Literal["double", "single"]
 
+#: Part of a batch: a slice, or a tensor that masks or counts its rows.
+Rows = slice | Tensor
+
 
 @dataclass(frozen=True, order=True)
 class Block:

@@ -32,7 +32,7 @@ from ..errors import UserError
 from ..files import write_safetensors
 from ..flux.checkpoint import open_safetensors
 from ..flux.layout import Layout
-from .blocks import Block, blocks_of, watching_image_tokens
+from .blocks import Block, Rows, blocks_of, watching_image_tokens
 
 FORMAT = "flux-poke lens 1"
 ROWS_FORMAT = "flux-poke lens rows 1"
@@ -125,7 +125,7 @@ class LensRecorder:
         self._sigmas: list[Tensor] = []
 
     @contextmanager
-    def watching(self, model: nn.Module, x: Tensor, sigma: Tensor, images: Tensor, rows: slice = slice(None)) -> Iterator[None]:
+    def watching(self, model: nn.Module, x: Tensor, sigma: Tensor, images: Tensor, rows: Rows = slice(None)) -> Iterator[None]:
         """Hooks on `model` for one call of it.
 
         Args:

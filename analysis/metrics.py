@@ -157,7 +157,7 @@ def read_images(path: str | os.PathLike[str]) -> Tensor:
         for file, image in zip(files, images, strict=True):
             if image.shape != images[0].shape:
                 raise UserError(
-                    f"{file} is {_size(image[None])}, {files[0]} {_size(images[0][None])}: a folder's images must be of one size."
+                    f"{file} is {_size(image[None])}, {files[0]} {_size(images[0][None])}: expected one size in a folder."
                 )
         return torch.stack(images)
     if path.suffix.lower() in LATENT_ENDINGS:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..flux.layout import Layout
-from .blocks import Block, blocks_of, watching_image_tokens
+from .blocks import Block, Rows, blocks_of, watching_image_tokens
 from .lens import Lens
 
 #: x0 is what the block takes for the image; "euler" is where one Euler step by its velocity leads.
@@ -104,10 +104,10 @@ class Moment:
     x: Tensor
     sigma: Tensor
     sigma_next: float
-    rows: slice = field(default_factory=lambda: slice(None))
+    rows: Rows = field(default_factory=lambda: slice(None))
 
     @classmethod
-    def at(cls, x: Tensor, sigma: Tensor, sigmas: Tensor, rows: slice = slice(None)) -> Moment:
+    def at(cls, x: Tensor, sigma: Tensor, sigmas: Tensor, rows: Rows = slice(None)) -> Moment:
         """Where `sigma` [batch] stands in the schedule `sigmas` [steps + 1]."""
         levels, now = sigmas.tolist(), sigma.flatten()[0].item()
         step = max(sum(level >= now for level in levels[:-1]) - 1, 0)
@@ -297,7 +297,7 @@ def _change(before: Tensor, after: Tensor) -> Tensor:
     return (after - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
 
 
-def _rows(value: Any, rows: slice, batch: int) -> Any:
+def _rows(value: Any, rows: Rows, batch: int) -> Any:
     """`value` with every tensor in it that has one row for each of the batch cut to `rows`."""
     if isinstance(value, Tensor):
         return value[rows] if value.ndim and len(value) == batch else value

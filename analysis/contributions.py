@@ -43,12 +43,11 @@ class Contribution:
 
 
 def block_contributions(taps: BlockTaps, number: int | None = None) -> list[Contribution]:
-    """Every tap in numbers, in order; of image `number` of the batch, or of all of them."""
+    """Every tap in numbers, in order; of image `number` of the batch, or of all of them. `UserError` where there is none."""
+    taps.check_not_empty()
     rows = slice(None) if number is None else slice(number, number + 1)
     ordered = list(taps)
     last_of_step = {tap.step: tap for tap in ordered}
-    if not ordered:
-        return []
     final = taps.latent(ordered[-1])[rows].flatten(1)
     found = []
     goal: dict[int, Tensor] = {}

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import UserError
 from .previews import BlockTaps, Tap, View
 
 #: Latents [batch, channels, h, w] to images [batch, 3, height, width] in 0..1.
@@ -34,11 +33,7 @@ def decode_taps(taps: BlockTaps, decode: Decode, batch: int = 4, view: View = "x
 
     Raises `UserError` where nothing was tapped.
     """
-    if not len(taps):
-        raise UserError(
-            "There are no block predictions to decode: the sampler ran none of the chosen steps with the tapped model. "
-            "Connect the MODEL that Tap Blocks gives to the sampler, and the sampler's latents to `after`."
-        )
+    taps.check_not_empty()
     waiting: list[tuple[Tap, int, Tensor]] = []
     for tap in taps:
         latents = taps.to_autoencoder(taps.latent(tap, view))

@@ -25,7 +25,7 @@ from PIL.ExifTags import IFD, Base
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import UserError
-from ..files import replacing, write_text
+from ..files import replacing, write_safetensors, write_text
 from .blocks import Block
 from .contributions import block_contributions, contributions_figure
 from .decoding import Decode, decode_taps
@@ -65,7 +65,7 @@ def write_generations(
     out: str | os.PathLike[str],
     generations: Sequence[Generation],
     taps: BlockTaps,
-    decode: Decode,
+    decode: Decode | None,
     finals: Sequence[Image.Image],
     *,
     batch: int = 4,
@@ -78,6 +78,7 @@ def write_generations(
 
     Args:
         generations, finals: how each image came about, and the image.
+        decode: the autoencoder; None writes latents in the place of previews and sheets.
         captions: whether previews carry their step and block.
         in_pictures: what goes into PNG text chunks beside the generation (ComfyUI's `workflow` and `prompt`), so that
             a picture that is dragged in restores the graph; None = nothing at all goes into pictures, EXIF neither.
@@ -87,6 +88,14 @@ def write_generations(
     for folder, generation, final in zip(folders, generations, finals, strict=True):
         write_text(folder / "metadata.json", generation.to_json() + "\n")
         save_jpeg(folder / "img_0.jpg", final, None if in_pictures is None else generation)
+
+    text = [None if in_pictures is None else {**in_pictures, SOFTWARE: one.to_json()} for one in generations]
+    for number, folder in enumerate(folders):
+        chart = contributions_figure(block_contributions(taps, number))
+        save_png(folder / "contributions.png", Image.fromarray(figure_pixels(chart)), text[number])
+    if decode is None:
+        _write_latents(folders, taps, view)
+        return folders
 
     steps, blocks = len(taps.steps), len({tap.block for tap in taps})
     small: list[dict[Tap, Image.Image]] = [{} for _ in generations]
@@ -101,13 +110,22 @@ def write_generations(
             progress(done, total, frame.image)
 
     sigmas = {step: taps.sigma(step) for step in taps.steps}
-    for number, (folder, generation) in enumerate(zip(folders, generations, strict=True)):
-        text = None if in_pictures is None else {**in_pictures, SOFTWARE: generation.to_json()}
-        chart = contributions_figure(block_contributions(taps, number))
-        save_png(folder / "sheet.png", contact_sheet(small[number], generation.prompt, sigmas, finals[number]), text)
-        save_png(folder / "differences.png", difference_sheet(small[number], finals[number], generation.prompt, sigmas), text)
-        save_png(folder / "contributions.png", Image.fromarray(figure_pixels(chart)), text)
+    for number, (folder, one) in enumerate(zip(folders, generations, strict=True)):
+        sheet = contact_sheet(small[number], one.prompt, sigmas, finals[number])
+        differences = difference_sheet(small[number], finals[number], one.prompt, sigmas)
+        save_png(folder / "sheet.png", sheet, text[number])
+        save_png(folder / "differences.png", differences, text[number])
     return folders
+
+
+def _write_latents(folders: Sequence[Path], taps: BlockTaps, view: View) -> None:
+    """One file a step: `double_block_{i}`, `single_block_{i}` [channels, height, width], in the autoencoder's space."""
+    for step in taps.steps:
+        latents = {tap.block: taps.to_autoencoder(taps.latent(tap, view)) for tap in taps if tap.step == step}
+        for number, folder in enumerate(folders):
+            tensors = {f"{block.kind}_block_{block.index}": batch[number] for block, batch in latents.items()}
+            path = folder / "intermediates" / "latents" / f"step_{step}.safetensors"
+            write_safetensors(path, tensors, {"view": view, "sigma": str(taps.sigma(step))})
 
 
 def preview_path(tap: Tap) -> Path:

@@ -176,6 +176,14 @@ class BlockTaps:
     def __len__(self) -> int:
         return sum(len(step.blocks) for step in self._steps.values())
 
+    def check_not_empty(self) -> None:
+        """Raises `UserError` where nothing was tapped."""
+        if not self._steps:
+            raise UserError(
+                "There are no block predictions: the sampler ran none of the chosen steps with the tapped model. Connect the "
+                "MODEL that Tap Blocks gives to the sampler, and the sampler's latents to `after`."
+            )
+
     @property
     def steps(self) -> tuple[int, ...]:
         return tuple(sorted(self._steps))

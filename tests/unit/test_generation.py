@@ -10,7 +10,7 @@ import pytest
 import torch
 from flux_poke.analysis.blocks import Block, blocks_of, choose_blocks
 from flux_poke.analysis.contributions import block_contributions, contributions_figure
-from flux_poke.analysis.decoding import decode_taps, to_picture
+from flux_poke.analysis.decoding import decode_taps
 from flux_poke.analysis.generation import Generation, find_previews, write_generations
 from flux_poke.analysis.previews import BlockTaps, Moment, Tap, TapRecorder
 from flux_poke.analysis.sheets import contact_sheet, difference_sheet
@@ -20,6 +20,7 @@ from flux_poke.flux.sampling import FluxTimer, euler
 from flux_poke.flux.tiny.training import tiny_layout
 from PIL import Image
 from PIL.ExifTags import IFD, Base
+from safetensors.torch import load_file
 from torch import Tensor
 
 LAYOUT = tiny_layout({"hidden": 128, "mlp_ratio": 2, "text_width": 32, "depth": 2, "depth_single": 2})
@@ -50,9 +51,9 @@ def generation(prompt: str = "a füchs, 7 o'clock") -> Generation:
     return Generation("flux1-tiny", prompt, width=32, height=48, seed=7, guidance=2.5, timesteps=[1.0, 0.5, 0.0])
 
 
-def written(tmp_path, run, **options):
+def written(tmp_path, run, decode=decode, **options):
     taps, latents = run
-    finals = [to_picture(image) for image in decode(latents)]
+    finals = [Image.new("RGB", (32, 48), (0, 100 * number, 255)) for number in range(len(latents))]
     generations = [generation(), generation()]
     return write_generations(tmp_path, generations, taps, decode, finals, **options), generations, finals
 
@@ -156,9 +157,22 @@ def test_captions_make_previews_taller(tmp_path, run):
         assert image.height / image.width > 48 / 32
 
 
+def test_without_decoding_the_latents_are_written_in_the_place_of_pictures(tmp_path, run):
+    folders, _, _ = written(tmp_path, run, decode=None)
+    taps, _ = run
+    for number, folder in enumerate(folders):
+        assert {path.name for path in folder.iterdir()} == {"img_0.jpg", "metadata.json", "contributions.png", "intermediates"}
+        for step in (0, 1):
+            latents = load_file(folder / "intermediates" / "latents" / f"step_{step}.safetensors")
+            assert set(latents) == {f"{kind}_block_{index}" for kind in ("double", "single") for index in (0, 1)}
+            assert torch.equal(latents["single_block_1"], taps.latent(Tap(step, BLOCKS[-1]))[number])
+
+
 def test_nothing_tapped_is_said_in_a_sentence():
     with pytest.raises(UserError, match="no block predictions"):
         list(decode_taps(BlockTaps(), decode))
+    with pytest.raises(UserError, match="no block predictions"):
+        block_contributions(BlockTaps())
 
 
 def plain_images(blocks=BLOCKS, steps=(0, 1, 5)) -> dict[Tap, Image.Image]:

@@ -38,7 +38,7 @@ from .lens import Lens
 View = Literal["x0", "euler"]
 
 #: How much a block changes its tokens is measured on at most about this many of them, evenly spaced.
-CHANGE_TOKENS = 256
+CHANGE_TOKENS = 128
 
 #: (sigma [batch], model output, x_t) to x0: the signature of ComfyUI's `model_sampling.calculate_denoised`.
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]

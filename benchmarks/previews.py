@@ -113,9 +113,7 @@ def main() -> None:
     )
     long = medians(device, options.repeats, {"plain": lambda: flux(x, sigma, *given), "tapped": lambda: tap(flux)})
     added = short["tapped"] - short["plain"]
-    print(
-        f"{count} blocks of width {hidden}, {side * side // 4} image tokens, {dtype}, {device}, {torch.get_num_threads()} threads"
-    )
+    print(f"{count} blocks of width {hidden}, {side**2 // 4} image tokens, {dtype}, {device}")
     rows = {
         "step": long["plain"],
         "tapped step": long["tapped"],

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..flux.layout import Layout
+from .hooks import hooks_heard
 
 Kind = Literal["double", "single"]
 
@@ -112,6 +113,7 @@ def watching_image_tokens(model: nn.Module, places: Collection[int], see: Callab
         return hook
 
     with ExitStack() as hooks:
+        hooks.enter_context(hooks_heard())
         for place, module in enumerate((*doubles, *singles, model.get_submodule("final_layer"))):
             # The last double block tells how many text tokens come first in a single block.
             if place in places or place == len(doubles) - 1:

@@ -177,6 +177,17 @@ def test_an_interrupted_step_leaves_no_taps_and_no_hooks():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in run.flux.modules())
 
 
+def test_a_model_that_was_compiled_before_is_tapped_too():
+    run, taps, compiled = Run("flux1"), BlockTaps(), BlockTaps()
+    run.sample(recorder_of(run), taps)
+    run.flux = torch.compile(run.flux, backend="eager")  # type: ignore[assignment]
+    plain = run.plain()
+    for steps in ("0", "1"):
+        assert torch.equal(run.sample(recorder_of(run, steps=steps), compiled), plain)
+    assert list(compiled) == list(taps)
+    assert all(torch.equal(compiled.latent(tap), taps.latent(tap)) for tap in taps)
+
+
 def test_sizes_that_are_no_whole_patches_are_cut_as_the_host_cuts_them():
     """A host pads the latents to whole patches and cuts the output back to size."""
     run, taps = Run("flux1"), BlockTaps()

@@ -131,7 +131,7 @@ class ComfyClient:
         return self._ask("GET", "system_stats").json()
 
     def _messages(self, prompt_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Messages as (type, data). On silence and after a lost connection, the history is asked: no run is lost with a message."""
+        """Messages as (type, data); on silence and after a lost connection, what the history knows of the run."""
         while True:
             try:
                 self._socket.settimeout(SILENCE)

@@ -154,6 +154,12 @@ def find_previews(folder: str | os.PathLike[str]) -> list[tuple[Tap, Path]]:
     )
 
 
+def generation_files(folder: str | os.PathLike[str]) -> list[str]:
+    """Everything in a generation's folder, as names relative to it with forward slashes: what `flux-poke capture` fetches."""
+    folder = Path(folder)
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
 def save_jpeg(path: Path, image: Image.Image, generation: Generation | None) -> None:
     """A JPEG with the generation in its EXIF (prompt as description, all of it as JSON in the user comment), if given."""
     options = {}

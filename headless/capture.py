@@ -25,7 +25,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import replacing
-from .client import ComfyClient
+from .client import ComfyClient, Interrupted
 from .server import ComfyServer
 
 DEFAULT_SERVER = "127.0.0.1:8188"
@@ -38,6 +38,10 @@ STEPS, OTHER_STEPS = {"flux-schnell": 4, "tiny": 20}, 50
 
 #: Told what is being done, and how far all of it is (0..1).
 Progress = Callable[[str, float], None]
+
+
+class Stopped(Exception):
+    """Another image failed, or the user pressed Ctrl-C."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ class Captured:
 def capture(client: ComfyClient, request: CaptureRequest, out: Path, progress: Progress | None = None) -> Captured:
     """Draws one image on the server and brings its files to `out/{generation_id}`.
 
-    Raises `UserError` where the server lacks the nodes or the model, or the run fails.
+    Raises `UserError` where the server lacks the nodes or the model, or the run fails or is stopped there. Where `progress`
+    raises, the run is stopped on the server.
     """
     graph = filled_graph(request, [] if request.model == "tiny" else client.models("diffusion_models"))
     started: set[str] = set()
@@ -87,7 +92,16 @@ def capture(client: ComfyClient, request: CaptureRequest, out: Path, progress: P
             part = value / total if total else 0.0
             progress(f"{title}: {value}/{total}" if total else title, (len(started) - 1 + part) / len(graph))
 
-    result = client.run(graph, on_progress)
+    prompt_id = client.queue(graph)
+    try:
+        result = client.wait(prompt_id, on_progress)
+    except Interrupted as error:
+        raise UserError(f"The drawing of {request.prompt!r} was stopped in ComfyUI.") from error
+    except UserError:
+        raise
+    except BaseException:
+        client.interrupt(prompt_id)
+        raise
     found = result.files("flux_poke")
     if not found:
         raise UserError(f"The workflow in {WORKFLOWS} wrote no generation: it must end in Decode Block Previews.")
@@ -126,6 +140,8 @@ def capture_everywhere(
                 return
 
             def report(doing: str, part: float, number: int = number) -> None:
+                if stopped.is_set():
+                    raise Stopped
                 parts[number] = part
                 if progress is not None:
                     progress(f"image {number + 1} of {len(requests)} · {doing}", sum(parts) / len(parts))
@@ -141,9 +157,7 @@ def capture_everywhere(
             for worker in as_completed(workers):
                 worker.result()
         except BaseException:
-            stopped.set()
-            for client in clients:
-                client.interrupt()
+            stopped.set()  # the other runs end at their next sign of life
             raise
     return [done[number] for number in sorted(done)]
 

@@ -25,6 +25,7 @@ from ..errors import UserError
 from ..files import locked, write_safetensors
 from ..flux.checkpoint import open_safetensors
 from ..flux.fingerprint import Fingerprint
+from ..flux.layout import FAMILY_NAMES, Family
 from .recording import added
 from .statistics import SiteInternals
 
@@ -40,7 +41,7 @@ class Internals:
     the ComfyUI graphs (`workflow`, `prompt`) of the run that made the file.
     """
 
-    family: str
+    family: Family
     fingerprint: Fingerprint
     sites: Mapping[str, SiteInternals]
     runs: int
@@ -52,7 +53,7 @@ class Internals:
     @classmethod
     def new(
         cls,
-        family: str,
+        family: Family,
         fingerprint: Fingerprint,
         sites: Mapping[str, SiteInternals],
         steps: int,
@@ -115,6 +116,7 @@ class Internals:
                 raise UserError(f"{path} is no internals file: expected '{FORMAT}', found '{found}'.")
             names = [key for key in file.keys() if "." not in key]
             try:
+                family = next(known for known in FAMILY_NAMES if known == metadata["family"])
                 sites = {
                     name: SiteInternals(
                         fires=file.get_tensor(name),
@@ -125,7 +127,7 @@ class Internals:
                     for name in sorted(names, key=site_order)
                 }
                 return cls(
-                    family=metadata["family"],
+                    family=family,
                     fingerprint=Fingerprint.from_json(metadata["model"]),
                     sites=sites,
                     runs=int(metadata["runs"]),
@@ -134,7 +136,7 @@ class Internals:
                     updated=metadata["updated"],
                     workflow={key: metadata[key] for key in ("workflow", "prompt") if key in metadata},
                 )
-            except (KeyError, ValueError, SafetensorError) as error:
+            except (KeyError, ValueError, StopIteration, SafetensorError) as error:
                 raise UserError(f"{path} is a damaged internals file ({error}): record again or use a copy.") from error
 
 

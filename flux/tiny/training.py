@@ -7,7 +7,7 @@ Each part writes a checkpoint every `SAVE_EVERY` steps and, called again on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...errors import UserError
 from ..autoencoder import CHANNELS, Autoencoder
 from ..layout import Layout, Site, Stream
 from ..model import Flux
+from ..resume import load_training, save_training
 from . import FOLDER
 from .data import digit_images
 from .words import WordEncoder, digit_prompts, word_ids
@@ -32,7 +34,7 @@ Progress = Callable[[str, int, int, float], None]
 
 def train_tiny(out: Path, config: dict[str, Any] | None = None, progress: Progress | None = None) -> None:
     """Trains what is not finished in `out`; finished parts are kept as they are."""
-    config = config or yaml.safe_load((FOLDER / "config.yaml").read_text())
+    config = config or read_config()
     out.mkdir(parents=True, exist_ok=True)
     report: Progress = progress or (lambda *_: None)
     images, digits = digit_images()
@@ -57,12 +59,24 @@ def train_tiny(out: Path, config: dict[str, Any] | None = None, progress: Progre
         _save(flux, out / "flux.safetensors")
 
 
-def autoencoder_loss(model: Autoencoder, images: Tensor, config: dict[str, Any]) -> Callable[[], Tensor]:
-    """Squared error of decode(encode(image)), with latents held near mean 0 and variance 1 per channel."""
-    batches = _batches(len(images), config["batch"])
+def read_config(path: Path | None = None) -> dict[str, Any]:
+    """The training's configuration from a YAML file (default: the one that made the shipped weights)."""
+    path = path or FOLDER / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML ({error}).") from error
+    for part in ("autoencoder", "flux"):
+        if not isinstance(config, dict) or not isinstance(config.get(part), dict):
+            raise UserError(f"{path} has no section '{part}': expected one like flux/tiny/config.yaml.")
+    return config
 
-    def loss() -> Tensor:
-        batch = images[next(batches)]
+
+def autoencoder_loss(model: Autoencoder, images: Tensor, config: dict[str, Any]) -> Callable[[int], Tensor]:
+    """Squared error of decode(encode(image)), with latents held near mean 0 and variance 1 per channel."""
+
+    def loss(step: int) -> Tensor:
+        batch = images[_batch(len(images), config["batch"], step)]
         latents = model.encode(batch)
         noisy = latents + config["latent_noise"] * torch.randn_like(latents)
         mean, variance = latents.mean((0, 2, 3)), latents.var((0, 2, 3))
@@ -72,13 +86,14 @@ def autoencoder_loss(model: Autoencoder, images: Tensor, config: dict[str, Any])
     return loss
 
 
-def flux_loss(flux: Flux, words: WordEncoder, latents: Tensor, digits: Tensor, config: dict[str, Any]) -> Callable[[], Tensor]:
+def flux_loss(
+    flux: Flux, words: WordEncoder, latents: Tensor, digits: Tensor, config: dict[str, Any]
+) -> Callable[[int], Tensor]:
     """Squared error of the velocity at logit-normal noise levels (Esser et al. 2024, arXiv 2403.03206)."""
-    batches = _batches(len(latents), config["batch"])
     prompts = torch.tensor([[word_ids(prompt) for prompt in digit_prompts(digit)] for digit in range(10)])
 
-    def loss() -> Tensor:
-        chosen = next(batches)
+    def loss(step: int) -> Tensor:
+        chosen = _batch(len(latents), config["batch"], step)
         clean, noise = latents[chosen], torch.randn(len(chosen), *latents.shape[1:])
         sigma = torch.sigmoid(torch.randn(len(chosen)))
         ids = prompts[digits[chosen], torch.randint(prompts.shape[1], (len(chosen),))]
@@ -114,44 +129,33 @@ def tiny_layout(config: dict[str, Any]) -> Layout:
     )  # fmt: skip
 
 
-def _batches(count: int, size: int) -> Iterator[Tensor]:
-    """Batches of indices without end, each pass over all of them in a new order."""
-    while True:
-        yield from (part for part in torch.randperm(count).split(size) if len(part) == size)
+def _batch(count: int, size: int, step: int) -> Tensor:
+    """Indices [size] of the batch at `step`: every pass over all of them has its own order, the same in every run."""
+    epoch, place = divmod(step, count // size)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch))
+    return order[place * size : (place + 1) * size]
 
 
 def _train(
-    model: nn.Module, loss: Callable[[], Tensor], part: str, config: dict[str, Any], out: Path, report: Progress
+    model: nn.Module, loss: Callable[[int], Tensor], part: str, config: dict[str, Any], out: Path, report: Progress
 ) -> None:
     """AdamW, one-cycle learning rate, clipped gradients; resumes from and leaves checkpoints in `out`."""
     steps, rate = config[part]["steps"], config[part]["learning_rate"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps)
-    saved = out / f"{part}.checkpoint"
-    first = 0
-    if saved.exists():
-        state = torch.load(saved, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["rng"])
-        first = state["step"]
+    saved = out / f"{part}.training.safetensors"
+    first = load_training(saved, model, optimizer, schedule) if saved.exists() else 0
     model.train()
     for step in range(first, steps):
         optimizer.zero_grad(set_to_none=True)
-        value = loss()
+        value = loss(step)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         report(part, step + 1, steps, value.item())
         if (step + 1) % SAVE_EVERY == 0 and step + 1 < steps:
-            state = {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                "rng": torch.get_rng_state(), "step": step + 1,
-            }  # fmt: skip
-            torch.save(state, saved.with_suffix(".new"))
-            saved.with_suffix(".new").replace(saved)
+            save_training(saved, model, optimizer, schedule, step + 1)
     saved.unlink(missing_ok=True)
 
 

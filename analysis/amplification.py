@@ -4,9 +4,10 @@
     probe.measure(model, lambda: point.velocity(model))      # at as many points of dense trajectories as one likes
     store.add_amplification(probe.results())
 
-A site's amplification is |change of the velocity|² / |velocity|², divided by the energy (mean |noise|² per token) of the noise that was
-added at the output of its down projection: times a site's squared error per token, it predicts what that error does to the
-velocity, relative and squared. Sites differ a thousandfold, which is what lets one budget be spread over them.
+A site's amplification is |change of the velocity|² / |velocity|², divided by the energy (mean |noise|² per token) of the
+noise that was added at the output of its down projection: times a site's squared error per token, it predicts what that
+error does to the velocity, relative and squared. Sites differ a thousandfold, which is what lets one budget be spread over
+them.
 
 All it needs of a host is to call the model once more for every site, with the hook in place.
 """
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ..flux.layout import Site
 
-#: Noise, relative to the output it is added to: small against it, large against the rounding of bf16.
+#: Noise, relative to the variation of the output it is added to: small against it, large against the rounding of bf16.
 RELATIVE_NOISE = 0.1
 
 
@@ -55,12 +56,17 @@ class AmplificationProbe:
 
 
 def _noise(generator: torch.Generator, added: list[Tensor]):
-    """A hook that adds white noise to a module's output, and its mean energy per token to `added`."""
+    """A hook that adds noise to a module's output, and its mean energy per token to `added`.
+    What a cut leaves is no white noise: it lies where the output itself varies. So every token gets the deviation from the
+    mean of a token drawn at random, with a random sign: noise with the output's own covariance.
+    """
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        scale = RELATIVE_NOISE * output.float().square().mean().sqrt()
-        noise = torch.randn(output.shape, generator=generator).to(output.device) * scale
-        disturbed = (output.float() + noise).to(output.dtype)
+        tokens = output.float().flatten(0, -2)
+        chosen = torch.randint(len(tokens), (len(tokens),), generator=generator)
+        sign = torch.randint(0, 2, (len(tokens), 1), generator=generator) * 2.0 - 1.0
+        noise = (tokens - tokens.mean(0))[chosen.to(tokens.device)] * (sign.to(tokens.device) * RELATIVE_NOISE)
+        disturbed = (output.float() + noise.view_as(output)).to(output.dtype)
         added.append((disturbed.float() - output.float()).square().sum(-1).mean())
         return disturbed
 

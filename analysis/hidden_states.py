@@ -8,9 +8,10 @@
     for rows in store.rows("single-7"):                              # in pieces, each read when it is asked for
         rows.x, rows.attn, rows.image
 
-A shard is `{kind}-00017.safetensors`. Kind `rows` holds, per site S, `S.x` [n, hidden] (the MLP's input), in single blocks `S.attn`
-[n, hidden] (the attention half of linear2's input), `S.sigma`, `S.image` and `S.step` [n]. `manifest.json` names the model, the shards
-and what is in them, and the amplification that was measured on the way. What the manifest does not name is not there.
+A shard is `{kind}-00017.safetensors`. Kind `rows` holds, per site S, `S.x` [n, hidden] (the MLP's input), in single blocks
+`S.attn` [n, hidden] (the attention half of linear2's input), `S.sigma`, `S.image` and `S.step` [n]. `manifest.json` names
+the model, the shards and what is in them, and the amplification that was measured on the way. What the manifest does not
+name is not there.
 """
 
 from __future__ import annotations
@@ -299,7 +300,8 @@ def held_out(images: Tensor, share: float = 0.2) -> tuple[set[int], set[int]]:
     numbers = images.tolist()
     if len(numbers) < 2:
         raise UserError(
-            f"The rows come from {len(numbers)} image; at least 2 are needed, one of them to judge the repair by. Record more images."
+            f"The rows come from {len(numbers)} image; at least 2 are needed, one of them to judge the repair by. "
+            "Record more images."
         )
     every = max(2, round(1 / share))
     judged = set(numbers[every - 1 :: every]) or {numbers[-1]}

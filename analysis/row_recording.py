@@ -7,8 +7,9 @@
                 model(x, sigma, context, vector)
 
 Rows are all that repair and retraining need of a model. Each image gives the same number of rows, at steps drawn at random
-(5 % of them, at least one); a run writes them to the store when it ends well, or in between when it holds `SHARD_BYTES` of them.
-On a GPU they leave it by asynchronous copies to pinned memory; nothing waits for the device before a shard is written.
+(5 % of them, at least one); a run writes them to the store when it ends well, or in between when it holds `SHARD_BYTES` of
+them. On a GPU they leave it by asynchronous copies to pinned memory; nothing waits for the device before a shard is
+written.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class RowRecorder:
 
     @contextmanager
     def run(self, sigmas: Sequence[float] | Tensor, images: int = 1) -> Iterator[RowRun]:
-        """One sampling run of `images` images along `sigmas` (with the last one). What it holds is written when it ends well."""
+        """One sampling run of `images` images along `sigmas` (all of them); written when it ends well."""
         levels = sigmas.tolist() if isinstance(sigmas, Tensor) else list(sigmas)
         run = RowRun(self, levels, self.store.new_images(images), images)
         yield run

@@ -1,18 +1,19 @@
 """One budget for all MLPs: how much to save, spread so that the model's output suffers least.
 
-    curve = BudgetCurve.of(dense.layout, rankings, store.amplification, multiple=64, protected=protected_sites(layout, "double-18"))
-    plan = by_budget(dense, rankings, curve, "obs", share=0.5)       # or gigabytes=6, dtype=torch.bfloat16
+    curve = BudgetCurve.of(dense.layout, rankings, store.amplification, multiple=64, protected=protected_sites(layout,
+    "double-18")) plan = by_budget(dense, rankings, curve, "obs", share=0.5)       # or gigabytes=6, dtype=torch.bfloat16
     curve.figure(plan)                               # memory saved against predicted error, before anything is cut
 
-Every site's ranking is a curve: predicted error against neurons cut. Times the site's amplification (analysis/amplification.py) it
-is the error of the velocity. The total is least where all curves have the same slope: marginal costs are sorted once, and
-the cheapest steps of `multiple` neurons are taken until enough is saved.
+Every site's ranking is a curve: predicted error against neurons cut. Times the site's amplification
+(analysis/amplification.py) it is the error of the velocity. The total is least where all curves have the same slope:
+marginal costs are sorted once, and the cheapest steps of `multiple` neurons are taken until enough is saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -90,8 +91,8 @@ class BudgetCurve:
             saved += getattr(step, of)
         if saved < amount:
             raise UserError(
-                f"{amount:,.0f} {of} are to be saved, but only {saved:,} may go (one multiple of every MLP is kept, protected layers "
-                "whole): ask for less, protect fewer layers, or choose a smaller multiple."
+                f"{amount:,.0f} {of} are to be saved, but only {saved:,} may go (one multiple of every MLP is kept, protected "
+                "layers whole): ask for less, protect fewer layers, or choose a smaller multiple."
             )
         return len(self.steps)
 
@@ -181,7 +182,7 @@ def _steps(site: Site, layout: Layout, error: torch.Tensor, multiple: int) -> li
     widths = [site.width, *range((site.width - 1) // multiple * multiple, 0, -multiple)]
     each = neuron_parameters(layout, site)
     steps, price = [], 0.0
-    for wide, narrow in zip(widths, widths[1:], strict=False):
+    for wide, narrow in pairwise(widths):
         neurons = wide - narrow
         added = (error[site.width - narrow] - error[site.width - wide]).item()
         price = max(price, added / (neurons * each))

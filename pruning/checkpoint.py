@@ -6,8 +6,9 @@
     pruned.plan.table(), pruned.report
 
 The reduced tensors stand under their usual names; `flux_poke.kept.S` int32 are the kept neurons of site S, and
-`flux_poke.fold.S.offset` and, where asked for, `.matrix` what a LoRA needs to follow (`lora.py`). The header holds the plan, the repair with
-its held-out error by site, and the fingerprint of the dense model, beside what the dense file's header held.
+`flux_poke.fold.S.offset` and, where asked for, `.matrix` what a LoRA needs to follow (`lora.py`). The header holds the
+plan, the repair with its held-out error by site, and the fingerprint of the dense model, beside what the dense file's
+header held.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Pruned:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
                 raise UserError(
-                    f"{path} is no pruned checkpoint: expected '{FORMAT}' in its header, found '{header.get('format', 'none')}'. "
+                    f"{path} is no pruned checkpoint: expected '{FORMAT}' in its header, found {header.get('format')!r}. "
                     "Dense checkpoints load in the ordinary loader."
                 )
             try:
@@ -80,8 +81,8 @@ def save_pruned(
     """Writes the cut checkpoint as a whole, one tensor in memory at a time.
 
     Args:
-        fold: also write what exact conversion of LoRAs needs after affine repair: [cut, kept] numbers in bf16 per MLP, on disk only.
-        progress: told after every tensor; an exception from it leaves no file.
+        fold: also write what exact conversion of LoRAs needs after affine repair: [cut, kept] numbers in bf16 per MLP, on
+        disk only. progress: told after every tensor; an exception from it leaves no file.
     """
     if fold and cut.repairs.method == "affine" and not cut.repairs.fold:
         raise UserError("The repair was computed without folds: compute it with fold to save what LoRAs need.")
@@ -162,7 +163,7 @@ class _Folds(Mapping[str, Fold]):
         if name not in self.sites:
             raise KeyError(name)
         parts = {part: f"{FOLD}{name}.{part}" for part in ("matrix", "offset")}
-        return Fold(**{part: self.checkpoint[key] if key in self.checkpoint else None for part, key in parts.items()})
+        return Fold(**{part: self.checkpoint.get(key) for part, key in parts.items()})
 
     def __iter__(self):
         return iter(self.sites)

@@ -30,14 +30,26 @@ class Moments:
     Attributes:
         attn: how many of the regressors are attention channels (0 in double blocks).
         mean: float64 [regressors].
-        second: float64 [regressors, regressors]: their covariance; in an MLP without bias, which cannot make up for a mean, the
-            uncentred second moment.
+        second: float64 [regressors, regressors]: their covariance if `centred`; in an MLP without bias, which cannot make up
+            for a mean, the uncentred second moment.
     """
 
     count: int
     attn: int
+    centred: bool
     mean: Tensor
     second: Tensor
+
+    def merged(self, other: Moments) -> Moments:
+        """Moments of both sets of rows together (Chan et al. 1979)."""
+        count = self.count + other.count
+        share = other.count / count
+        mean = torch.lerp(self.mean, other.mean, share)
+        second = torch.lerp(self.second, other.second, share)
+        if self.centred:
+            apart = other.mean - self.mean
+            second.addr_(apart, apart, alpha=share * (1 - share))
+        return Moments(count, self.attn, self.centred, mean, second)
 
 
 def gather(weights: SiteWeights, rows: Iterable[Rows], check: Check | None = None) -> Moments:
@@ -66,7 +78,7 @@ def gather(weights: SiteWeights, rows: Iterable[Rows], check: Check | None = Non
     second.addr_(offset, offset, alpha=-1.0)
     if weights.bias is None:
         second.addr_(mean, mean)
-    return Moments(count, attn, mean, second)
+    return Moments(count, attn, weights.bias is not None, mean, second)
 
 
 def regressors(weights: SiteWeights, rows: Rows) -> Tensor:

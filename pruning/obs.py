@@ -2,9 +2,9 @@
 
     order, error = eliminate(second + lam · I, down)
 
-Cutting neuron j and re-fitting the others costs |w_j|² / [H⁻¹]_jj; after it, the kept columns are the ridge solution, so the running
-sum of costs is the certificate of `repair.py` for every number of cut neurons at once (Hassibi & Stork 1993; Frantar & Alistarh 2022,
-arXiv 2208.11580, for rows of weights at a time).
+Cutting neuron j and re-fitting the others costs |w_j|² / [H⁻¹]_jj; after it, the kept columns are the ridge solution, so
+the running sum of costs is the certificate of `repair.py` for every number of cut neurons at once (Hassibi & Stork 1993;
+Frantar & Alistarh 2022, arXiv 2208.11580, for rows of weights at a time).
 
 Done one by one, each cut rewrites a width x width matrix. Here cuts are gathered in panels of `PANEL`: within a panel only
 the columns that are asked for are brought up to date, and the matrices once at its end, as one product, without what was cut.

@@ -1,4 +1,4 @@
-"""A pruning plan: which neurons of which MLPs are kept. A value, to be made, looked at, saved and passed on before anything is cut.
+"""A pruning plan: which neurons of which MLPs are kept. A value, to be looked at, saved and passed on before any cut.
 
     plan = by_count(dense, rankings, img_cut=2000, txt_cut=2000, score="frequency")
     plan.save("plan.safetensors")
@@ -205,12 +205,13 @@ def by_threshold(
         keep = (value >= threshold).nonzero().squeeze(1)
         if not len(keep):
             raise UserError(
-                f"{site.stream}_threshold is {threshold:g}, and no neuron of {site.name} fired that often (the most frequent one: "
-                f"{value.max().item():g}). Choose a lower threshold."
+                f"{site.stream}_threshold is {threshold:g}, and no neuron of {site.name} fired that often (the most frequent "
+                f"one: {value.max().item():g}): all of them would be cut. Choose a lower threshold."
             )
         if len(keep) < site.width:
             kept[site.name] = keep
-    made = f"by threshold on {on}, img {img_threshold:g} txt {txt_threshold:g} single {single_threshold:g}{_ranges(double, single)}"
+    limits = f"img {img_threshold:g} txt {txt_threshold:g} single {single_threshold:g}"
+    made = f"by threshold on {on}, {limits}{_ranges(double, single)}"
     return PruningPlan(dense.layout.family, dense.fingerprint, kept, _widths(dense.layout), "frequency", made)
 
 

@@ -15,14 +15,15 @@ Lower scores are cut first; of equal ones, the lower index.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..analysis.hidden_states import HiddenStates
+from ..analysis.hidden_states import HiddenStates, Rows, held_out
 from ..analysis.internals import Internals
 from ..analysis.statistics import SiteInternals
 from ..errors import UserError
@@ -30,10 +31,14 @@ from ..flux.layout import Site
 from .dense import Dense
 from .moments import Moments, gather
 from .obs import eliminate
+from .refit import RIDGES, Problem, held_out_errors
 from .weights import SiteWeights, down_energy
 
 Score = Literal["frequency", "magnitude", "fluctuation", "obs"]
 SCORES: tuple[Score, ...] = get_args(Score)
+
+#: Shares of a site's neurons at which the errors of cutting are measured on held-out images.
+GRID = (0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.9, 0.97)
 
 #: Told after every site: its name, how many are done, how many there are. An exception from it stops the work.
 Progress = Callable[[str, int, int], None]
@@ -65,20 +70,20 @@ def frequency(site: SiteInternals) -> Tensor:
 
 
 def magnitude(site: SiteInternals, energy: Tensor) -> Tensor:
-    """E[h²] · |w|²: the error of leaving the neuron out, were it alone (Wanda, Sun et al. 2023, arXiv 2306.11695, by neuron)."""
+    """E[h²] · |w|²: the error of leaving the neuron out, were it alone (Wanda, Sun et al. 2023, arXiv 2306.11695)."""
     return site.sum_sq / max(site.tokens, 1) * energy
 
 
 def fluctuation(site: SiteInternals, energy: Tensor) -> Tensor:
-    """Var(h) · |w|²: what is left of that error when the bias makes up for the mean (FLAP, An et al. 2023, arXiv 2312.11983)."""
+    """Var(h) · |w|²: what is left of it when the bias makes up for the mean (FLAP, An et al. 2023, arXiv 2312.11983)."""
     return site.variance * energy
 
 
 def obs(moments: Moments, down: Tensor, ridge: float | None = None) -> Ranking:
     """Greedy Optimal Brain Surgeon: the error that is left when all kept regressors make up for the neuron (`obs.py`).
 
-    Attention channels are never cut; they are projected out first. `ridge` is in units of the mean variance; by default it shrinks as rows
-    grow against the width (0.1 where there are as many rows as neurons).
+    Attention channels are never cut; they are projected out first. `ridge` is in units of the mean variance; by default it
+    shrinks as rows grow against the width (0.1 where there are as many rows as neurons).
     """
     width = down.shape[1]
     ridge = min(0.1, 0.1 * width / moments.count) if ridge is None else ridge
@@ -93,6 +98,27 @@ def obs(moments: Moments, down: Tensor, ridge: float | None = None) -> Ranking:
         hessian.addmm_(half.T, half, alpha=-1.0)
     order, error = eliminate(hessian, down)
     return Ranking(order.cpu(), error.cpu())
+
+
+def judged(
+    ranking: Ranking, weights: SiteWeights, moments: Moments, judge: Iterable[Rows], grid: Sequence[float] = GRID
+) -> Ranking:
+    """The same order, with the errors that affine repair leaves on other images than the order was made from.
+
+    They are measured at a few widths, each with the ridge that does best, and the ranking's own errors are scaled to meet them;
+    those are what the regression leaves on the rows it saw, too little where rows are few or alike (as text tokens are).
+    """
+    assert ranking.error is not None
+    width = len(ranking.order)
+    cuts = sorted({cut for share in grid if 0 < (cut := round(share * width)) < width})
+    problems = [Problem.of(weights, ranking.order[cut:].sort().values, moments) for cut in cuts]
+    cases = [(problem, [None, *(problem.solve(ridge) for ridge in RIDGES)]) for problem in problems]
+    errors = held_out_errors(weights, moments, cases, judge)
+    found = [min(case.refitted) * problem.whole for case, problem in zip(errors, problems, strict=True)]
+    places = [0, *cuts, width]
+    factors = [error / max(ranking.error[cut].item(), 1e-30) for cut, error in zip(cuts, found, strict=True)]
+    scale = np.interp(np.arange(width + 1), places, [factors[0], *factors, 1.0])
+    return Ranking(ranking.order, (ranking.error * torch.from_numpy(scale)).cummax(0).values)
 
 
 def mean_variance(second: Tensor) -> float:
@@ -125,7 +151,10 @@ def rank(
         if score == "obs":
             assert rows is not None
             weights = SiteWeights.read(dense.tensors, site, device)
-            rankings[site.name] = obs(gather(weights, rows.rows(site.name)), weights.down)
+            fit, judge = held_out(rows.images(site.name))
+            moments = gather(weights, rows.rows(site.name, fit))
+            ranking = obs(moments.merged(gather(weights, rows.rows(site.name, judge))), weights.down)
+            rankings[site.name] = judged(ranking, weights, moments, rows.rows(site.name, judge))
         else:
             assert internals is not None
             rankings[site.name] = _by_internals(score, dense, site, internals.sites[site.name])
@@ -150,8 +179,8 @@ def require_internals(internals: Internals | None, dense: Dense, sites: Sequence
     if not internals.fingerprint.matches(dense.fingerprint):
         raise UserError(
             f"The internals were recorded on another model than {dense.source}: "
-            f"{internals.fingerprint.difference(dense.fingerprint)}. Record internals of this one, or choose the checkpoint they "
-            "belong to."
+            f"{internals.fingerprint.difference(dense.fingerprint)}. Record internals of this one, or choose the checkpoint "
+            "they belong to."
         )
     for site in sites:
         if site.name not in internals.sites or internals.sites[site.name].tokens == 0:
@@ -170,8 +199,8 @@ def require_rows(rows: HiddenStates | None, dense: Dense, sites: Sequence[Site],
         count, least = rows.count(site.name), rows_needed(site)
         if count < least:
             raise UserError(
-                f"{rows.folder} holds {count:,} rows of {site.name}, too few for {what}: at least {least:,} are needed (as many as it "
-                f"reads values), and {5 * least:,} do best. Record more images, more steps per image or more rows per step."
+                f"{rows.folder} holds {count:,} rows of {site.name}, too few for {what}: at least {least:,} are needed, as many "
+                f"as it reads values ({5 * least:,} do best). Record more images, more steps per image or more rows per step."
             )
     return rows
 

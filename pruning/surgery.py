@@ -5,14 +5,15 @@
     model = Flux.load(cut)                           # runs at the pruned widths
     save_pruned("pruned.safetensors", cut)           # checkpoint.py
 
-Neuron j of a site is row j of its up projection (in a gated MLP also row j + width) and column j of its down projection. What is kept
-is not touched when nothing is repaired: numbers stay as the file stores them, quantised ones with their scales. A repaired down
-projection goes back into the precision it came in.
+Neuron j of a site is row j of its up projection (in a gated MLP also row j + width) and column j of its down projection.
+What is kept is not touched when nothing is repaired: numbers stay as the file stores them, quantised ones with their
+scales. A repaired down projection goes back into the precision it came in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from .dense import Dense
 from .plan import PruningPlan
 from .repair import Repaired, Repairs
 from .weights import require_plain, scale_key, stored_like
+
+#: What a tensor is to its MLP: up projection (weight, bias, scale by row), down projection, its bias, its scale.
+Part = Literal["up", "down", "bias", "scale"]
 
 
 class Cut(Mapping[str, Tensor]):
@@ -37,27 +41,21 @@ class Cut(Mapping[str, Tensor]):
         self.dense, self.plan = dense, plan
         self.repairs = repairs if repairs is not None else Repairs(dense, plan, "none")
         self._last: tuple[str, Repaired] | None = None
-        self._changed: dict[str, Callable[[Tensor | None], Tensor]] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        tensors = dense.tensors
+        self._parts: dict[str, tuple[Part, Site]] = {}
         for site in dense.layout.sites:
             if site.name not in plan.kept:
                 continue
-            for key in (f"{site.up}.weight", f"{site.down}.weight"):
-                require_plain(tensors, key)
-            rows, columns = up_rows(site, plan.kept[site.name]), down_columns(site, plan.kept[site.name])
-            up_scale, down_scale = scale_key(tensors, f"{site.up}.weight"), scale_key(tensors, f"{site.down}.weight")
+            for weight in (f"{site.up}.weight", f"{site.down}.weight"):
+                require_plain(dense.tensors, weight)
+            up_scale = scale_key(dense.tensors, f"{site.up}.weight")
             for key in (f"{site.up}.weight", f"{site.up}.bias", up_scale):
-                if key is not None and key in tensors and self._dense_shape(key)[:1] == (len_up(site),):
-                    self._changed[key] = lambda stored, rows=rows: stored[rows]  # type: ignore[misc]
-                    self._shapes[key] = (len(rows), *self._dense_shape(key)[1:])
-            key = f"{site.down}.weight"
-            self._changed[key] = lambda stored, site=site, columns=columns: self._down(site, columns, stored)  # type: ignore[misc]
-            self._shapes[key] = (self._dense_shape(key)[0], len(columns))
-            if f"{site.down}.bias" in tensors and self.repairs.method != "none":
-                self._changed[f"{site.down}.bias"] = lambda stored, site=site: self._bias(site, stored)  # type: ignore[misc]
-            if down_scale is not None and self.repairs.method == "affine":
-                self._changed[down_scale] = lambda stored, site=site: self._down_scale(site, stored)  # type: ignore[misc]
+                if key is not None and key in dense.tensors and self._dense_shape(key)[:1] == (len_up(site),):
+                    self._parts[key] = "up", site
+            self._parts[f"{site.down}.weight"] = "down", site
+            self._parts[f"{site.down}.bias"] = "bias", site
+            down_scale = scale_key(dense.tensors, f"{site.down}.weight")
+            if down_scale is not None:
+                self._parts[down_scale] = "scale", site
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.dense.tensors)
@@ -70,40 +68,52 @@ class Cut(Mapping[str, Tensor]):
 
     def __getitem__(self, key: str) -> Tensor:
         stored = self.dense.tensors[key]
-        return self._changed[key](stored) if key in self._changed else stored
+        if key not in self._parts:
+            return stored
+        part, site = self._parts[key]
+        kept = self.plan.kept[site.name]
+        if part == "up":
+            return taken(stored, up_rows(site, kept), 0)
+        if self.repairs.method == "none":
+            return taken(stored, down_columns(site, kept), 1) if part == "down" else stored
+        repaired = self._repaired(site)
+        if part == "bias":
+            return stored if repaired.bias is None else repaired.bias.to(stored.dtype)
+        if repaired.report.method != "affine":  # the bias alone
+            return taken(stored, down_columns(site, kept), 1) if part == "down" else stored
+        weight, scale = stored_like(repaired.down, self.dense.tensors, f"{site.down}.weight")
+        return weight if part == "down" or scale is None else scale
 
     def kind(self, key: str) -> tuple[str, tuple[int, ...]]:
         """Type (in safetensors' words) and shape of a tensor, without making it."""
         tensors = self.dense.tensors
         dtype = tensors.dtype(key) if isinstance(tensors, Checkpoint) else kind_of(tensors[key])[0]
-        return dtype, self._shapes.get(key, self._dense_shape(key))
+        shape = self._dense_shape(key)
+        if key in self._parts:
+            part, site = self._parts[key]
+            kept = self.plan.kept[site.name]
+            if part == "up":
+                shape = (len(up_rows(site, kept)), *shape[1:])
+            elif part == "down":
+                shape = (shape[0], len(down_columns(site, kept)))
+        return dtype, shape
 
     def _dense_shape(self, key: str) -> tuple[int, ...]:
         tensors = self.dense.tensors
         return tensors.shape(key) if isinstance(tensors, Checkpoint) else tuple(tensors[key].shape)
 
     def _repaired(self, site: Site) -> Repaired:
+        """One site's repair; the last one is kept, since its tensors are asked for one after the other."""
         if self._last is None or self._last[0] != site.name:
             self._last = site.name, self.repairs[site.name]
         return self._last[1]
 
-    def _refitted(self, site: Site) -> tuple[Tensor, Tensor | None] | None:
-        """The down projection and its scale as they are to be stored; None where its columns were left as they are."""
-        if self.repairs.method != "affine" or self._repaired(site).report.method != "affine":
-            return None
-        return stored_like(self._repaired(site).down, self.dense.tensors, f"{site.down}.weight")
 
-    def _down(self, site: Site, columns: Tensor, stored: Tensor) -> Tensor:
-        refitted = self._refitted(site)
-        return stored[:, columns] if refitted is None else refitted[0]
-
-    def _down_scale(self, site: Site, stored: Tensor) -> Tensor:
-        refitted = self._refitted(site)
-        return stored if refitted is None or refitted[1] is None else refitted[1]
-
-    def _bias(self, site: Site, stored: Tensor) -> Tensor:
-        repaired = self._repaired(site).bias
-        return stored if repaired is None else repaired.to(stored.dtype)
+def taken(stored: Tensor, chosen: Tensor, dim: int) -> Tensor:
+    """Rows (dim 0) or columns (1) of a stored tensor; 8-bit floats, which torch cannot index everywhere, as bytes."""
+    if stored.dtype.itemsize == 1:
+        return stored.view(torch.uint8).index_select(dim, chosen).view(stored.dtype)
+    return stored.index_select(dim, chosen)
 
 
 def len_up(site: Site) -> int:

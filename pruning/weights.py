@@ -93,8 +93,8 @@ def require_plain(tensors: Mapping[str, Tensor], key: str) -> None:
     fine = name is not None and tensors[name].squeeze().ndim > 1
     if rotated or fine or (kind and kind not in _PLAIN_FORMATS):
         raise UserError(
-            f"{key} is quantised as {kind or 'blocks with a scale each'}, from which single neurons cannot be taken out; expected "
-            "bf16, fp16, or 8 bits with one scale for the tensor or one a row. Use a bf16, fp16 or fp8 file of the model."
+            f"{key} is quantised as {kind or 'blocks with a scale each'}, from which single neurons cannot be taken out; "
+            "expected bf16, fp16, or 8 bits with one scale for the tensor or one a row. Use a bf16, fp16 or fp8 file."
         )
 
 

@@ -72,9 +72,15 @@ def record(
 
 @app.command("download-prompts")
 def download_prompts_command(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Text file to write, one prompt per line.")] = Path("prompts.txt"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Text file to write, one prompt a line.")] = Path("prompts.txt"),
+    contains: Annotated[str, typer.Option(help="Only prompts with this in them, such as '\"'.")] = "",
+    limit: Annotated[int, typer.Option(min=0, help="At most so many; 0 = all.")] = 10_000,
+    dataset: Annotated[Optional[list[str]], typer.Option(help="Only this one (default: both).")] = None,  # noqa: UP045
 ) -> None:
-    """Fetch prompts that people gave to image models from public datasets."""
+    """Fetch prompts that people gave to image models from two public datasets."""
+    from .download_prompts import DATASETS, download_with_bar
+
+    download_with_bar(out, dataset or [*DATASETS], contains, limit)
 
 
 @internals_app.command("show")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from .errors import UserError
 
@@ -38,23 +39,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises `UserError` where the folder or the file cannot be written.
     """
     path = Path(path)
-    try:
+    with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.stat().st_mode & 0o222:
-            raise PermissionError("the file is read-only")
+        check_writable(path)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent)
         os.close(handle)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}): choose another place or change its permissions.") from error
     new = Path(name)
     try:
         yield new
-        umask = os.umask(0)
-        os.umask(umask)
-        new.chmod(0o666 & ~umask)
-        with open(new, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(new, path)
+        with _explained(path):
+            umask = os.umask(0)
+            os.umask(umask)
+            new.chmod(0o666 & ~umask)
+            with open(new, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
     if hasattr(os, "O_DIRECTORY"):
@@ -63,6 +62,24 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises `UserError` where a folder is in the way, or a file marked read-only: replacing that is possible, but not meant."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: choose another name.")
+    if path.exists() and not path.stat().st_mode & 0o222:
+        raise UserError(f"{path} is read-only: choose another name or make it writable.")
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """What the file system has to say about `path` as a sentence for the user."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written ({error}): choose another place or change its permissions.") from error
 
 
 @contextmanager
@@ -87,7 +104,7 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor
     """A safetensors file, replaced as a whole."""
     from safetensors.torch import save_file
 
-    with replacing(path) as new:
+    with replacing(path) as new, _explained(Path(path)):
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, new, dict(metadata))
 
 
@@ -131,5 +148,5 @@ def kind_of(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """A UTF-8 text file, replaced as a whole."""
-    with replacing(path) as new:
+    with replacing(path) as new, _explained(Path(path)):
         new.write_text(text, encoding="utf-8")

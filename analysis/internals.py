@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import locked, write_safetensors
+from ..files import check_writable, locked, write_safetensors
 from ..flux.checkpoint import open_safetensors
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import FAMILY_NAMES, Family
@@ -138,6 +138,18 @@ class Internals:
                 )
             except (KeyError, ValueError, StopIteration, SafetensorError) as error:
                 raise UserError(f"{path} is a damaged internals file ({error}): record again or use a copy.") from error
+
+
+def check_file(path: str | os.PathLike[str], fingerprint: Fingerprint) -> None:
+    """Raises `UserError` where a recording of the model with `fingerprint` could not be added to the file at `path`."""
+    if Path(path).exists():
+        check_writable(path)
+        found = Internals.load(path).fingerprint
+        if not found.matches(fingerprint):
+            raise UserError(
+                f"{path} was recorded on another model than this one: {found.difference(fingerprint)}. "
+                "Recordings add up only for one model; choose another file name for this one."
+            )
 
 
 def add_to_file(path: str | os.PathLike[str], new: Internals) -> Internals:

@@ -107,15 +107,15 @@ def partial_sums_eager(h: Tensor, gate: Tensor | None = None, keep: Tensor | Non
     for index, start in enumerate(range(0, tokens, TILE)):
         rows = h[start : start + TILE]
         x, y = value[: len(rows)], scratch[: len(rows)]
-        kept = None if keep is None else keep[start : start + TILE, None]
+        left_out = None if keep is None else ~keep[start : start + TILE, None]
         x.copy_(rows)
-        if kept is not None:
-            x.mul_(kept)
+        if left_out is not None:
+            x.masked_fill_(left_out, 0)
         torch.sum(x, 0, out=partial[1, index])
         torch.sum(torch.mul(x, x, out=y), 0, out=partial[2, index])
         if gate is not None:
             x.copy_(gate[start : start + TILE])
-            if kept is not None:
-                x.mul_(kept)
+            if left_out is not None:
+                x.masked_fill_(left_out, 0)
         torch.sum(x.gt_(0), 0, out=partial[0, index])
     return partial[0], partial[1], partial[2]

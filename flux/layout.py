@@ -132,6 +132,11 @@ def read_layout(shapes: Mapping[str, Sequence[int]], source: str = "the state di
     def shape(key: str) -> tuple[int, ...]:
         if key not in keys:
             raise UserError(f"{source} looks like a FLUX checkpoint but has no {prefix}{key}: the file is incomplete.")
+        if len(keys[key]) != 2:
+            raise UserError(
+                f"{source}: {prefix}{key} has the shape {keys[key]}, expected a matrix. Packed weights look like this: "
+                "use a bf16, fp16 or fp8 file."
+            )
         return keys[key]
 
     family: Family

@@ -58,10 +58,14 @@ class WordEncoder(nn.Module):
         return self.text(ids), vector
 
 
+def known_words(text: str) -> list[int]:
+    """Places in `VOCABULARY` of the words of `text`."""
+    return [VOCABULARY.index(word) if word in VOCABULARY else 1 for word in re.findall(r"[a-z]+|\d", text.lower())]
+
+
 def word_ids(prompt: str) -> list[int]:
-    """Places in `VOCABULARY` of the prompt's words, padded to at least `PADDED`."""
-    words = re.findall(r"[a-z]+|\d", prompt.lower())
-    ids = [VOCABULARY.index(word) if word in VOCABULARY else 1 for word in words]
+    """`known_words` of a prompt, padded to at least `PADDED`."""
+    ids = known_words(prompt)
     return ids + [0] * (PADDED - len(ids))
 
 

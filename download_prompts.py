@@ -1,0 +1,226 @@
+"""Prompts that people really wrote, from two public collections, to record a model with.
+
+    python download_prompts.py                                    # 10,000 of them into prompts.txt
+    python download_prompts.py --contains '"' --limit 500         # only those with a text in quotes
+    flux-poke download-prompts --limit 0                          # all there are: hours
+
+Reads the Hugging Face datasets server page by page (https://huggingface.co/docs/dataset-viewer/rows). What came so far
+stands beside the output as `prompts.txt.partial`, and how far it is in `prompts.txt.progress`: after an interrupt the same
+command goes on from there. The output itself appears when it is complete.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: the folder it stands in, whatever its name, is the package
+    import importlib.util
+
+    _spec = importlib.util.spec_from_file_location("flux_poke", Path(__file__).resolve().with_name("__init__.py"))
+    assert _spec is not None
+    sys.modules["flux_poke"] = importlib.util.module_from_spec(_spec)
+    __package__ = "flux_poke"
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import requests
+from requests.adapters import HTTPAdapter
+from requests.exceptions import ChunkedEncodingError
+from urllib3 import Retry
+from urllib3.exceptions import HTTPError, ProtocolError, ReadTimeoutError
+
+from .errors import UserError
+from .files import locked, write_text
+
+SERVER = "https://datasets-server.huggingface.co"
+#: Dataset: the column that holds the prompt. Both have one configuration, `default`, and a split `train`.
+DATASETS = {
+    "Gustavosta/Stable-Diffusion-Prompts": "Prompt",
+    "isidentical/random-stable-diffusion-prompts": "prompt",
+}
+PAGE = 100  # the most rows that the server gives at once
+LIMIT = 10_000
+#: Seconds to connect, and between two bytes of an answer.
+TIMEOUT = (10, 30)
+#: Waits 0, 2, 4 ... 120 s between attempts, or what the server's Retry-After asks for; gives up sooner without a network.
+RETRIES = Retry(total=8, connect=3, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False)
+
+#: Told after every page: prompts so far, rows read, rows there are.
+Progress = Callable[[int, int, int], None]
+
+
+@dataclass
+class State:
+    """How far a download is: what was asked for, rows read and rows there are by dataset, and the size of the partial file."""
+
+    contains: str
+    rows: dict[str, int]
+    totals: dict[str, int]
+    size: int = 0
+
+    def next(self) -> str | None:
+        """The dataset that is furthest behind, so that a short list has prompts of all of them; None at the end."""
+        open_ = [name for name in self.rows if self.rows[name] < self.totals.get(name, 1)]
+        return min(open_, key=self.rows.__getitem__, default=None)
+
+
+class RowsServer:
+    """The part of the datasets server that gives the rows of a dataset, with patience."""
+
+    def __init__(self, url: str = SERVER, retries: Retry = RETRIES, timeout: tuple[float, float] = TIMEOUT):
+        self.url, self.retries, self.timeout = url, retries, timeout
+        self.session = requests.Session()
+        self.session.mount(url, HTTPAdapter(max_retries=retries))
+
+    def page(self, dataset: str, offset: int) -> tuple[list[str], int]:
+        """Prompts of the rows from `offset` on ("" where a row has none), and how many rows the dataset has.
+
+        Raises `UserError` where the server cannot be reached, refuses, or answers with something else.
+        """
+        try:
+            response = self._get({"dataset": dataset, "config": "default", "split": "train", "offset": offset, "length": PAGE})
+        except (requests.RequestException, HTTPError) as error:
+            raise UserError(f"{self.url} cannot be read ({error}): run the same command again to go on.") from error
+        try:
+            answer = response.json()
+            if not response.ok:
+                raise UserError(f"{self.url} refused rows of {dataset} ({response.status_code}): {answer['error']}")
+            return [row["row"][DATASETS[dataset]] or "" for row in answer["rows"]], int(answer["num_rows_total"])
+        except (requests.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{response.url} answered with status {response.status_code} and not with rows that have a column "
+                f"{DATASETS[dataset]!r}: {response.text[:100]!r}. Run the same command later to go on."
+            ) from error
+
+    def _get(self, query: dict[str, str | int]) -> requests.Response:
+        url, retries = f"{self.url}/rows", self.retries
+        while True:
+            try:
+                return self.session.get(url, params=query, timeout=self.timeout)
+            except (requests.ConnectionError, ChunkedEncodingError) as error:
+                # The adapter tries again until an answer begins; one that breaks off or stalls after that is left to us.
+                cause = error.args[0]
+                if not isinstance(cause, ProtocolError | ReadTimeoutError):
+                    raise
+                retries = retries.increment("GET", url, error=cause)
+            retries.sleep()
+
+
+def download_prompts(
+    out: str | os.PathLike[str] = "prompts.txt",
+    datasets: Sequence[str] = tuple(DATASETS),
+    contains: str = "",
+    limit: int = LIMIT,
+    progress: Progress | None = None,
+    server: RowsServer | None = None,
+) -> int:
+    """Writes at most `limit` (0 = all) different prompts that contain a text to `out`, one a line; how many there are.
+
+    Line breaks inside a prompt become spaces. The datasets take turns, page by page. Goes on where an interrupted call
+    with the same `out`, `datasets` and `contains` stopped; the result is that of a call that was not interrupted.
+    Raises `UserError`, with everything so far kept, where the server cannot be reached or answers with something else.
+    """
+    out = Path(out)
+    if limit < 0:
+        raise UserError(f"The limit is a number of prompts, or 0 for all; found {limit}.")
+    if unknown := [name for name in datasets if name not in DATASETS]:
+        raise UserError(f"No dataset {unknown[0]!r} is known here; there are {' and '.join(DATASETS)}.")
+    partial, saved = (out.with_name(out.name + ending) for ending in (".partial", ".progress"))
+    server = server or RowsServer()
+    with locked(out):
+        state = _resumed(saved, partial, datasets, contains)
+        with open(partial, "ab+") as file:
+            file.truncate(state.size)  # lines that were written after the last saved state
+            file.seek(0)
+            seen = dict.fromkeys(file.read().decode().splitlines())
+            while (name := state.next()) and not 0 < limit <= len(seen):
+                rows, total = server.page(name, state.rows[name])
+                prompts = (" ".join(row.splitlines()).strip() for row in rows)
+                new = dict.fromkeys(prompt for prompt in prompts if prompt and contains in prompt and prompt not in seen)
+                file.write("".join(f"{prompt}\n" for prompt in new).encode())
+                file.flush()
+                os.fsync(file.fileno())
+                seen |= new
+                state.rows[name] = state.rows[name] + len(rows) if rows else total
+                state.totals[name], state.size = total, file.tell()
+                write_text(saved, json.dumps(asdict(state)))
+                if progress is not None:
+                    progress(len(seen), sum(state.rows.values()), sum(state.totals.values()))
+        chosen = list(seen)[: limit or None]
+        write_text(out, "".join(f"{prompt}\n" for prompt in chosen))
+        saved.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
+    return len(chosen)
+
+
+def _resumed(saved: Path, partial: Path, datasets: Sequence[str], contains: str) -> State:
+    """The state in `saved`, or that of a download which has yet to begin."""
+    fresh = State(contains, dict.fromkeys(datasets, 0), {})
+    if not saved.exists():
+        return fresh
+    try:
+        state = State(**json.loads(saved.read_text(encoding="utf-8")))
+        whole = partial.stat().st_size >= state.size
+    except (OSError, ValueError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{saved} does not belong to {partial}: delete both to start over.")
+    if (state.contains, list(state.rows)) != (contains, list(datasets)):
+        raise UserError(
+            f"{saved} belongs to a download of {' and '.join(state.rows)} with --contains {state.contains!r} that has not "
+            "ended: give the same options to go on with it, delete the file to start over, or choose another output."
+        )
+    return state
+
+
+def download_with_bar(out: Path, datasets: Sequence[str], contains: str, limit: int, server: RowsServer | None = None) -> None:
+    """`download_prompts` for the terminal: a progress bar (by rich; a line a page without it), then what to do next."""
+    try:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+    except ImportError:
+        count = download_prompts(out, datasets, contains, limit, _print_line, server=server)
+    else:
+        with Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+            task = bar.add_task("prompts", total=limit or None)
+
+            def report(prompts: int, rows: int, total: int) -> None:
+                if limit:
+                    bar.update(task, completed=min(prompts, limit), description=f"{rows:,} rows read; prompts")
+                else:
+                    bar.update(task, completed=rows, total=total, description=f"{prompts:,} prompts; rows")
+
+            count = download_prompts(out, datasets, contains, limit, report, server=server)
+    print(f"{count:,} prompts in {out}")
+
+
+def _print_line(prompts: int, rows: int, total: int) -> None:
+    print(f"{prompts:,} prompts in {rows:,} of {total:,} rows", file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Writes prompts from public collections to a text file, one a line.")
+    parser.add_argument("--out", type=Path, default=Path("prompts.txt"), help="the file (default: prompts.txt)")
+    parser.add_argument("--dataset", action="append", choices=[*DATASETS], help="only this one (default: both)")
+    parser.add_argument("--contains", default="", metavar="TEXT", help="only prompts with TEXT in them, such as '\"'")
+    parser.add_argument("--limit", type=int, default=LIMIT, metavar="N", help=f"at most N; 0 = all (default: {LIMIT})")
+    parser.add_argument("--server", default=SERVER, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    try:
+        download_with_bar(given.out, given.dataset or [*DATASETS], given.contains, given.limit, RowsServer(given.server))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nStopped. What came so far is in {given.out}.partial; the same command goes on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,14 @@
+"""The ComfyUI side: every node is declarations and one call; `host.py` holds the glue to ComfyUI."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .prompts import Counter, Prompts
+from .record import InternalsReport, RecordInternals
+from .tiny import LoadTinyFlux
+
+
+class FluxPokeExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [LoadTinyFlux, RecordInternals, InternalsReport, Prompts, Counter]

@@ -1,0 +1,216 @@
+"""All the glue to ComfyUI: its quirks are known here and nowhere else.
+
+Models are watched through wrappers on a clone (`sampling_clone`): hooks stand for the length of one model call, so the
+model that was passed in, and every other clone of it, is never touched.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import numpy as np
+import torch
+from comfy.cli_args import args as host_options
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from server import PromptServer
+from torch import Tensor, nn
+
+from ..analysis.recording import TokenMask
+from ..errors import UserError
+from ..flux.fingerprint import Fingerprint, row_scale
+from ..flux.layout import Layout, canonical_key, read_layout
+
+log = logging.getLogger("flux-poke")
+
+CATEGORY = "flux-poke"
+FOLDER = "flux_poke"
+
+
+def output_path(name: str, suffix: str = "") -> Path:
+    """The file or folder called `name` in `<ComfyUI output>/flux_poke`; `suffix` is added where it lacks one.
+
+    Raises `UserError` where the name would leave that folder (`..`, absolute, through a symlink).
+    """
+    root = (Path(folder_paths.get_output_directory()) / FOLDER).resolve()
+    path = root / name.strip()
+    if suffix and path.suffix != suffix:
+        path = path.with_name(path.name + suffix)
+    if not name.strip() or path.is_symlink() or root not in path.resolve().parents:
+        raise UserError(f"'{name}' is no name inside {root}: expected a plain file name, such as 'internals{suffix}'.")
+    return path
+
+
+def input_path(name: str) -> Path:
+    """The file called `name` in ComfyUI's input folder; raises `UserError` where the name would leave it."""
+    root = Path(folder_paths.get_input_directory()).resolve()
+    path = (root / name.strip()).resolve()
+    if root not in path.parents:
+        raise UserError(f"'{name}' is no name inside {root}: expected a plain file name.")
+    return path
+
+
+def input_files(suffix: str) -> list[str]:
+    """Names of the files of one kind in ComfyUI's input folder."""
+    root = Path(folder_paths.get_input_directory())
+    return sorted(path.name for path in root.glob(f"*{suffix}")) if root.is_dir() else []
+
+
+def say(node_id: str | None, text: str) -> None:
+    """Shows a line of text on the node, and in the log."""
+    log.info(text)
+    if node_id is not None:
+        PromptServer.instance.send_progress_text(text, node_id)
+
+
+def graph_metadata(hidden: Any) -> dict[str, str]:
+    """The graph that is running, as the host would put it into a picture; empty with --disable-metadata."""
+    if host_options.disable_metadata:
+        return {}
+    found = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
+    return {key: json.dumps(found[key]) for key in ("prompt", "workflow") if found.get(key) is not None}
+
+
+def to_image(pixels: np.ndarray) -> Tensor:
+    """Pixels [height, width, 3] uint8 as the host's IMAGE [1, height, width, 3] float."""
+    return torch.from_numpy(pixels).float().div(255)[None]
+
+
+def flux_layout(model: ModelPatcher) -> Layout:
+    """The layout of a MODEL; raises `UserError` where it is no FLUX."""
+    weights = model.model.diffusion_model.state_dict()
+    return read_layout({key: tuple(tensor.shape) for key, tensor in weights.items()}, source="The model")
+
+
+def fingerprint(model: ModelPatcher) -> Fingerprint:
+    """Fingerprint of a MODEL as it was loaded, beneath any LoRA that is applied at the moment."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.model.diffusion_model.state_dict().items()}
+    names = {canonical_key(key): key for key in shapes}
+
+    def weight(key: str) -> Tensor:
+        name = f"diffusion_model.{names[key]}"
+        if name in model.hook_backup:
+            return model.hook_backup[name][0]
+        if name in model.backup:
+            return model.backup[name].weight
+        return comfy.utils.get_attr(model.model, name)
+
+    def row(key: str, index: int) -> Tensor:
+        stored = getattr(weight(key), "_qdata", weight(key))
+        if not stored.is_floating_point() or stored.shape != shapes[names[key]]:
+            raise UserError(f"{key} is quantised to {stored.dtype}: expected a bf16, fp16 or fp8 model.")
+        return stored[index].cpu()
+
+    def scale(key: str, index: int) -> float:
+        quantised = weight(key)
+        return row_scale(quantised._params.scale, index, key) if hasattr(quantised, "_qdata") else 1.0
+
+    return Fingerprint.of({canonical_key(key): shape for key, shape in shapes.items()}, row, scale)
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """One call of the diffusion model during sampling, before it happens.
+
+    Attributes:
+        model: the transformer, with the checkpoint's module names.
+        x: latents [batch, channels, height, width], as the sampler holds them.
+        sigma: noise levels [batch].
+        context: text [batch, words, width].
+        conditional: for each row of the batch; False for those of the negative prompt (CFG).
+        references: latents of reference pictures, whose tokens follow those of the image.
+    """
+
+    model: nn.Module
+    x: Tensor
+    sigma: Tensor
+    context: Tensor
+    conditional: tuple[bool, ...]
+    references: tuple[Tensor, ...]
+
+    def mask(self, layout: Layout, ignore_padding: bool, positive_only: bool) -> TokenMask:
+        """Which tokens count: reference tokens and padding left out by `ignore_padding`, negative rows by `positive_only`.
+
+        FLUX.2's text is padded with zeros by the host, which is how padding is known; other families' is not marked.
+        """
+        device, batch = self.x.device, len(self.x)
+        image = _image_tokens(self.x, layout.patch)
+        extra = sum(_image_tokens(reference, layout.patch) for reference in self.references)
+        img = torch.ones(batch, image + extra, dtype=torch.bool, device=device)
+        txt = torch.ones(batch, self.context.shape[1], dtype=torch.bool, device=device)
+        needed = False
+        if ignore_padding and extra:
+            img[:, image:] = False
+            needed = True
+        if ignore_padding and layout.family == "flux2":
+            txt = (self.context != 0).any(-1).to(device).expand(batch, -1)
+            needed = True
+        if positive_only and not all(self.conditional):
+            rows = torch.tensor(self.conditional, device=device)[:, None]
+            img, txt = img & rows, txt & rows
+            needed = True
+        return TokenMask(img, txt) if needed else TokenMask()
+
+
+def _image_tokens(latents: Tensor, patch: int) -> int:
+    return -(-latents.shape[-2] // patch) * -(-latents.shape[-1] // patch)
+
+
+class SamplingWatcher(Protocol):
+    """What takes part in one sampling run: made when it starts, asked at every model call, told how it ended."""
+
+    def watching(self, call: ModelCall) -> AbstractContextManager[None]:
+        """Entered around the model call."""
+
+    def finish(self) -> None:
+        """The run ended well."""
+
+    def abandon(self) -> None:
+        """The run was interrupted or failed: keep nothing."""
+
+
+def sampling_clone(model: ModelPatcher, start: Callable[[], SamplingWatcher]) -> ModelPatcher:
+    """A clone of MODEL whose every sampling run is watched by what `start()` returns; `model` itself is left alone."""
+    running: list[SamplingWatcher] = []
+
+    def around_sampling(executor, *args, **kwargs):
+        watcher = start()
+        running.append(watcher)
+        try:
+            result = executor(*args, **kwargs)
+        except BaseException:  # an interrupt is no Exception on every version of the host
+            watcher.abandon()
+            raise
+        finally:
+            running.remove(watcher)
+        watcher.finish()
+        return result
+
+    def around_call(executor, *args, **kwargs):
+        if not running:  # a call outside of sampling, such as a test of memory
+            return executor(*args, **kwargs)
+        with running[-1].watching(_model_call(executor.class_obj.diffusion_model, *args, **kwargs)):
+            return executor(*args, **kwargs)
+
+    clone = model.clone()
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, FOLDER, around_sampling)
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, FOLDER, around_call)
+    return clone
+
+
+def _model_call(
+    model: nn.Module, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conditions
+) -> ModelCall:
+    """The arguments of BaseModel.apply_model, named."""
+    parts = (transformer_options or {}).get("cond_or_uncond") or [0]
+    conditional = tuple(part == 0 for part in parts for _ in range(len(x) // len(parts)))
+    return ModelCall(model, x, t, c_crossattn, conditional, tuple(conditions.get("ref_latents") or ()))

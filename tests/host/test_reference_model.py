@@ -1,0 +1,68 @@
+"""flux/model.py equals ComfyUI's own transformer on the same weights."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from flux_poke.flux.model import Flux
+
+COMFYUI = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
+
+pytestmark = pytest.mark.skipif(not COMFYUI.is_dir(), reason=f"no ComfyUI in {COMFYUI} (set COMFYUI_PATH)")
+
+FLUX1 = {
+    "in_channels": 16, "out_channels": 16, "vec_in_dim": 64, "axes_dim": [16, 56, 56], "theta": 10_000, "patch_size": 2,
+    "qkv_bias": True, "mlp_ratio": 4.0, "txt_ids_dims": [], "guidance_embed": False,
+}  # fmt: skip
+FLUX2 = {
+    "in_channels": 128, "out_channels": 128, "vec_in_dim": None, "axes_dim": [32] * 4, "theta": 2_000, "patch_size": 1,
+    "qkv_bias": False, "mlp_ratio": 3.0, "txt_ids_dims": [3], "guidance_embed": False, "global_modulation": True,
+    "mlp_silu_act": True, "ops_bias": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def comfy_flux(monkeypatch):
+    """ComfyUI's class, on the CPU; its folder is on `sys.path` for the length of the test alone."""
+    # The repository's own folder `nodes` would hide ComfyUI's nodes.py.
+    monkeypatch.setattr(sys, "path", [str(COMFYUI), *(entry for entry in sys.path if entry not in ("", os.getcwd()))])
+    monkeypatch.setattr(sys, "argv", sys.argv[:1])
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+    import comfy.ldm.flux.model
+    import comfy.ops
+
+    def build(**config):
+        return comfy.ldm.flux.model.Flux(dtype=torch.float32, operations=comfy.ops.manual_cast, **config)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "family",
+    [FLUX1, FLUX1 | {"guidance_embed": True}, FLUX2, FLUX2 | {"guidance_embed": True}],
+    ids=["flux1", "flux1-guidance", "flux2", "flux2-guidance"],
+)
+@torch.no_grad()
+def test_the_velocity_equals_that_of_the_host(comfy_flux, family):
+    sizes = {"context_in_dim": 64, "hidden_size": 256, "num_heads": 2, "depth": 2, "depth_single_blocks": 3}
+    host = comfy_flux(**sizes, **family)
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        key: torch.randn(tensor.shape, generator=generator) * 0.08 + (1 if "norm" in key else 0)
+        for key, tensor in host.state_dict().items()
+    }
+    host.load_state_dict(weights)
+    ours = Flux.load({f"model.diffusion_model.{key}": tensor for key, tensor in weights.items()})
+
+    x = torch.randn(2, family["in_channels"], 8, 12, generator=generator)
+    sigma, guidance = torch.tensor([0.3, 0.9]), torch.tensor([3.5, 2.0])
+    context = torch.randn(2, 7, 64, generator=generator)
+    vector = torch.randn(2, 64, generator=generator) if family["vec_in_dim"] else None
+    expected = host(x, sigma, context, vector, guidance if family["guidance_embed"] else None)
+    assert expected.abs().max() > 0.1
+    error = (ours(x, sigma, context, vector, guidance) - expected).abs().max() / expected.abs().max()
+    assert error < 1e-5

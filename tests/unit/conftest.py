@@ -1,0 +1,132 @@
+"""Small models of the families with random weights; their keys and shapes are written out here, from the published ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from flux_poke.flux.model import Flux
+from torch import Tensor
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def flux_shapes(
+    family: str = "flux1",
+    hidden: int = 128,
+    depth: int = 2,
+    depth_single: int = 2,
+    context: int = 32,
+    vector: int = 24,
+    guidance: bool = False,
+) -> Shapes:
+    """Keys and shapes of a checkpoint: FLUX.1 and Chroma with biases and MLPs of ratio 4, FLUX.2 without, gated, ratio 3."""
+    shapes: Shapes = {}
+    gated, biased = family == "flux2", family != "flux2"
+
+    def linear(name: str, inputs: int, outputs: int) -> None:
+        shapes[f"{name}.weight"] = (outputs, inputs)
+        if biased:
+            shapes[f"{name}.bias"] = (outputs,)
+
+    def embedder(name: str, inputs: int) -> None:
+        linear(f"{name}.in_layer", inputs, hidden)
+        linear(f"{name}.out_layer", hidden, hidden)
+
+    def norms(name: str) -> None:
+        shapes[f"{name}.norm.query_norm.scale"] = shapes[f"{name}.norm.key_norm.scale"] = (128,)
+
+    channels = 128 if gated else 64
+    width = (3 if gated else 4) * hidden
+    up = 2 * width if gated else width
+    linear("img_in", channels, hidden)
+    linear("txt_in", context, hidden)
+    if family == "chroma":
+        linear("distilled_guidance_layer.in_proj", 64, hidden)
+        linear("distilled_guidance_layer.out_proj", hidden, hidden)
+    else:
+        embedder("time_in", 256)
+        if guidance:
+            embedder("guidance_in", 256)
+    if family == "flux1":
+        embedder("vector_in", vector)
+    if family == "flux2":
+        linear("double_stream_modulation_img.lin", hidden, 6 * hidden)
+        linear("double_stream_modulation_txt.lin", hidden, 6 * hidden)
+        linear("single_stream_modulation.lin", hidden, 3 * hidden)
+    for index in range(depth):
+        for stream in ("img", "txt"):
+            name = f"double_blocks.{index}.{stream}"
+            if family == "flux1":
+                linear(f"{name}_mod.lin", hidden, 6 * hidden)
+            linear(f"{name}_attn.qkv", hidden, 3 * hidden)
+            norms(f"{name}_attn")
+            linear(f"{name}_attn.proj", hidden, hidden)
+            linear(f"{name}_mlp.0", hidden, up)
+            linear(f"{name}_mlp.2", width, hidden)
+    for index in range(depth_single):
+        name = f"single_blocks.{index}"
+        linear(f"{name}.linear1", hidden, 3 * hidden + up)
+        linear(f"{name}.linear2", hidden + width, hidden)
+        norms(name)
+        if family == "flux1":
+            linear(f"{name}.modulation.lin", hidden, 3 * hidden)
+    linear("final_layer.linear", hidden, channels)
+    if family != "chroma":
+        linear("final_layer.adaLN_modulation.1", hidden, 2 * hidden)
+    return shapes
+
+
+def flux_tensors(family: str = "flux1", seed: int = 0, **sizes) -> dict[str, Tensor]:
+    """Random float32 weights at which activations neither vanish nor blow up."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        key: torch.randn(shape, generator=generator) * 0.08 + (1 if "norm" in key else 0)
+        for key, shape in flux_shapes(family, **sizes).items()
+    }
+
+
+def flux_inputs(model: Flux, batch: int = 2, words: int = 5, seed: int = 1) -> dict[str, Tensor]:
+    """What one call of `model` takes: latents of 6 x 4 patches (so rows and columns differ) and their conditioning."""
+    generator = torch.Generator().manual_seed(seed)
+    layout = model.layout
+    height, width = 6 * layout.patch, 4 * layout.patch
+    inputs = {
+        "x": torch.randn(batch, layout.in_channels // layout.patch**2, height, width, generator=generator),
+        "sigma": torch.rand(batch, generator=generator),
+        "context": torch.randn(batch, words, layout.context, generator=generator),
+    }
+    if layout.vector:
+        inputs["vector"] = torch.randn(batch, layout.vector, generator=generator)
+    if layout.guidance:
+        inputs["guidance"] = 1 + 4 * torch.rand(batch, generator=generator)
+    return inputs
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """The models are small: more threads only wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def shapes() -> Callable[..., Shapes]:
+    return flux_shapes
+
+
+@pytest.fixture
+def tensors() -> Callable[..., dict[str, Tensor]]:
+    return flux_tensors
+
+
+@pytest.fixture
+def inputs() -> Callable[..., dict[str, Tensor]]:
+    return flux_inputs
+
+
+@pytest.fixture(params=["flux1", "flux1 guidance", "flux2", "flux2 guidance"])
+def model(request) -> Flux:
+    """A random model of each family, with and without guidance."""
+    family, *guidance = request.param.split()
+    return Flux.load(flux_tensors(family, guidance=bool(guidance)))

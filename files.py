@@ -131,7 +131,7 @@ def stream_safetensors(
         header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(path) as new, open(new, "wb") as file:
+    with replacing(path) as new, _explained(Path(path)), open(new, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in order:
             value = tensor(key).detach().cpu().contiguous()

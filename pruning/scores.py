@@ -199,8 +199,8 @@ def require_rows(rows: HiddenStates | None, dense: Dense, sites: Sequence[Site],
         count, least = rows.count(site.name), rows_needed(site)
         if count < least:
             raise UserError(
-                f"{rows.folder} holds {count:,} rows of {site.name}, too few for {what}: at least {least:,} are needed, as many "
-                f"as it reads values ({5 * least:,} do best). Record more images, more steps per image or more rows per step."
+                f"{rows.folder} holds {count:,} rows of {site.name}, too few for {what}: at least {least:,} are needed, "
+                f"one for each value it reads ({5 * least:,} do best). Record more images, steps per image or rows per step."
             )
     return rows
 

@@ -16,6 +16,7 @@ name is not there.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -209,6 +210,13 @@ class HiddenStates:
     def amplification(self) -> dict[str, float]:
         """Mean amplification by site; empty where it was not measured."""
         return {name: value / count for name, (value, count) in self.manifest.amplification.items() if count}
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal; changes whenever shards are added or thinned."""
+        shards = [asdict(shard) for shard in self.manifest.shards]
+        text = json.dumps([self.manifest.created, self.manifest.fingerprint.values, shards])
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def bytes(self, kind: Kind) -> int:
         """What the shards of `kind` take."""

@@ -45,7 +45,7 @@ class PruningPlan:
         kept: by site, indices in ascending order, int64. Sites that are not named stay whole.
         widths: by site, how many neurons the dense model has.
         score: what ranked them. made: how, in words.
-        predicted: by site, predicted squared error of its output relative to cutting all of it, where the score predicts one.
+        predicted: by site, predicted squared error of its output relative to the output's energy, if the score predicts it.
         velocity_error: predicted relative squared error of the velocity, where amplifications were measured.
     """
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from ..errors import UserError
 from .moments import Moments, exact_products, regressors
 from .weights import SiteWeights
 
-Method = Literal["none", "bias", "affine"]
+METHODS = ("none", "bias", "affine")
 
 #: Ridges that affine repair chooses among on held-out images, in units of the mean variance of what it regresses on.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -42,7 +41,7 @@ class RepairReport:
     `predicted` is the certificate: the least error of `method` on the rows it was fitted to. None = not measured.
     """
 
-    method: Method
+    method: str
     ridge: float | None = None
     before: float | None = None
     bias: float | None = None

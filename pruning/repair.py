@@ -15,7 +15,6 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import get_args
 
 import torch
 
@@ -28,11 +27,10 @@ from ..flux.layout import Site
 from .dense import Dense
 from .moments import gather
 from .plan import PruningPlan
-from .refit import Fold, Method, Repaired, RepairReport, affine, bias, choose, none
+from .refit import METHODS, Fold, Repaired, RepairReport, affine, bias, choose, none
 from .scores import Progress, require_internals, require_rows
 from .weights import SiteWeights
 
-METHODS: tuple[Method, ...] = get_args(Method)
 FORMAT = "flux-poke repair 1"
 
 
@@ -51,7 +49,7 @@ class Repairs(Mapping[str, Repaired]):
         self,
         dense: Dense,
         plan: PruningPlan,
-        method: Method = "none",
+        method: str = "none",
         internals: Internals | None = None,
         rows: HiddenStates | None = None,
         folder: str | os.PathLike[str] | None = None,
@@ -125,9 +123,7 @@ class Repairs(Mapping[str, Repaired]):
 
     def _key(self) -> str:
         assert self.rows is not None
-        shards = [asdict(shard) for shard in self.rows.manifest.shards]
-        rows = json.dumps([self.rows.manifest.created, shards])
-        return hashlib.sha256(f"{FORMAT} {self.plan.digest} {self.method} {self.fold} {rows}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{FORMAT} {self.plan.digest} {self.fold} {self.rows.digest}".encode()).hexdigest()[:16]
 
 
 def report_table(report: Mapping[str, RepairReport]) -> str:

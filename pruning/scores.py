@@ -16,8 +16,7 @@ Lower scores are cut first; of equal ones, the lower index.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,6 +26,8 @@ from ..analysis.hidden_states import HiddenStates, Rows, held_out
 from ..analysis.internals import Internals
 from ..analysis.statistics import SiteInternals
 from ..errors import UserError
+from ..files import write_safetensors
+from ..flux.checkpoint import open_safetensors
 from ..flux.layout import Site
 from .dense import Dense
 from .moments import Moments, gather
@@ -34,8 +35,7 @@ from .obs import eliminate
 from .refit import RIDGES, Problem, held_out_errors
 from .weights import SiteWeights, down_energy
 
-Score = Literal["frequency", "magnitude", "fluctuation", "obs"]
-SCORES: tuple[Score, ...] = get_args(Score)
+SCORES = ("frequency", "magnitude", "fluctuation", "obs")
 
 #: Shares of a site's neurons at which the errors of cutting are measured on held-out images.
 GRID = (0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.9, 0.97)
@@ -52,16 +52,16 @@ class Ranking:
         order: int64 [width], first to go first.
         error: predicted squared error per token at the MLP's output after cutting the first k, float64 [width + 1];
             None where the score predicts none (frequency).
+        energy: of that output per token, about its mean where the MLP has a bias: the unit of relative errors.
     """
 
     order: Tensor
-    error: Tensor | None
+    error: Tensor | None = None
+    energy: float = 1.0
 
     def relative_error(self, cut: int) -> float | None:
-        """Predicted error after cutting the first `cut`, relative to cutting all."""
-        if self.error is None:
-            return None
-        return (self.error[cut] / self.error[-1]).item() if self.error[-1] > 0 else 0.0
+        """Predicted error after cutting the first `cut`, relative to the output's energy."""
+        return None if self.error is None else self.error[cut].item() / self.energy
 
 
 def frequency(site: SiteInternals) -> Tensor:
@@ -97,7 +97,8 @@ def obs(moments: Moments, down: Tensor, ridge: float | None = None) -> Ranking:
         )
         hessian.addmm_(half.T, half, alpha=-1.0)
     order, error = eliminate(hessian, down)
-    return Ranking(order.cpu(), error.cpu())
+    whole = ((down.double() @ moments.second[moments.attn :, moments.attn :]) * down).sum().item()
+    return Ranking(order.cpu(), error.cpu(), max(whole, torch.finfo(torch.float32).tiny))
 
 
 def judged(
@@ -114,11 +115,11 @@ def judged(
     problems = [Problem.of(weights, ranking.order[cut:].sort().values, moments) for cut in cuts]
     cases = [(problem, [None, *(problem.solve(ridge) for ridge in RIDGES)]) for problem in problems]
     errors = held_out_errors(weights, moments, cases, judge)
-    found = [min(case.refitted) * problem.whole for case, problem in zip(errors, problems, strict=True)]
+    found = [min(case.refitted) * ranking.energy for case in errors]
     places = [0, *cuts, width]
     factors = [error / max(ranking.error[cut].item(), 1e-30) for cut, error in zip(cuts, found, strict=True)]
     scale = np.interp(np.arange(width + 1), places, [factors[0], *factors, 1.0])
-    return Ranking(ranking.order, (ranking.error * torch.from_numpy(scale)).cummax(0).values)
+    return replace(ranking, error=(ranking.error * torch.from_numpy(scale)).cummax(0).values)
 
 
 def mean_variance(second: Tensor) -> float:
@@ -127,7 +128,7 @@ def mean_variance(second: Tensor) -> float:
 
 
 def rank(
-    score: Score,
+    score: str,
     dense: Dense,
     internals: Internals | None = None,
     rows: HiddenStates | None = None,
@@ -135,7 +136,7 @@ def rank(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Ranking]:
-    """Rankings of `sites` (default: all) by `score`, one site in memory at a time.
+    """Rankings of `sites` (default: all) by `score`, one site in memory at a time. Those by obs are kept beside the rows.
 
     Raises `UserError` where the internals or rows that the score needs are missing, too few, or of another model.
     """
@@ -150,11 +151,7 @@ def rank(
     for done, site in enumerate(sites, start=1):
         if score == "obs":
             assert rows is not None
-            weights = SiteWeights.read(dense.tensors, site, device)
-            fit, judge = held_out(rows.images(site.name))
-            moments = gather(weights, rows.rows(site.name, fit))
-            ranking = obs(moments.merged(gather(weights, rows.rows(site.name, judge))), weights.down)
-            rankings[site.name] = judged(ranking, weights, moments, rows.rows(site.name, judge))
+            rankings[site.name] = _by_rows(dense, site, rows, device)
         else:
             assert internals is not None
             rankings[site.name] = _by_internals(score, dense, site, internals.sites[site.name])
@@ -163,13 +160,32 @@ def rank(
     return rankings
 
 
-def _by_internals(score: Score, dense: Dense, site: Site, recorded: SiteInternals) -> Ranking:
+def _by_rows(dense: Dense, site: Site, rows: HiddenStates, device: torch.device | str) -> Ranking:
+    """The ranking by obs; it is kept beside the rows, since it takes long and every budget starts from it."""
+    path = rows.folder / "rankings" / f"{rows.digest[:16]}-{site.name}.safetensors"
+    if path.exists():
+        with open_safetensors(path) as file:
+            return Ranking(file.get_tensor("order"), file.get_tensor("error"), file.get_tensor("energy").item())
+    weights = SiteWeights.read(dense.tensors, site, device)
+    fit, judge = held_out(rows.images(site.name))
+    moments = gather(weights, rows.rows(site.name, fit))
+    ranking = obs(moments.merged(gather(weights, rows.rows(site.name, judge))), weights.down)
+    ranking = judged(ranking, weights, moments, rows.rows(site.name, judge))
+    assert ranking.error is not None
+    energy = torch.tensor(ranking.energy, dtype=torch.float64)
+    tensors = {"order": ranking.order, "error": ranking.error, "energy": energy}
+    write_safetensors(path, tensors, {"format": "flux-poke ranking 1"})
+    return ranking
+
+
+def _by_internals(score: str, dense: Dense, site: Site, recorded: SiteInternals) -> Ranking:
     if score == "frequency":
-        return Ranking(frequency(recorded).argsort(stable=True), None)
+        return Ranking(frequency(recorded).argsort(stable=True))
     energy = down_energy(SiteWeights.read(dense.tensors, site))
     scores = magnitude(recorded, energy) if score == "magnitude" else fluctuation(recorded, energy)
     ordered, order = scores.sort(stable=True)
-    return Ranking(order, torch.cat((torch.zeros(1, dtype=torch.float64), ordered.cumsum(0))))
+    error = torch.cat((torch.zeros(1, dtype=torch.float64), ordered.cumsum(0)))
+    return Ranking(order, error, max(error[-1].item(), torch.finfo(torch.float32).tiny))
 
 
 def require_internals(internals: Internals | None, dense: Dense, sites: Sequence[Site], what: str) -> Internals:
@@ -211,6 +227,6 @@ def rows_needed(site: Site) -> int:
 
 
 def predicted_errors(rankings: Mapping[str, Ranking], kept: Mapping[str, Tensor]) -> dict[str, float]:
-    """By site, the predicted error relative to cutting all of it; only where the score predicts one."""
+    """By site, the predicted error relative to its output's energy; only where the score predicts one."""
     found = {name: rankings[name].relative_error(len(rankings[name].order) - len(indices)) for name, indices in kept.items()}
     return {name: error for name, error in found.items() if error is not None}

@@ -64,7 +64,7 @@ def test_a_converted_lora_equals_merging_before_cutting_and_repairing(family, me
         kept, removed = plan.kept[site.name], plan.removed(site.name)
         fold = repaired[site.name].fold
         up, down = dense.tensors[f"{site.up}.weight"], dense.tensors[f"{site.down}.weight"]
-        lora = {}
+        lora: dict[str, torch.Tensor] = {}
         for module, weight in ((site.up, up), (site.down, down)):
             b, a = factors(*weight.shape)
             lora |= {f"lora_unet_{module.replace('.', '_')}.lora_{n}.weight": t for n, t in (("up", b), ("down", a))}

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -129,7 +130,8 @@ class Problem:
         cut: indices of the neurons that go. target, regressed: places among the moments of the cut and of the kept regressors.
         down_cut: W_P [hidden, cut].
         among: C_KK. shared: C_KP W_Pᵀ [regressed, hidden].
-        energy: tr W_P C_PP W_Pᵀ, the error with the bias repaired. whole: tr W C Wᵀ, of cutting everything.
+        energy: tr W_P C_PP W_Pᵀ, the error with the bias repaired.
+        down: W [hidden, width].
     """
 
     moments: Moments
@@ -140,7 +142,7 @@ class Problem:
     among: Tensor
     shared: Tensor
     energy: float
-    whole: float
+    down: Tensor
 
     @classmethod
     def of(cls, weights: SiteWeights, kept: Tensor, moments: Moments) -> Problem:
@@ -150,9 +152,8 @@ class Problem:
         down = weights.down.double()
         toward = second[:, target] @ down[:, cut].T
         energy = (down[:, cut] * toward[target].T).sum().item()
-        whole = ((down @ second[a:, a:]) * down).sum().item()
         among = second[regressed][:, regressed]
-        return cls(moments, cut, target, regressed, down[:, cut], among, toward[regressed], energy, whole)
+        return cls(moments, cut, target, regressed, down[:, cut], among, toward[regressed], energy, down)
 
     def solve(self, ridge: float) -> Tensor:
         """W_P B [hidden, regressed]: what is added to the kept columns."""
@@ -169,6 +170,11 @@ class Problem:
             error += ((change @ self.among) * change).sum().item() - 2 * (change * self.shared.T).sum().item()
         return max(error, 0.0) / self.whole if self.whole > 0 else 0.0
 
+    @cached_property
+    def whole(self) -> float:
+        """tr W C Wᵀ: the error of cutting everything."""
+        return output_energy(self.down, self.moments)
+
     def _factor(self, ridge: float) -> Tensor:
         """Cholesky factor of C_KK plus a ridge, in units of the mean variance of attention and of neurons each."""
         system, a = self.among.clone(), self.moments.attn
@@ -178,6 +184,12 @@ class Problem:
             units[part] = variances[part].mean().clamp(min=torch.finfo(torch.float32).tiny)
         system.diagonal().add_(units, alpha=ridge)
         return torch.linalg.cholesky(system)
+
+
+def output_energy(down: Tensor, moments: Moments) -> float:
+    """tr W C Wᵀ: energy of an MLP's output per token, about its mean if the moments are."""
+    own = moments.second[moments.attn :, moments.attn :]
+    return ((down.double() @ own) * down).sum().item()
 
 
 @dataclass(frozen=True)

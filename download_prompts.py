@@ -25,7 +25,8 @@ if not __package__:  # run as a file: the folder it stands in, whatever its name
 import argparse
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import requests
@@ -179,28 +180,35 @@ def _resumed(saved: Path, partial: Path, datasets: Sequence[str], contains: str)
 
 
 def download_with_bar(out: Path, datasets: Sequence[str], contains: str, limit: int, server: RowsServer | None = None) -> None:
-    """`download_prompts` for the terminal: a progress bar (by rich; a line a page without it), then what to do next."""
+    """`download_prompts` for the terminal: progress, and at the end or an interrupt, what there is and what to do next."""
+    try:
+        with _progress(limit) as progress:
+            count = download_prompts(out, datasets, contains, limit, progress, server=server)
+    except KeyboardInterrupt:
+        print(f"\nStopped. What came so far is in {out}.partial; the same command goes on.", file=sys.stderr)
+        raise
+    print(f"{count:,} prompts in {out}")
+
+
+@contextmanager
+def _progress(limit: int) -> Iterator[Progress]:
+    """A bar, or a line a page where rich is not there."""
     try:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
     except ImportError:
-        count = download_prompts(out, datasets, contains, limit, _print_line, server=server)
-    else:
-        with Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
-            task = bar.add_task("prompts", total=limit or None)
+        yield lambda prompts, rows, total: print(f"{prompts:,} prompts in {rows:,} of {total:,} rows", file=sys.stderr)
+        return
+    with Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task("prompts", total=limit or None)
 
-            def report(prompts: int, rows: int, total: int) -> None:
-                if limit:
-                    bar.update(task, completed=min(prompts, limit), description=f"{rows:,} rows read; prompts")
-                else:
-                    bar.update(task, completed=rows, total=total, description=f"{prompts:,} prompts; rows")
+        def report(prompts: int, rows: int, total: int) -> None:
+            if limit:
+                bar.update(task, completed=min(prompts, limit), description=f"{rows:,} rows read; prompts")
+            else:
+                bar.update(task, completed=rows, total=total, description=f"{prompts:,} prompts; rows")
 
-            count = download_prompts(out, datasets, contains, limit, report, server=server)
-    print(f"{count:,} prompts in {out}")
-
-
-def _print_line(prompts: int, rows: int, total: int) -> None:
-    print(f"{prompts:,} prompts in {rows:,} of {total:,} rows", file=sys.stderr)
+        yield report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -217,7 +225,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nStopped. What came so far is in {given.out}.partial; the same command goes on.", file=sys.stderr)
         return 130
     return 0
 

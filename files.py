@@ -6,9 +6,11 @@ with locked(path):                               # other processes wait
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,17 +36,17 @@ _BYTES = dict(_DTYPES.values())
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new file beside `path` to write to; it takes `path`'s place when the `with` ends well, and is gone otherwise.
+    """Where to write a new file; it takes `path`'s place when the `with` ends well, and is gone otherwise.
 
+    It has the name of `path`, in a hidden folder beside it, where a library may put temporary files of its own.
     Raises `UserError` where the folder or the file cannot be written.
     """
     path = Path(path)
     with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         check_writable(path)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent)
-        os.close(handle)
-    new = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent))
+    new = folder / path.name
     try:
         yield new
         with _explained(path):
@@ -55,17 +57,17 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
                 os.fsync(file.fileno())
             os.replace(new, path)
     finally:
-        new.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
     if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            os.fsync(folder)
+            os.fsync(handle)
         finally:
-            os.close(folder)
+            os.close(handle)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises `UserError` where a folder is in the way, or a file marked read-only: replacing that is possible, but not meant."""
+    """Raises `UserError` where a folder stands at `path`, or a file that is marked read-only."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder: choose another name.")
@@ -84,7 +86,10 @@ def _explained(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Holds the lock of `path` (a `.lock` file next to it) against other processes and threads."""
+    """Holds the lock of `path` (a `.lock` file next to it) against other processes and threads.
+
+    Whoever holds it is the only one that writes: what a killed writer left half-written beside `path` is removed.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +100,8 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
             f"{path} cannot be locked for writing ({error}): choose another place or change its permissions."
         ) from error
     try:
+        for abandoned in path.parent.glob(f".{glob.escape(path.name)}.*.new"):
+            shutil.rmtree(abandoned, ignore_errors=True)
         yield
     finally:
         lock.release()

@@ -72,19 +72,26 @@ class Internals:
                 f"{name} was recorded on another model: {self.fingerprint.difference(other.fingerprint)}. "
                 "Recordings add up only for one model; choose another file name for this one."
             )
-        if self.sites.keys() != other.sites.keys():
+        if differ := sorted(self._widths().items() ^ other._widths().items()):
             raise UserError(
-                f"{name} holds other MLPs of the model ({len(other.sites)}) than this recording ({len(self.sites)})."
+                f"{name} holds other MLPs of the model ({len(other.sites)}) than this recording ({len(self.sites)}), "
+                f"first {differ[0][0]}: record the same ones, or choose another file name."
             )
-        first, last = (self, other) if self.created <= other.created else (other, self)
+        first = min(self, other, key=Internals._age)
         return replace(
             first,
             sites={name: added(site, other.sites[name]) for name, site in self.sites.items()},
             runs=self.runs + other.runs,
             steps=self.steps + other.steps,
             updated=max(self.updated, other.updated),
-            workflow=first.workflow or last.workflow,
         )
+
+    def _widths(self) -> dict[str, int]:
+        return {name: len(site.fires) for name, site in self.sites.items()}
+
+    def _age(self) -> tuple:
+        """Sorts by age; where two are of the same second, by whatever tells them apart, so that order never matters."""
+        return self.created, sorted(self.workflow.items()), self.fingerprint.to_json()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file as a whole, in place of what was there."""
@@ -118,11 +125,14 @@ class Internals:
             try:
                 family = next(known for known in FAMILY_NAMES if known == metadata["family"])
                 sites = {
-                    name: SiteInternals(
-                        fires=file.get_tensor(name),
-                        tokens=int(file.get_tensor(f"{name}.tokens")),
-                        sum=file.get_tensor(f"{name}.sum"),
-                        sum_sq=file.get_tensor(f"{name}.sum_sq"),
+                    name: _whole(
+                        name,
+                        SiteInternals(
+                            fires=file.get_tensor(name),
+                            tokens=int(file.get_tensor(f"{name}.tokens")),
+                            sum=file.get_tensor(f"{name}.sum"),
+                            sum_sq=file.get_tensor(f"{name}.sum_sq"),
+                        ),
                     )
                     for name in sorted(names, key=site_order)
                 }
@@ -136,7 +146,7 @@ class Internals:
                     updated=metadata["updated"],
                     workflow={key: metadata[key] for key in ("workflow", "prompt") if key in metadata},
                 )
-            except (KeyError, ValueError, StopIteration, SafetensorError) as error:
+            except (KeyError, ValueError, TypeError, RuntimeError, StopIteration, SafetensorError) as error:
                 raise UserError(f"{path} is a damaged internals file ({error}): record again or use a copy.") from error
 
 
@@ -167,6 +177,17 @@ def site_order(name: str) -> tuple[str, int, str]:
     """Sort key that brings site names into the model's order: doubles by number (img, txt), then singles."""
     kind, *stream, index = name.split("-")
     return kind, int(index), stream[0] if stream else ""
+
+
+def _whole(name: str, site: SiteInternals) -> SiteInternals:
+    """`site`, or a `ValueError` where it cannot have been recorded."""
+    kinds = [(tensor.dtype, tensor.shape) for tensor in (site.fires, site.sum, site.sum_sq)]
+    width = (site.fires.numel(),)
+    if kinds != [(torch.int64, width), (torch.float64, width), (torch.float64, width)]:
+        raise ValueError(f"{name} holds {kinds}, expected counts in int64 and two sums in float64 of one length")
+    if not ((site.fires >= 0) & (site.fires <= site.tokens)).all():
+        raise ValueError(f"{name} counts more fires than its {site.tokens} tokens, or less than none")
+    return site
 
 
 def _on_grid(sums: Tensor) -> Tensor:

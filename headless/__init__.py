@@ -1,0 +1,1 @@
+"""ComfyUI without its page: queue graphs on a running server, or start one."""

@@ -1,0 +1,179 @@
+"""A small client for ComfyUI's HTTP and websocket API.
+
+with ComfyClient("127.0.0.1:8188") as client:
+    result = client.run(graph, on_progress=print)    # graph in API form: {node id: {class_type, inputs}}
+    pictures = [client.fetch(file) for file in result.files("images")]
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import requests
+import websocket
+
+from ..errors import UserError
+
+Graph = Mapping[str, Mapping[str, Any]]
+
+#: Told which node is at work, its step and its number of steps (0, 0 when it starts).
+Progress = Callable[[str, int, int], None]
+
+#: Seconds without a message after which the history is asked instead.
+SILENCE = 5.0
+
+
+class Interrupted(Exception):
+    """The run was stopped by /interrupt or by Cancel."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run left: `outputs` by node id as ComfyUI reports them, `texts` shown on nodes, nodes that really ran."""
+
+    prompt_id: str
+    outputs: Mapping[str, Mapping[str, Any]]
+    texts: Mapping[str, str] = field(default_factory=dict)
+    executed: tuple[str, ...] = ()
+
+    def files(self, kind: str, node: str | None = None) -> list[dict[str, str]]:
+        """References to the files of one kind ("images", ...), of one node or all, for `ComfyClient.fetch`."""
+        nodes = self.outputs.values() if node is None else [self.outputs.get(node, {})]
+        return [file for output in nodes for file in output.get(kind, [])]
+
+
+class ComfyClient:
+    """One connection to the server at `address` ("host:port"). Raises `UserError` where none answers."""
+
+    def __init__(self, address: str = "127.0.0.1:8188", timeout: float = 30.0):
+        self.address, self.timeout = address, timeout
+        self.id = uuid.uuid4().hex
+        self._http = requests.Session()
+        try:
+            self._socket = websocket.create_connection(f"ws://{address}/ws?clientId={self.id}", timeout=timeout)
+        except (OSError, websocket.WebSocketException) as error:
+            raise UserError(f"No ComfyUI answers at {address} ({error}): start it, or give its host:port.") from error
+
+    def __enter__(self) -> ComfyClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._socket.close()
+        self._http.close()
+
+    def run(self, graph: Graph, on_progress: Progress | None = None, extra: Mapping[str, Any] | None = None) -> Result:
+        """Queues a graph and waits for its end; see `queue` and `wait`."""
+        return self.wait(self.queue(graph, extra), on_progress)
+
+    def queue(self, graph: Graph, extra: Mapping[str, Any] | None = None) -> str:
+        """Queues a graph; its prompt id. Raises `UserError` naming every node and input the server refuses."""
+        body = {"prompt": graph, "client_id": self.id, "extra_data": dict(extra or {})}
+        answer = self._http.post(self._url("prompt"), json=body, timeout=self.timeout)
+        if answer.status_code == 400:
+            raise UserError(_refusal(answer.json(), graph))
+        answer.raise_for_status()
+        return answer.json()["prompt_id"]
+
+    def wait(self, prompt_id: str, on_progress: Progress | None = None) -> Result:
+        """Waits until a queued run has ended. Raises `UserError` with the failing node's message, or `Interrupted`."""
+        texts: dict[str, str] = {}
+        executed: list[str] = []
+        for kind, data in self._messages(prompt_id):
+            if kind == "text":
+                texts[data["node"]] = data["text"]
+                continue
+            if data.get("prompt_id") != prompt_id:
+                continue
+            if kind == "executing" and data.get("node"):
+                executed.append(data["node"])
+                if on_progress:
+                    on_progress(data["node"], 0, 0)
+            elif kind == "progress" and on_progress:
+                on_progress(data.get("node") or "", data["value"], data["max"])
+            elif kind == "execution_error":
+                raise UserError(
+                    f"{data['node_type']} (node {data['node_id']}) failed: {str(data['exception_message']).strip()}"
+                )
+            elif kind == "execution_interrupted":
+                raise Interrupted(prompt_id)
+            elif kind == "execution_success":
+                break
+        while not (found := self.history(prompt_id)):  # written a moment after the last message
+            time.sleep(0.05)
+        return Result(prompt_id, found["outputs"], texts, tuple(executed))
+
+    def history(self, prompt_id: str) -> dict[str, Any]:
+        """The server's record of a finished run; empty while it has none."""
+        return self._get(f"history/{prompt_id}").json().get(prompt_id, {})
+
+    def interrupt(self, prompt_id: str | None = None) -> None:
+        """Stops the run with this id, or whichever is running."""
+        body = {"prompt_id": prompt_id} if prompt_id else {}
+        self._http.post(self._url("interrupt"), json=body, timeout=self.timeout).raise_for_status()
+
+    def fetch(self, file: Mapping[str, str]) -> bytes:
+        """The content of a file that a run reported (`filename`, `subfolder`, `type`)."""
+        return self._get("view", params=dict(file)).content
+
+    def system(self) -> dict[str, Any]:
+        return self._get("system_stats").json()
+
+    def _messages(self, prompt_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Messages as (type, data). On silence the history is asked, so that a lost message loses no run."""
+        while True:
+            self._socket.settimeout(SILENCE)
+            try:
+                message = self._socket.recv()
+            except websocket.WebSocketTimeoutException:
+                status = self.history(prompt_id).get("status", {})
+                yield from ((kind, data) for kind, data in status.get("messages", []) if status.get("completed") is not None)
+                continue
+            if isinstance(message, bytes):
+                if int.from_bytes(message[:4], "big") == 3:
+                    length = int.from_bytes(message[4:8], "big")
+                    yield "text", {"node": message[8 : 8 + length].decode(), "text": message[8 + length :].decode()}
+            elif message:
+                found = json.loads(message)
+                yield found["type"], found.get("data") or {}
+            else:
+                raise UserError(f"ComfyUI at {self.address} closed the connection during the run: look at its log.")
+
+    def _url(self, path: str) -> str:
+        return f"http://{self.address}/{path}"
+
+    def _get(self, path: str, **options: Any) -> requests.Response:
+        answer = self._http.get(self._url(path), timeout=self.timeout, **options)
+        answer.raise_for_status()
+        return answer
+
+
+def wait_until_up(address: str, seconds: float, alive: Callable[[], bool] = lambda: True) -> None:
+    """Returns when a ComfyUI answers at `address`; `UserError` after `seconds`, or when `alive()` says that it has died."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and alive():
+        try:
+            requests.get(f"http://{address}/system_stats", timeout=2).raise_for_status()
+            return
+        except requests.RequestException:
+            time.sleep(0.2)
+    raise UserError(f"ComfyUI did not come up at {address} within {seconds:.0f} s: look at its log.")
+
+
+def _refusal(answer: Mapping[str, Any], graph: Graph) -> str:
+    """What the server's answer to a graph that it does not accept says, in one line."""
+    kinds = {node: found.get("class_type", "node") for node, found in graph.items()}
+    faults = [
+        f"{kinds.get(node, 'node')} (node {node}): {error.get('message')} {error.get('details', '')}".strip()
+        for node, found in (answer.get("node_errors") or {}).items()
+        for error in found.get("errors", [])
+    ]
+    message = (answer.get("error") or {}).get("message", "no reason given")
+    return f"ComfyUI refused the graph: {'; '.join(faults) or message}."

@@ -1,0 +1,69 @@
+"""A real ComfyUI server with this pack in its custom_nodes, for the host and browser tests.
+
+It is looked for at $COMFYUI_PATH, else ~/comfy/ComfyUI; where there is none, these tests are skipped. $COMFYUI_PATH_OLD names
+an older one for the compatibility tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from flux_poke.headless.client import ComfyClient
+from flux_poke.headless.server import ComfyServer
+
+ROOT = Path(__file__).parents[2]
+COMFYUI = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
+
+
+class Host:
+    """A server's folders, and how to start it."""
+
+    def __init__(self, comfyui: Path, base: Path, options: tuple[str, ...] = ()):
+        self.comfyui, self.base, self.options = comfyui, base, options
+        (base / "custom_nodes").mkdir(parents=True)
+        for kind in ("diffusion_models", "loras", "vae"):
+            (base / "models" / kind).mkdir(parents=True)
+        (base / "input").mkdir()
+        # any name will do for the folder, so it gets one that is no Python identifier
+        (base / "custom_nodes" / "flux poke-under.test").symlink_to(ROOT)
+
+    @property
+    def output(self) -> Path:
+        return self.base / "output"
+
+    @property
+    def internals(self) -> Path:
+        return self.output / "flux_poke" / "tiny.safetensors"
+
+    def start(self, *options: str) -> ComfyServer:
+        arguments = ["--cpu", "--base-directory", str(self.base), "--disable-auto-launch", *self.options, *options]
+        return ComfyServer(self.comfyui, arguments, log=self.base / "comfyui.log", environment={"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    if not (COMFYUI / "main.py").is_file():
+        pytest.skip(f"no ComfyUI at {COMFYUI} (set COMFYUI_PATH)")
+    return Host(COMFYUI, tmp_path_factory.mktemp("comfyui") / "base")
+
+
+@pytest.fixture(scope="session")
+def server(host: Host) -> Iterator[ComfyServer]:
+    with host.start() as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: ComfyServer) -> Iterator[ComfyClient]:
+    with ComfyClient(server.address) as connected:
+        yield connected
+
+
+@pytest.fixture(scope="session")
+def workflow() -> Callable[[str], dict]:
+    """Reads a graph from workflows/api, to change as a test needs."""
+    return lambda name: json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text())

@@ -1,0 +1,253 @@
+"""Record Internals on a real server: what it counts, what it leaves alone, and what it says."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from flux_poke.analysis.internals import Internals
+from flux_poke.errors import UserError
+from flux_poke.flux.fingerprint import Fingerprint
+from flux_poke.flux.tiny import TinyFlux
+from flux_poke.headless.client import ComfyClient, Interrupted, Result
+from PIL import Image
+
+PROMPT = "a handwritten three"
+
+
+@pytest.fixture
+def recording(workflow):
+    """The shipped graph, recording to a file of its own."""
+
+    def make(file: str, seed: int = 1, **sampler) -> dict:
+        graph = workflow("try_it_tiny")
+        graph["2"]["inputs"]["file"] = file
+        graph["6"]["inputs"] |= {"seed": seed, **sampler}
+        return graph
+
+    return make
+
+
+@pytest.fixture
+def without_recording(recording):
+    """The same graph with the sampler on the loaded model itself."""
+
+    def make(seed: int, **sampler) -> dict:
+        graph = recording("unused", seed, **sampler)
+        graph["6"]["inputs"]["model"] = ["1", 0]
+        del graph["2"], graph["9"]
+        return graph
+
+    return make
+
+
+def pictures(client: ComfyClient, result: Result) -> list[np.ndarray]:
+    return [np.asarray(Image.open(io.BytesIO(client.fetch(file)))) for file in result.files("images", "8")]
+
+
+def counted_by_hand(seeds: tuple[int, ...], batch: int = 4, steps: int = 20) -> dict[str, torch.Tensor]:
+    """Activations above 0 in the runs of these seeds, from the reference transformer, one neuron at a time."""
+    tiny = TinyFlux.load()
+    counts: dict[str, torch.Tensor] = {}
+
+    def count(name: str, skip: int):
+        def hook(module, inputs):
+            fired = (inputs[0][..., skip:] > 0).sum((0, 1))
+            counts[name] = counts.get(name, 0) + fired
+
+        return hook
+
+    for k, block in enumerate(tiny.flux.double_blocks):
+        block.img_mlp[2].register_forward_pre_hook(count(f"double-img-{k}", 0))
+        block.txt_mlp[2].register_forward_pre_hook(count(f"double-txt-{k}", 0))
+    for k, block in enumerate(tiny.flux.single_blocks):
+        block.linear2.register_forward_pre_hook(count(f"single-{k}", 128))
+    context, vector = tiny.words([PROMPT] * batch)
+    for seed in seeds:
+        x = torch.randn(batch, 16, 8, 8, generator=torch.Generator().manual_seed(seed))
+        for step in range(steps):
+            sigma = torch.full((batch,), 1 - step / steps)
+            with torch.no_grad():
+                x = x - tiny.flux(x, sigma, context, vector) / steps
+    return counts
+
+
+def test_two_runs_count_what_an_independent_computation_counts(client: ComfyClient, host, recording):
+    path = host.output / "flux_poke" / "counts.safetensors"
+    client.run(recording("counts", seed=1))
+    once = Internals.load(path)
+    client.run(recording("counts", seed=2))
+    twice = Internals.load(path)
+
+    assert (once.runs, once.steps, twice.runs, twice.steps) == (1, 20, 2, 40)
+    expected = counted_by_hand(seeds=(1, 2))
+    assert twice.sites.keys() == expected.keys()
+    activations = differing = 0
+    for name, site in twice.sites.items():
+        assert site.tokens == 2 * once.sites[name].tokens
+        activations += site.tokens * len(site.fires)
+        differing += int((site.fires - expected[name]).abs().sum())
+    assert activations == 2 * 20 * 4 * 512 * (2 * 16 + 2 * 8 + 4 * 24)
+    assert differing <= activations / 100_000
+    assert any(site.fires.any() for site in once.sites.values())
+
+
+def test_a_recording_knows_its_model_and_its_graph(client: ComfyClient, host, recording):
+    client.run(recording("known"), extra={"extra_pnginfo": {"workflow": {"nodes": []}}})
+    internals = Internals.load(host.output / "flux_poke" / "known.safetensors")
+    tiny = TinyFlux.load(dtype=torch.float32)
+    assert internals.family == "flux1"
+    assert internals.fingerprint.matches(Fingerprint.of_tensors(tiny.flux.state_dict()))
+    assert json.loads(internals.workflow["prompt"])["2"]["class_type"] == "FluxPokeRecordInternals"
+    assert json.loads(internals.workflow["workflow"]) == {"nodes": []}
+
+
+def test_pictures_are_the_same_with_and_without_recording(client: ComfyClient, recording, without_recording):
+    recorded = pictures(client, client.run(recording("same", seed=7)))
+    plain = pictures(client, client.run(without_recording(seed=7)))
+    assert len(recorded) == len(plain) == 4
+    for a, b in zip(recorded, plain, strict=True):
+        assert np.array_equal(a, b)
+    assert np.std(plain[0]) > 20  # something is drawn
+
+
+def test_an_interrupted_run_adds_nothing_and_leaves_a_model_that_samples(
+    client: ComfyClient, host, recording, without_recording
+):
+    path = host.output / "flux_poke" / "interrupted.safetensors"
+    before = pictures(client, client.run(recording("interrupted", seed=3)))
+    content = path.read_bytes()
+
+    prompt_id = client.queue(recording("interrupted", seed=4, steps=3000))
+    steps: list[int] = []
+
+    def stop(node: str, step: int, _: int) -> None:
+        if node == "6" and step >= 5 and not steps:
+            steps.append(step)
+            client.interrupt(prompt_id)
+
+    with pytest.raises(Interrupted):
+        client.wait(prompt_id, stop)
+    assert steps
+    assert steps[0] < 3000
+    assert path.read_bytes() == content
+    after = pictures(client, client.run(without_recording(seed=3)))
+    assert np.array_equal(before[0], after[0])
+    client.run(recording("interrupted", seed=5))
+    assert Internals.load(path).runs == 2
+
+
+def test_only_the_positive_rows_count_on_request(client: ComfyClient, host, recording):
+    both, positive = recording("both", cfg=2.0), recording("positive", cfg=2.0)
+    positive["2"]["inputs"]["positive_only"] = True
+    client.run(both)
+    client.run(positive)
+    folder = host.output / "flux_poke"
+    all_rows = Internals.load(folder / "both.safetensors").sites["double-img-0"]
+    half = Internals.load(folder / "positive.safetensors").sites["double-img-0"]
+    assert all_rows.tokens == 2 * half.tokens == 2 * 20 * 4 * 16
+    assert 0 < half.fires.sum() < all_rows.fires.sum()
+
+
+def test_the_report_is_drawn_after_the_sampler_and_shows_the_table(client: ComfyClient, recording):
+    result = client.run(recording("reported"))
+    assert result.executed.index("9") > result.executed.index("6")
+    assert "double-txt-1" in result.texts["9"]
+    assert "1 runs" in result.texts["9"]
+    (picture,) = result.files("images", "9")
+    assert Image.open(io.BytesIO(client.fetch(picture))).size[0] > 800
+
+
+def test_clip_works_with_fluxs_own_text_node(client: ComfyClient, without_recording):
+    graph = without_recording(seed=7)
+    plain = pictures(client, client.run(graph))
+    graph["3"] = {
+        "class_type": "CLIPTextEncodeFlux",
+        "inputs": {"clip": ["1", 1], "clip_l": PROMPT, "t5xxl": PROMPT, "guidance": 3.5},
+    }
+    assert np.array_equal(pictures(client, client.run(graph))[0], plain[0])
+    graph["3"]["inputs"]["t5xxl"] = "an (eight:1.1)"
+    assert not np.array_equal(pictures(client, client.run(graph))[0], plain[0])
+
+
+def spoil(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "sentence"),
+    [
+        ("damaged", lambda content: b"\xff" * 100, "cannot be read as safetensors"),
+        ("truncated", spoil, "cannot be read as safetensors"),
+        ("empty", lambda content: b"", "cannot be read as safetensors"),
+    ],
+)
+def test_a_file_that_cannot_be_added_to_is_named_before_sampling(
+    client: ComfyClient, host, name: str, make: Callable[[bytes], bytes], sentence: str, recording
+):
+    client.run(recording("whole"))
+    path = host.output / "flux_poke" / f"{name}.safetensors"
+    path.write_bytes(make((host.output / "flux_poke" / "whole.safetensors").read_bytes()))
+    content = path.read_bytes()
+    with pytest.raises(UserError, match=sentence) as error:
+        client.run(recording(name))
+    assert name in str(error.value)
+    assert "FluxPokeRecordInternals" in str(error.value)
+    assert path.read_bytes() == content
+
+
+def test_a_read_only_file_is_left_as_it_is(client: ComfyClient, host, recording):
+    client.run(recording("locked"))
+    path = host.output / "flux_poke" / "locked.safetensors"
+    path.chmod(0o444)
+    content = path.read_bytes()
+    with pytest.raises(UserError, match="read-only"):
+        client.run(recording("locked", seed=2))
+    assert path.read_bytes() == content
+
+
+def test_another_models_recording_is_refused(client: ComfyClient, host, recording):
+    client.run(recording("mine"))
+    path = host.output / "flux_poke" / "mine.safetensors"
+    internals = Internals.load(path)
+    tuned = {key: tensor * 1.01 for key, tensor in TinyFlux.load().flux.state_dict().items()}
+    other = Internals.new("flux1", Fingerprint.of_tensors(tuned), internals.sites, steps=20)
+    other.save(path)
+    content = path.read_bytes()
+    with pytest.raises(UserError, match="another model"):
+        client.run(recording("mine", seed=2))
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "a/../../outside", ""])
+def test_a_name_that_leaves_the_output_folder_is_refused(client: ComfyClient, name: str, recording):
+    with pytest.raises(UserError, match="no name inside"):
+        client.run(recording(name))
+
+
+def test_a_model_that_is_no_flux_is_refused(client: ComfyClient, host, recording):
+    graph = recording("no_flux")
+    graph["9"]["inputs"]["file"] = "missing"
+    del graph["9"]["inputs"]["internals"], graph["9"]["inputs"]["after"]
+    with pytest.raises(UserError, match="not there yet: run a graph with Record Internals first"):
+        client.run({"9": graph["9"]})
+
+
+def test_prompts_and_counter_go_on_from_run_to_run(client: ComfyClient, host):
+    (host.base / "input" / "mine.txt").write_text("red one\n\nblue two\nred three\n")
+    graph = {
+        "1": {"class_type": "FluxPokePrompts", "inputs": {"file": "mine.txt", "index": 3, "regex": "red"}},
+        "2": {"class_type": "FluxPokeCounter", "inputs": {"name": "mine", "max": 2, "restart": False}},
+        "3": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+        "4": {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}},
+    }
+    results = [client.run(graph) for _ in range(3)]
+    assert results[0].outputs["3"]["text"] == ["red three"]
+    assert [result.outputs["4"]["text"] for result in results] == [["0"], ["1"], ["0"]]
+    graph["1"]["inputs"]["regex"] = "green"
+    with pytest.raises(UserError, match="matches the regular expression 'green'"):
+        client.run(graph)

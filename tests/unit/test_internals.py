@@ -1,0 +1,317 @@
+"""analysis/internals.py: exact addition in any order, refusals, and files that survive other processes and kills."""
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from flux_poke.analysis.internals import FORMAT, Internals, add_to_file, check_file, site_order
+from flux_poke.analysis.statistics import SiteInternals
+from flux_poke.errors import UserError
+from flux_poke.flux.fingerprint import Fingerprint
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+WIDTHS = {"double-img-0": 40, "double-txt-0": 40, "double-img-10": 30, "double-img-2": 30, "single-0": 50, "single-11": 7}
+MODEL = Fingerprint("shapes", (0.5, -0.25, 3.0), (2.0**-9, 2.0**-10, 2.0**-7))
+
+
+def recording(seed: int = 0, workflow: Mapping[str, str] | None = None, model: Fingerprint = MODEL) -> Internals:
+    generator = torch.Generator().manual_seed(seed)
+    sites = {
+        name: SiteInternals(
+            fires=torch.randint(0, 4096, (width,), generator=generator),
+            tokens=4096 + seed,
+            sum=torch.randn(width, generator=generator, dtype=torch.float64) * 1000,
+            sum_sq=torch.rand(width, generator=generator, dtype=torch.float64) * 100_000,
+        )
+        for name, width in WIDTHS.items()
+    }
+    return Internals.new("flux1", model, sites, steps=20 + seed, workflow=workflow)
+
+
+def assert_same(a: Internals, b: Internals) -> None:
+    """Equal to the last bit, header included."""
+    header = ("family", "fingerprint", "runs", "steps", "created", "updated", "workflow")
+    assert {key: getattr(a, key) for key in header} == {key: getattr(b, key) for key in header}
+    assert a.sites.keys() == b.sites.keys()
+    for name, site in a.sites.items():
+        other = b.sites[name]
+        assert site.tokens == other.tokens
+        assert torch.equal(site.fires, other.fires)
+        assert torch.equal(site.sum, other.sum)
+        assert torch.equal(site.sum_sq, other.sum_sq)
+
+
+@pytest.mark.parametrize("workflow", [{}, {"workflow": '{"nodes": []}', "prompt": '{"1": {}}'}])
+def test_a_file_gives_back_what_was_saved(tmp_path, workflow):
+    saved = recording(workflow=workflow)
+    saved.save(tmp_path / "internals.safetensors")
+    found = Internals.load(tmp_path / "internals.safetensors")
+    assert_same(found, saved)
+    assert list(found.sites) == ["double-img-0", "double-txt-0", "double-img-2", "double-img-10", "single-0", "single-11"]
+
+
+def test_the_file_has_the_documented_keys_and_header(tmp_path):
+    path = tmp_path / "internals.safetensors"
+    saved = recording(workflow={"workflow": "{}", "prompt": "{}"})
+    saved.save(path)
+    tensors = load_file(path)
+    assert tensors.keys() == {f"{name}{part}" for name in WIDTHS for part in ("", ".tokens", ".sum", ".sum_sq")}
+    assert tensors["single-0"].dtype == tensors["single-0.tokens"].dtype == torch.int64
+    assert tensors["single-0.sum"].dtype == tensors["single-0.sum_sq"].dtype == torch.float64
+    assert tensors["single-0.tokens"].tolist() == [4096]
+    assert torch.equal(tensors["single-0"], saved.sites["single-0"].fires)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata.keys() == {
+        "format", "family", "model", "runs", "steps", "created", "updated", "workflow", "prompt",
+    }  # fmt: skip
+    assert (metadata["format"], metadata["family"], metadata["runs"], metadata["steps"]) == (FORMAT, "flux1", "1", "20")
+
+
+def test_rounding_to_the_grid_moves_a_sum_by_less_than_a_millionth():
+    exact = torch.tensor([1 / 3, -2 / 3, 1e6 + 1e-7], dtype=torch.float64)
+    site = SiteInternals(torch.zeros(3, dtype=torch.int64), 1, exact, exact)
+    rounded = Internals.new("flux1", MODEL, {"single-0": site}, steps=1).sites["single-0"]
+    assert ((rounded.sum - exact).abs() <= 2.0**-21).all()
+    assert torch.equal(rounded.sum * 2**20, (rounded.sum * 2**20).round())
+
+
+@pytest.mark.parametrize("same_second", [False, True])
+def test_files_merge_to_the_same_bits_in_any_order_and_grouping(same_second):
+    parts = [recording(seed, {"workflow": f'{{"made by": {seed}}}'}) for seed in range(4)]
+    if not same_second:
+        parts = [
+            replace(part, created=f"2026-01-0{n}T00:00:00Z", updated=f"2026-02-0{n}T00:00:00Z")
+            for n, part in enumerate(parts, 1)
+        ]
+    totals = []
+    for a, b, c, d in itertools.permutations(parts):
+        totals += [a.merged(b).merged(c).merged(d), a.merged(b).merged(c.merged(d))]
+    for total in totals[1:]:
+        assert_same(total, totals[0])
+    total = totals[0]
+    assert (total.runs, total.steps) == (4, 20 + 21 + 22 + 23)
+    for name, site in total.sites.items():
+        assert site.tokens == 4 * 4096 + 6
+        assert torch.equal(site.fires, torch.stack([part.sites[name].fires for part in parts]).sum(0))
+        torch.testing.assert_close(site.sum, torch.stack([part.sites[name].sum for part in parts]).sum(0))
+    if not same_second:
+        assert (total.created, total.updated) == ("2026-01-01T00:00:00Z", "2026-02-04T00:00:00Z")
+        assert total.workflow == parts[0].workflow, "that of the run that made the file"
+
+
+def test_adding_to_a_file_that_is_not_there_makes_it_and_then_counts_add_up(tmp_path):
+    path = tmp_path / "new" / "internals.safetensors"
+    first, second = recording(1), recording(2)
+    assert_same(add_to_file(path, first), first)
+    total = add_to_file(path, second)
+    assert_same(total, first.merged(second))
+    assert_same(Internals.load(path), total)
+
+
+def test_a_recording_of_another_model_is_refused_and_the_file_stays(tmp_path):
+    path = tmp_path / "internals.safetensors"
+    add_to_file(path, recording(1))
+    before = path.read_bytes()
+    tuned = replace(MODEL, values=(0.5, -0.25, 3.5))
+    with pytest.raises(UserError, match=r"This run was recorded on another model: its weights differ \(1 of 3 sampled ones\)"):
+        add_to_file(path, recording(2, model=tuned))
+    with pytest.raises(UserError, match="its layers have other shapes"):
+        add_to_file(path, recording(2, model=replace(MODEL, shapes="others")))
+    fewer = recording(2)
+    fewer = replace(fewer, sites={name: fewer.sites[name] for name in ("single-0", "single-11")})
+    with pytest.raises(UserError, match=r"other MLPs of the model \(2\) than this recording \(6\), first double-img-0"):
+        add_to_file(path, fewer)
+    narrow = {name: SiteInternals(s.fires[:5], s.tokens, s.sum[:5], s.sum_sq[:5]) for name, s in recording(2).sites.items()}
+    with pytest.raises(UserError, match="first double-img-0"):
+        add_to_file(path, replace(recording(2), sites=narrow))
+    assert path.read_bytes() == before
+
+
+def damaged(path: Path, name: str) -> None:
+    """Makes of a good file one that is not."""
+    good = path.read_bytes()
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    if name == "empty":
+        path.write_bytes(b"")
+    elif name == "cut short":
+        path.write_bytes(good[: len(good) // 2])
+    elif name == "cut in its header":
+        path.write_bytes(good[:20])
+    elif name == "noise":
+        path.write_bytes(bytes(range(256)) * 20)
+    elif name == "text":
+        path.write_text("no tensors here")
+    elif name == "zip":
+        path.write_bytes(b"PK\x03\x04" + good)
+    elif name == "other tensors":
+        save_file({"single_blocks.0.linear1.weight": torch.zeros(2, 2)}, path)
+    elif name == "other format":
+        save_file(tensors, path, metadata | {"format": "someone's internals 7"})
+    elif name == "lacking sums":
+        save_file({key: t for key, t in tensors.items() if key != "single-0.sum"}, path, metadata)
+    elif name == "lacking header":
+        save_file(tensors, path, {key: text for key, text in metadata.items() if key != "runs"})
+    elif name == "unknown family":
+        save_file(tensors, path, metadata | {"family": "sd15"})
+    elif name == "bad fingerprint":
+        save_file(tensors, path, metadata | {"model": "[1, 2]"})
+    elif name == "unknown site":
+        save_file(tensors | {"bogus": torch.zeros(1)}, path, metadata)
+    elif name == "widths that differ":
+        save_file(tensors | {"single-0.sum": torch.zeros(3, dtype=torch.float64)}, path, metadata)
+    elif name == "floats for counts":
+        save_file(tensors | {"single-0": tensors["single-0"].float()}, path, metadata)
+    elif name == "more fires than tokens":
+        save_file(tensors | {"single-0": tensors["single-0"] + 10_000}, path, metadata)
+    else:
+        raise AssertionError(name)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        ("empty", "cannot be read as safetensors"),
+        ("cut short", "cannot be read as safetensors"),
+        ("cut in its header", "cannot be read as safetensors"),
+        ("noise", "cannot be read as safetensors"),
+        ("text", "cannot be read as safetensors"),
+        ("zip", "cannot be read as safetensors"),
+        ("other tensors", f"is no internals file: expected '{FORMAT}'"),
+        ("other format", "found 'someone's internals 7'"),
+        ("lacking sums", "is a damaged internals file"),
+        ("lacking header", "is a damaged internals file"),
+        ("unknown family", "is a damaged internals file"),
+        ("bad fingerprint", "is a damaged internals file"),
+        ("unknown site", "is a damaged internals file"),
+        ("widths that differ", "is a damaged internals file"),
+        ("floats for counts", "is a damaged internals file"),
+        ("more fires than tokens", "is a damaged internals file"),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_named_in_one_sentence_and_stays_as_it_is(tmp_path, damage, sentence):
+    path = tmp_path / "internals.safetensors"
+    recording().save(path)
+    damaged(path, damage)
+    before = path.read_bytes()
+    for use in (Internals.load, lambda path: add_to_file(path, recording())):
+        with pytest.raises(UserError, match=sentence) as raised:
+            use(path)
+        assert str(path) in str(raised.value)
+        assert "\n" not in str(raised.value)
+    assert path.read_bytes() == before
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.safetensors is not there"):
+        Internals.load(tmp_path / "none.safetensors")
+    with pytest.raises(UserError, match="is not there"):
+        Internals.load(tmp_path)
+
+
+def test_a_read_only_file_is_not_touched_and_told_of_before_the_work(tmp_path):
+    path = tmp_path / "internals.safetensors"
+    recording().save(path)
+    before = path.read_bytes()
+    path.chmod(0o444)
+    for use in (lambda: add_to_file(path, recording()), lambda: check_file(path, MODEL)):
+        with pytest.raises(UserError, match=r"internals\.safetensors is read-only"):
+            use()
+    assert path.read_bytes() == before
+
+
+def test_a_file_of_another_model_is_told_of_before_the_work(tmp_path):
+    path = tmp_path / "internals.safetensors"
+    check_file(path, MODEL)
+    recording().save(path)
+    check_file(path, MODEL)
+    with pytest.raises(UserError, match=r"another model than this one: its weights differ \(1 of 3 sampled ones\)"):
+        check_file(path, replace(MODEL, values=(0.5, -0.25, 3.5)))
+
+
+def test_sites_are_ordered_as_the_model_runs_them():
+    names = ["single-2", "double-txt-10", "double-img-2", "single-10", "double-txt-2", "double-img-10"]
+    assert sorted(names, key=site_order) == [
+        "double-img-2", "double-txt-2", "double-img-10", "double-txt-10", "single-2", "single-10",
+    ]  # fmt: skip
+
+
+#: Forks workers that add one recording over and over to one file; torch is imported once, before.
+WORKERS = """
+import os, random, signal, sys, time
+import torch
+from flux_poke.analysis.internals import Internals, add_to_file
+from flux_poke.analysis.statistics import SiteInternals
+from flux_poke.flux.fingerprint import Fingerprint
+
+torch.set_num_threads(1)
+path, width = sys.argv[1], 3000
+
+def site(number):
+    ones = torch.ones(width, dtype=torch.float64)
+    return SiteInternals(torch.full((width,), number), 10, ones * number / 4, ones * number)
+
+one = Internals.new("flux1", Fingerprint("s", (1.0,), (0.5,)), {f"single-{n}": site(n + 1) for n in range(4)}, steps=7)
+
+def worker(times):
+    pid = os.fork()
+    if pid == 0:
+        for _ in range(times):
+            add_to_file(path, one)
+        os._exit(0)
+    return pid
+
+def check(total, runs):
+    assert (total.runs, total.steps) == (runs, 7 * runs), (total.runs, total.steps, runs)
+    for n in range(4):
+        found = total.sites[f"single-{n}"]
+        assert found.tokens == 10 * runs
+        assert bool((found.fires == runs * (n + 1)).all())
+        assert bool((found.sum == runs * (n + 1) / 4).all() and (found.sum_sq == runs * (n + 1)).all())
+"""
+
+
+def in_a_process(code: str, path: Path) -> None:
+    run = subprocess.run([sys.executable, "-c", WORKERS + code, str(path)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_processes_that_add_to_one_file_lose_nothing(tmp_path):
+    code = """
+pids = [worker(15) for _ in range(3)]
+assert all(os.waitpid(pid, 0)[1] == 0 for pid in pids)
+check(Internals.load(path), 45)
+"""
+    in_a_process(code, tmp_path / "internals.safetensors")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one(tmp_path):
+    """Thirty workers are killed at random moments; the file always holds a whole number of runs and never loses one."""
+    code = """
+add_to_file(path, one)
+runs, moments = 1, random.Random(0)
+for _ in range(30):
+    pid = worker(1_000_000)
+    time.sleep(moments.uniform(0.001, 0.05))
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    found = Internals.load(path)
+    assert found.runs >= runs
+    runs = found.runs
+    check(found, runs)
+assert runs > 30, runs
+check(add_to_file(path, one), runs + 1)
+"""
+    in_a_process(code, tmp_path / "internals.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} <= {"internals.safetensors", "internals.safetensors.lock"}

@@ -2,6 +2,7 @@
 # mypy: disable-error-code="union-attr, operator, misc"
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -100,6 +101,21 @@ def test_a_repair_is_computed_once_and_read_after(recorded, tmp_path):
     for name in plan.kept:
         assert torch.equal(again[name].down, repairs[name].down)
         assert again.report[name] == repairs.report[name]
+
+
+def test_a_ranking_by_rows_is_kept_beside_them_until_rows_are_added(recorded, tmp_path):
+    store = HiddenStates.open(shutil.copytree(recorded.store.folder, tmp_path / "hidden"))
+    first = rank("obs", recorded.dense, rows=store)
+    files = {path: path.stat().st_mtime_ns for path in (store.folder / "rankings").iterdir()}
+    again = rank("obs", recorded.dense, rows=store)
+    assert {path: path.stat().st_mtime_ns for path in (store.folder / "rankings").iterdir()} == files
+    for name, ranking in first.items():
+        assert torch.equal(again[name].order, ranking.order)
+        assert torch.equal(again[name].error, ranking.error)
+        assert again[name].energy == ranking.energy
+    before = store.digest
+    store.append("rows", {"double-img-0.x": torch.zeros(1, 128), "double-img-0.image": torch.zeros(1)})
+    assert store.digest != before
 
 
 def test_a_cancelled_repair_goes_on_where_it_was(recorded, tmp_path):

@@ -110,10 +110,10 @@ def test_a_cancelled_save_leaves_the_old_file(tensors, tmp_path):
 
 
 def scaled_fp8(tensors, by_row: bool, naming: str) -> dict[str, torch.Tensor]:
-    """As scaled fp8 files are: MLP weights in e4m3 with a float32 scale for the tensor or for each row."""
+    """As scaled fp8 files are: the blocks' weights in e4m3 with a float32 scale for the tensor or for each row."""
     state = dict(tensors)
     for key, weight in tensors.items():
-        if key.endswith(".weight") and ("mlp" in key or "linear" in key) and "final" not in key:
+        if key.endswith(".weight") and "_blocks." in key:
             layer = key.removesuffix(".weight")
             scale = weight.abs().amax(1, keepdim=True) / 448 if by_row else weight.abs().max() / 448
             state[key] = (weight / scale).to(torch.float8_e4m3fn)

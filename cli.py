@@ -61,14 +61,28 @@ def record(
     seed: Annotated[int, typer.Option(help="Seed of the first image; each image takes the next.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Euler steps per image.")] = 20,
     batch: Annotated[int, typer.Option(min=1, help="Images drawn at once.")] = 16,
+    rows: Annotated[Optional[Path], typer.Option(help="Also sample rows of what the MLPs read into this folder.")] = None,  # noqa: UP045
+    rows_per_step: Annotated[int, typer.Option(min=1, help="Rows per MLP, image and step.")] = 64,
+    rows_steps: Annotated[Optional[int], typer.Option(min=1, help="Steps per image (default: 5 %, at least 1).")] = None,  # noqa: UP045
+    max_gb: Annotated[float, typer.Option(help="What the rows may take; then all images' share is halved.")] = 20.0,
 ) -> None:
     """Draw a file of prompts and add what every neuron did to an internals file."""
-    from .analysis.record import record_prompts
+    from .analysis.hidden_states import Limit
+    from .analysis.record import RowsTo, record_prompts
     from .analysis.report import internals_title
+    from .analysis.row_recording import RowChoice, estimated_bytes
+    from .flux.checkpoint import Checkpoint
     from .prompts import read_prompts
 
+    texts = read_prompts(prompts)
+    to = None
+    if rows:
+        to = RowsTo(rows, RowChoice(rows_per_step, rows_steps, seed=seed), Limit(max_gb))
+        layout = Checkpoint(checkpoint).layout
+        size = estimated_bytes(layout.sites, layout.hidden, to.choice, steps, len(texts))
+        typer.echo(f"{rows}: at most {size / 1e9:.2g} GB of rows")
     with progress_bar() as update:
-        total = record_prompts(checkpoint, read_prompts(prompts), out, seed=seed, steps=steps, batch=batch, progress=update)
+        total = record_prompts(checkpoint, texts, out, seed=seed, steps=steps, batch=batch, progress=update, rows=to)
     typer.echo(f"{out}: {internals_title(total)}")
 
 
@@ -248,6 +262,94 @@ def _counted(items: list, update: Callable[[str, float], None]) -> Iterator:
     for number, item in enumerate(items, start=1):
         yield item
         update(f"frame {number} of {len(items)}", number / len(items))
+
+
+@app.command()
+def plan(
+    internals: Annotated[Path, typer.Argument(help="internals.safetensors")],
+    checkpoint: Annotated[Path, typer.Option(help="The dense FLUX it was recorded on.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Plan to write.")] = Path("plan.safetensors"),
+    score: Annotated[str, typer.Option(help="frequency, magnitude, fluctuation, or obs (needs --rows).")] = "fluctuation",
+    rows: Annotated[Optional[Path], typer.Option(help="Folder that `record --rows` filled.")] = None,  # noqa: UP045
+    img_cut: Annotated[int, typer.Option(help="Neurons to cut from every img MLP.")] = 0,
+    txt_cut: Annotated[int, typer.Option(help="… every txt MLP.")] = 0,
+    single_cut: Annotated[int, typer.Option(help="… every single block.")] = 0,
+    double: Annotated[Optional[tuple[int, int]], typer.Option(help="First and last double block.")] = None,  # noqa: UP045
+    single: Annotated[Optional[tuple[int, int]], typer.Option(help="First and last single block.")] = None,  # noqa: UP045
+    img_threshold: Annotated[float, typer.Option(help="Cut img neurons that fired less often than this.")] = 0.0,
+    txt_threshold: Annotated[float, typer.Option(help="… txt neurons.")] = 0.0,
+    single_threshold: Annotated[float, typer.Option(help="… neurons of single blocks.")] = 0.0,
+    on_rate: Annotated[bool, typer.Option(help="Thresholds are per token (0 to 1), not counts.")] = False,
+    share: Annotated[Optional[float], typer.Option(help="Budget: share of all neurons to cut, 0 to 1.")] = None,  # noqa: UP045
+    gigabytes: Annotated[Optional[float], typer.Option(help="Budget: GB to save at 16 bits.")] = None,  # noqa: UP045
+    multiple: Annotated[int, typer.Option(help="Budget: widths are multiples of this.")] = 64,
+    protect: Annotated[str, typer.Option(help="Budget: layers to leave whole, such as 'double-18 single-0'.")] = "",
+    picture: Annotated[Optional[Path], typer.Option(help="Budget: draw memory saved against predicted error.")] = None,  # noqa: UP045
+) -> None:
+    """Choose which neurons to keep: by count, by threshold, or by a budget. Nothing is cut yet."""
+    from .analysis.hidden_states import HiddenStates
+    from .analysis.internals import Internals
+    from .pruning.budget import BudgetCurve, by_budget, protected_sites
+    from .pruning.dense import Dense
+    from .pruning.plan import by_count, by_threshold
+    from .pruning.scores import rank
+
+    dense, recorded = Dense.open(checkpoint), Internals.load(internals)
+    store = HiddenStates.open(rows) if rows else None
+    if img_threshold or txt_threshold or single_threshold:
+        on: Literal["counts", "rate"] = "rate" if on_rate else "counts"
+        made = by_threshold(dense, recorded, img_threshold, txt_threshold, single_threshold, on, double, single)
+    else:
+        with progress_bar() as update:
+            rankings = rank(score, dense, recorded, store, progress=lambda name, n, of: update(f"ranking {name}", n / of))
+        if share is None and gigabytes is None:
+            made = by_count(dense, rankings, score, img_cut, txt_cut, single_cut, double, single)
+        else:
+            protected = protected_sites(dense.layout, protect)
+            curve = BudgetCurve.of(dense.layout, rankings, store.amplification if store else None, multiple, protected)
+            made = by_budget(dense, rankings, curve, score, share, gigabytes)
+            if picture:
+                curve.figure(made).savefig(picture, dpi=110)
+    made.save(out)
+    typer.echo(f"{made.table()}\n{out}: flux-poke prune {checkpoint} --plan {out}")
+
+
+@app.command()
+def prune(
+    checkpoint: Annotated[Path, typer.Argument(help="The dense FLUX (.safetensors).")],
+    plan: Annotated[Path, typer.Option(help="plan.safetensors")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Pruned checkpoint to write.")],
+    repair: Annotated[str, typer.Option(help="none, bias (needs --internals) or affine (needs --rows).")] = "none",
+    internals: Annotated[Optional[Path], typer.Option(help="internals.safetensors")] = None,  # noqa: UP045
+    rows: Annotated[Optional[Path], typer.Option(help="Folder that `record --rows` filled.")] = None,  # noqa: UP045
+    fold: Annotated[bool, typer.Option(help="Also store what exact conversion of LoRAs needs after affine repair.")] = False,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")] = "cpu",
+) -> None:
+    """Cut what a plan says, repair what is left, and write a smaller checkpoint that needs no other file."""
+    from .analysis.hidden_states import HiddenStates
+    from .analysis.internals import Internals
+    from .pruning.checkpoint import inspect, save_pruned
+    from .pruning.dense import Dense
+    from .pruning.plan import PruningPlan
+    from .pruning.repair import Repairs
+    from .pruning.surgery import Cut
+
+    dense, loaded = Dense.open(checkpoint), PruningPlan.load(plan)
+    recorded = Internals.load(internals) if internals else None
+    store = HiddenStates.open(rows) if rows else None
+    repairs = Repairs(dense, loaded, repair, recorded, store, plan.with_suffix(".repairs"), fold, device)
+    with progress_bar() as update:
+        repairs.compute(lambda name, n, of: update(f"repairing {name}", 0.8 * n / of))
+        save_pruned(out, Cut(dense, loaded, repairs), fold, lambda key, n, of: update(f"writing {out}", 0.8 + 0.2 * n / of))
+    typer.echo(f"{inspect(out)}\n{out}: {out.stat().st_size / 1e6:,.1f} MB, from {checkpoint.stat().st_size / 1e6:,.1f}")
+
+
+@app.command("inspect")
+def inspect_command(file: Annotated[Path, typer.Argument(help="A FLUX checkpoint, dense or pruned.")]) -> None:
+    """Print what a checkpoint is: family, widths, what was cut, how well it was repaired."""
+    from .pruning.checkpoint import inspect
+
+    typer.echo(inspect(file))
 
 
 @contextmanager

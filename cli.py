@@ -22,6 +22,8 @@ internals_app = typer.Typer(help="Look at and add up recordings.", no_args_is_he
 train_app = typer.Typer(help="Make models from scratch.", no_args_is_help=True)
 app.add_typer(internals_app, name="internals")
 app.add_typer(train_app, name="train")
+lens_app = typer.Typer(help="The tuned lens on what blocks predict.", no_args_is_help=True)
+app.add_typer(lens_app, name="lens")
 
 
 def main() -> None:
@@ -147,6 +149,119 @@ def train_tiny_command(
 
     with progress_bar() as update:
         train_tiny(out, read_config(config), lambda part, step, steps, loss: update(f"{part}: loss {loss:.4f}", step / steps))
+
+
+@app.command()
+def animate(
+    folder: Annotated[Path, typer.Argument(help="A generation's folder, or one with decoded/step_*/double_block_*.jpg.")],
+    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="File to write; default: DIR/blocks.FORMAT.")] = None,  # noqa: UP045
+    format_: Annotated[Literal["gif", "mp4", "webp"], typer.Option("--format")] = "gif",
+    fps: Annotated[float, typer.Option(help="Frames per second.")] = 2.0,
+    block_type: Annotated[Optional[Literal["double", "single"]], typer.Option(help="Default: both.")] = None,  # noqa: UP045
+    max_blocks: Annotated[Optional[int], typer.Option(min=1, help="At most so many blocks of each type.")] = None,  # noqa: UP045
+    font_size: Annotated[int, typer.Option(min=0, help="Of the captions; 0 leaves them out.")] = 24,
+    order: Annotated[
+        Literal["step", "block"], typer.Option(help="Step by step, or one block through all steps, then the next.")
+    ] = "step",
+) -> None:
+    """Make a GIF, MP4 or WebP of decoded block previews."""
+    from .analysis.animation import captioned_frames, choose_frames, write_animation
+    from .analysis.generation import find_previews
+
+    chosen = choose_frames(find_previews(folder), order, block_type, max_blocks)
+    path = out or folder / f"blocks.{format_}"
+    with progress_bar() as update:
+        write_animation(path, captioned_frames(_counted(chosen, update), font_size), fps)
+    typer.echo(f"{path}: {len(chosen)} frames")
+
+
+@app.command()
+def compare(
+    reference: Annotated[Path, typer.Argument(help="An image, a folder of images, or a .latent: the dense model's.")],
+    variants: Annotated[list[Path], typer.Argument(help="What to compare with it, of the same size.")],
+    picture: Annotated[Optional[Path], typer.Option(help="Draw them side by side (one variant).")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Write the table (.csv or .json).")] = None,  # noqa: UP045
+) -> None:
+    """Relative MSE, PSNR and SSIM of images or latents against a reference."""
+    from .analysis import metrics
+
+    if picture and len(variants) > 1:
+        raise UserError(f"--picture shows one variant beside the reference; {len(variants)} were given.")
+    goal = metrics.read_images(reference)
+    images = [metrics.read_images(variant) for variant in variants]
+    rows = [metrics.compare(image, goal, str(variant)) for image, variant in zip(images, variants, strict=True)]
+    typer.echo(metrics.comparison_table(rows))
+    if out:
+        metrics.write_comparisons(out, rows)
+    if picture:
+        metrics.side_by_side(images[0], goal, variants[0].name, reference.name).save(picture)
+
+
+@lens_app.command("fit")
+def lens_fit(
+    rows: Annotated[Path, typer.Argument(help="Folder with lens rows (Record Hidden States, what = lens rows).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("lens.safetensors"),
+    picture: Annotated[Optional[Path], typer.Option(help="Also draw how replaceable each block is.")] = None,  # noqa: UP045
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "cpu",
+) -> None:
+    """Fit the affine map from each block's tokens to the last block's."""
+    from .analysis.contributions import lens_figure
+    from .analysis.lens import LensRows, fit_lens
+
+    with progress_bar() as update:
+        lens = fit_lens(LensRows(rows), device=device, progress=lambda done, of: update(f"block {done} of {of}", done / of))
+    lens.save(out)
+    found = [[block.title, lens.raw_errors[block], lens.errors[block]] for block in sorted(lens.errors)]
+    table(("block", "error_without", "error_with_lens"), found)
+    if picture:
+        lens_figure(lens).savefig(picture, dpi=110)
+    typer.echo(f"{out}: fitted on {lens.rows:,} tokens of {lens.images:,} images; errors are on images it was not fitted on")
+
+
+@app.command()
+def capture(
+    prompt: Annotated[Optional[list[str]], typer.Option(help="What to draw; may be given more than once.")] = None,  # noqa: UP045
+    prompts: Annotated[Optional[Path], typer.Option(help="Text file, one prompt per line.")] = None,  # noqa: UP045
+    model: Annotated[str, typer.Option(help="flux-schnell, flux-dev, flux-dev-krea, tiny, or a file's name.")] = "flux-schnell",
+    width: Annotated[Optional[int], typer.Option(help="Pixels, a multiple of 16; default: the workflow's.")] = None,  # noqa: UP045
+    height: Annotated[Optional[int], typer.Option(help="Pixels, a multiple of 16; default: the workflow's.")] = None,  # noqa: UP045
+    seed: Annotated[Optional[int], typer.Option(help="Of the first image, the next take the next; default: random.")] = None,  # noqa: UP045
+    num_steps: Annotated[Optional[int], typer.Option(min=1, help="Default: 4 for schnell, 20 for tiny, else 50.")] = None,  # noqa: UP045
+    guidance: Annotated[float, typer.Option(help="Distilled guidance, where the model takes one.")] = 2.5,
+    output_dir: Annotated[Path, typer.Option(help="One folder per image goes in here.")] = Path("output"),
+    decode_intermediates: Annotated[bool, typer.Option(help="Write previews as pictures, or their latents.")] = True,
+    add_sampling_metadata: Annotated[bool, typer.Option(help="Write how it was drawn into EXIF and PNG text.")] = True,
+    server: Annotated[Optional[str], typer.Option(help="host:port of a ComfyUI that runs.")] = None,  # noqa: UP045
+    comfyui: Annotated[Optional[Path], typer.Option(help="Folder of a ComfyUI to start, and stop afterwards.")] = None,  # noqa: UP045
+    offload: Annotated[bool, typer.Option(help="Start it in its low-memory mode.")] = False,
+    multi_gpu: Annotated[bool, typer.Option(help="Start one for each GPU and spread the prompts over them.")] = False,
+) -> None:
+    """Draw prompts on ComfyUI, with what every block predicted at every step."""
+    from .headless.capture import CaptureRequest, capture_everywhere, capture_servers
+    from .prompts import read_prompts
+
+    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+    if not texts:
+        raise UserError("There is nothing to draw: give --prompt or --prompts.")
+    requests = [
+        CaptureRequest(
+            text, model, width, height, None if seed is None else seed + number, num_steps, guidance,
+            decode_intermediates, add_sampling_metadata,
+        )
+        for number, text in enumerate(texts)
+    ]  # fmt: skip
+    with progress_bar() as update:
+        update("waiting for ComfyUI", 0.0)
+        with capture_servers(server, comfyui, offload, multi_gpu) as servers:
+            found = capture_everywhere(servers, requests, output_dir, update)
+    for one in found:
+        typer.echo(f"{one.generation_id}  {one.folder}  {one.request.prompt}")
+
+
+def _counted(items: list, update: Callable[[str, float], None]) -> Iterator:
+    for number, item in enumerate(items, start=1):
+        yield item
+        update(f"frame {number} of {len(items)}", number / len(items))
 
 
 @app.command()

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -91,7 +92,7 @@ def measure_blocks(device: torch.device, dtype: torch.dtype, repeats: int) -> No
             operations[cut] = counter.get_total_flops()
             part = pair.double_blocks if kind == "double" else pair.single_blocks
             memory[cut] = sum(weight.numel() for weight in part.parameters())
-        calls = {str(cut): (lambda cut=cut: call(cut)) for cut in blocks}
+        calls: dict[str, Callable[[], object]] = {str(cut): partial(call, cut) for cut in blocks}
         seconds = in_turns(calls, repeats, synchronize, time.perf_counter if device.type == "cuda" else time.process_time)
         for cut in CUTS:
             found, ideal = ratio(seconds[str(cut)], seconds["0.0"]), operations[cut] / operations[0.0]

@@ -1,5 +1,5 @@
 """Repairing a whole plan from recordings of a small FLUX: what is stored, what is asked for, and that it helps."""
-# mypy: disable-error-code="union-attr, operator, misc"
+# mypy: disable-error-code="union-attr, operator, misc, arg-type"
 
 import os
 import shutil

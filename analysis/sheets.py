@@ -59,10 +59,13 @@ def heat_map(values: np.ndarray) -> Image.Image:
     return Image.fromarray(np.asarray(matplotlib.colormaps["inferno"](values.clip(0, 1), bytes=True))[..., :3])
 
 
-def captioned(image: Image.Image, caption: str, font_size: int = 24) -> Image.Image:
-    """The image with a caption on a dark strip below it, enlarged by whole factors until the caption fits."""
+def captioned(image: Image.Image, caption: str, font_size: int = 24, widest: str = "") -> Image.Image:
+    """The image with a caption on a dark strip below it, enlarged by whole factors until the caption fits.
+
+    With `widest`, the longest caption of all, images of one size stay of one size.
+    """
     text = font(font_size)
-    needed = text.getlength(caption) + font_size
+    needed = max(text.getlength(caption), text.getlength(widest)) + font_size
     factor = -(-int(needed) // image.width)
     if factor > 1:
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)

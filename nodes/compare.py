@@ -20,10 +20,14 @@ class Compare(io.ComfyNode):
             description="Relative MSE, PSNR and SSIM of images or latents against a reference, and where they differ.",
             is_output_node=True,
             inputs=[
-                io.MultiType.Input("reference", ImageOrLatent, tooltip="What to compare with: the dense model's images or latents."),
+                io.MultiType.Input(
+                    "reference", ImageOrLatent, tooltip="What to compare with: the dense model's images or latents."
+                ),
                 io.MultiType.Input("variant", ImageOrLatent, tooltip="What to compare, of the same kind, size and number."),
                 *(
-                    io.MultiType.Input(f"variant_{n}", ImageOrLatent, optional=True, tooltip="One more, to compare with the same.")
+                    io.MultiType.Input(
+                        f"variant_{n}", ImageOrLatent, optional=True, tooltip="One more, to compare with the same."
+                    )
                     for n in (2, 3, 4)
                 ),
                 io.String.Input("names", default="", tooltip="What to call the variants, separated by commas."),
@@ -46,8 +50,7 @@ class Compare(io.ComfyNode):
         rows = [compare(images, goal, title) for title, images in zip(titles, given.values(), strict=False)]
         if file.strip():
             write_comparisons(host.output_path(file), rows)
-        text = comparison_table(rows)
-        host.say(cls.hidden.unique_id, text)
+        host.say(cls.hidden.unique_id, "\n".join(f"{row.name}: {row.text}" for row in rows))
         pictures = [side_by_side(images, goal, title) for title, images in zip(titles, given.values(), strict=False)]
         image = host.to_images([stacked(pictures)])
-        return io.NodeOutput(text, image, ui=ui.PreviewImage(image, cls=cls))
+        return io.NodeOutput(comparison_table(rows), image, ui=ui.PreviewImage(image, cls=cls))

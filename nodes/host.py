@@ -94,7 +94,7 @@ def graph_metadata(hidden: Any) -> dict[str, str]:
 
 
 def graph_value(hidden: Any, names: Collection[str], default: str = "") -> str:
-    """The text of the first input called one of `names` upstream of this node, nearest first; negative prompts are not looked at.
+    """The text of the nearest input upstream of this node that is called one of `names`; negative prompts are left out.
 
     What is only known while the graph runs (a text that comes out of another node) is not found.
     """

@@ -59,16 +59,14 @@ class TapBlocks(io.ComfyNode):
             "What is drawn is the same with and without.",
             inputs=[
                 io.Model.Input("model", tooltip="The FLUX to watch: FLUX.1, FLUX.2 or Chroma. It is not changed."),
-                io.String.Input(
-                    "blocks", default="all", tooltip='"all", or a list such as "double, single 0, single 30-37".'
-                ),
+                io.String.Input("blocks", default="all", tooltip='"all", or a list such as "double, single 0, single 30-37".'),
                 io.String.Input(
                     "at_steps", default="all", tooltip='"all", "every 5", or a list such as "0, 4, 10-12"; the first step is 0.'
                 ),
                 io.String.Input(
                     "lens",
                     default="",
-                    tooltip="A tuned lens in output/flux_poke, made by `flux-poke lens fit`; empty = each block's tokens as they are.",
+                    tooltip="A tuned lens in output/flux_poke, from `flux-poke lens fit`; empty = tokens as they are.",
                 ),
                 io.Float.Input(
                     "memory_gb",
@@ -142,7 +140,9 @@ class DecodeBlockPreviews(io.ComfyNode):
             inputs=[
                 BlockTapsType.Input("block_taps", tooltip="From Tap Blocks."),
                 io.Vae.Input("vae", tooltip="The model's autoencoder."),
-                io.Latent.Input("after", tooltip="The sampler's latents: previews are decoded after it, and compared with them."),
+                io.Latent.Input(
+                    "after", tooltip="The sampler's latents: previews are decoded after it, and compared with them."
+                ),
                 io.Combo.Input(
                     "view",
                     options=["x0", "euler"],
@@ -230,9 +230,7 @@ class DecodeBlockPreviews(io.ComfyNode):
             nothing = ExecutionBlocker(None)
             return io.NodeOutput(nothing, nothing, nothing, chart, [nothing], ui=ui)
         in_order = [preview for number in range(len(folders)) for preview in previews[number :: len(folders)]]
-        return io.NodeOutput(
-            host.to_images(in_order), drawn("sheet.png"), drawn("differences.png"), chart, names, ui=ui
-        )
+        return io.NodeOutput(host.to_images(in_order), drawn("sheet.png"), drawn("differences.png"), chart, names, ui=ui)
 
 
 class AnimateBlockPreviews(io.ComfyNode):
@@ -257,7 +255,7 @@ class AnimateBlockPreviews(io.ComfyNode):
                     "order",
                     options=["step", "block"],
                     default="step",
-                    tooltip="step: all blocks of a step, then the next step. block: one block through all steps, then the next.",
+                    tooltip="step: all blocks of a step, then the next. block: one block through all steps, then the next.",
                 ),
                 io.Combo.Input("block_type", options=["all", "double", "single"], default="all", tooltip="Which blocks."),
                 io.Int.Input(
@@ -276,9 +274,7 @@ class AnimateBlockPreviews(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, folder: str, format: str, fps: float, order, block_type, max_blocks: int, font_size: int
-    ) -> io.NodeOutput:
+    def execute(cls, folder: str, format: str, fps: float, order, block_type, max_blocks: int, font_size: int) -> io.NodeOutput:
         path = host.output_path(folder) / f"blocks.{format}"
         kind = None if block_type == "all" else block_type
         frames = choose_frames(find_previews(path.parent), order, kind, max_blocks or None)

@@ -146,16 +146,6 @@ def side_by_side(variant: Tensor, reference: Tensor, name: str = "", heading: st
     return picture
 
 
-def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures one below the other."""
-    whole = Image.new("RGB", (max(one.width for one in pictures), sum(one.height for one in pictures)), GROUND)
-    top = 0
-    for one in pictures:
-        whole.paste(one, (0, top))
-        top += one.height
-    return whole
-
-
 def read_images(path: str | os.PathLike[str]) -> Tensor:
     """An image, a folder of images (in numeric order) or a ComfyUI latent, float32 [batch, channels, height, width].
 

@@ -7,7 +7,7 @@ captioned(frame.image, frame.tap.title)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -74,6 +74,16 @@ def captioned(image: Image.Image, caption: str, font_size: int = 24, widest: str
     out.paste(image.convert("RGB"))
     ImageDraw.Draw(out).text((out.width / 2, image.height + strip / 2), caption, GROUND, text, anchor="mm")
     return out
+
+
+def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures one below the other."""
+    whole = Image.new("RGB", (max(one.width for one in pictures), sum(one.height for one in pictures)), GROUND)
+    top = 0
+    for one in pictures:
+        whole.paste(one, (0, top))
+        top += one.height
+    return whole
 
 
 @cache

@@ -124,10 +124,24 @@ def temporary_folder() -> Path:
     return folder
 
 
-def picture_progress() -> Callable[[int, int, Image.Image], None]:
-    """Shows (done, of how many, newest picture) on the node that runs; raises where the user has pressed Cancel."""
+class PictureProgress:
+    """Progress on the node that runs, with the newest picture; raises where the user has pressed Cancel."""
+
+    def __init__(self) -> None:
+        self._bar = comfy.utils.ProgressBar(1)
+
+    def __call__(self, done: int, total: int, picture: Image.Image) -> None:
+        self._bar.update_absolute(done, total, ("JPEG", picture, 512))
+
+    def end(self, picture: Image.Image) -> None:
+        """Shows `picture` in full: the page prefers the last one of these to the pictures that a node gives."""
+        self._bar.update_absolute(self._bar.total, preview=("JPEG", picture, max(picture.size)))
+
+
+def count_progress() -> Callable[[int, int, Image.Image], None]:
+    """As `PictureProgress`, without the pictures."""
     bar = comfy.utils.ProgressBar(1)
-    return lambda done, total, picture: bar.update_absolute(done, total, ("JPEG", picture, 512))
+    return lambda done, total, picture: bar.update_absolute(done, total)
 
 
 def decoder(vae: Any) -> Decode:

@@ -15,6 +15,7 @@ from ..analysis.blocks import choose_blocks
 from ..analysis.generation import Generation, find_previews, generation_files, write_generations
 from ..analysis.lens import Lens
 from ..analysis.previews import BlockTaps, Moment, StepChoice, TapRecorder
+from ..analysis.sheets import stacked
 from ..flux.layout import FAMILY_NAMES, Layout
 from . import host
 
@@ -194,7 +195,7 @@ class DecodeBlockPreviews(io.ComfyNode):
     ) -> io.NodeOutput:
         decoder = host.decoder(vae)
         finals = host.to_pictures(decoder(after["samples"]).movedim(1, -1))
-        show, previews = host.picture_progress(), []
+        show, previews = host.PictureProgress(), []
 
         def progress(done: int, total: int, picture: Image.Image) -> None:
             show(done, total, picture)
@@ -214,7 +215,7 @@ class DecodeBlockPreviews(io.ComfyNode):
             progress=progress,
         )
         names = [folder.name for folder in folders]
-        host.say(cls.hidden.unique_id, f"{len(block_taps.taps)} predictions of each image in flux_poke/{', '.join(names)}")
+        host.say(cls.hidden.unique_id, f"{len(block_taps.taps)} predictions in flux_poke/{', '.join(names)}")
         written = [
             {"generation_id": folder.name, "subfolder": f"{host.FOLDER}/{folder.name}", "files": generation_files(folder)}
             for folder in folders
@@ -230,6 +231,7 @@ class DecodeBlockPreviews(io.ComfyNode):
             nothing = ExecutionBlocker(None)
             return io.NodeOutput(nothing, nothing, nothing, chart, [nothing], ui=ui)
         in_order = [preview for number in range(len(folders)) for preview in previews[number :: len(folders)]]
+        show.end(stacked([Image.open(folder / shown) for folder in folders]))
         return io.NodeOutput(host.to_images(in_order), drawn("sheet.png"), drawn("differences.png"), chart, names, ui=ui)
 
 
@@ -278,9 +280,9 @@ class AnimateBlockPreviews(io.ComfyNode):
         path = host.output_path(folder) / f"blocks.{format}"
         kind = None if block_type == "all" else block_type
         frames = choose_frames(find_previews(path.parent), order, kind, max_blocks or None)
-        write_animation(path, captioned_frames(frames, font_size, host.picture_progress()), fps)
+        write_animation(path, captioned_frames(frames, font_size, host.count_progress()), fps)
         file = host.output_file(path)
         name = f"{file['subfolder']}/{path.name}"
-        host.say(cls.hidden.unique_id, f"{name}: {len(frames)} frames")
+        host.say(cls.hidden.unique_id, f"{len(frames)} frames in {name}")
         written = {"generation_id": path.parent.name, "subfolder": file["subfolder"], "files": [path.name]}
         return io.NodeOutput(name, ui={"images": [file], "animated": (True,), "flux_poke": [written]})

@@ -15,7 +15,7 @@ import pytest
 from flux_poke.headless.client import ComfyClient
 from flux_poke.headless.server import ComfyServer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Literal, Optional
 
 import typer
 
@@ -22,6 +22,8 @@ internals_app = typer.Typer(help="Look at and add up recordings.", no_args_is_he
 train_app = typer.Typer(help="Make models from scratch.", no_args_is_help=True)
 app.add_typer(internals_app, name="internals")
 app.add_typer(train_app, name="train")
+lens_app = typer.Typer(help="The tuned lens on what blocks predict.", no_args_is_help=True)
+app.add_typer(lens_app, name="lens")
 
 
 def main() -> None:
@@ -59,14 +61,28 @@ def record(
     seed: Annotated[int, typer.Option(help="Seed of the first image; each image takes the next.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Euler steps per image.")] = 20,
     batch: Annotated[int, typer.Option(min=1, help="Images drawn at once.")] = 16,
+    rows: Annotated[Optional[Path], typer.Option(help="Also sample rows of what the MLPs read into this folder.")] = None,  # noqa: UP045
+    rows_per_step: Annotated[int, typer.Option(min=1, help="Rows per MLP, image and step.")] = 64,
+    rows_steps: Annotated[Optional[int], typer.Option(min=1, help="Steps per image (default: 5 %, at least 1).")] = None,  # noqa: UP045
+    max_gb: Annotated[float, typer.Option(help="What the rows may take; then all images' share is halved.")] = 20.0,
 ) -> None:
     """Draw a file of prompts and add what every neuron did to an internals file."""
-    from .analysis.record import record_prompts
+    from .analysis.hidden_states import Limit
+    from .analysis.record import RowsTo, record_prompts
     from .analysis.report import internals_title
+    from .analysis.row_recording import RowChoice, estimated_bytes
+    from .flux.checkpoint import Checkpoint
     from .prompts import read_prompts
 
+    texts = read_prompts(prompts)
+    to = None
+    if rows:
+        to = RowsTo(rows, RowChoice(rows_per_step, rows_steps, seed=seed), Limit(max_gb))
+        layout = Checkpoint(checkpoint).layout
+        size = estimated_bytes(layout.sites, layout.hidden, to.choice, steps, len(texts))
+        typer.echo(f"{rows}: at most {size / 1e9:.2g} GB of rows")
     with progress_bar() as update:
-        total = record_prompts(checkpoint, read_prompts(prompts), out, seed=seed, steps=steps, batch=batch, progress=update)
+        total = record_prompts(checkpoint, texts, out, seed=seed, steps=steps, batch=batch, progress=update, rows=to)
     typer.echo(f"{out}: {internals_title(total)}")
 
 
@@ -133,6 +149,207 @@ def train_tiny_command(
 
     with progress_bar() as update:
         train_tiny(out, read_config(config), lambda part, step, steps, loss: update(f"{part}: loss {loss:.4f}", step / steps))
+
+
+@app.command()
+def animate(
+    folder: Annotated[Path, typer.Argument(help="A generation's folder, or one with decoded/step_*/double_block_*.jpg.")],
+    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="File to write; default: DIR/blocks.FORMAT.")] = None,  # noqa: UP045
+    format_: Annotated[Literal["gif", "mp4", "webp"], typer.Option("--format")] = "gif",
+    fps: Annotated[float, typer.Option(help="Frames per second.")] = 2.0,
+    block_type: Annotated[Optional[Literal["double", "single"]], typer.Option(help="Default: both.")] = None,  # noqa: UP045
+    max_blocks: Annotated[Optional[int], typer.Option(min=1, help="At most so many blocks of each type.")] = None,  # noqa: UP045
+    font_size: Annotated[int, typer.Option(min=0, help="Of the captions; 0 leaves them out.")] = 24,
+    order: Annotated[
+        Literal["step", "block"], typer.Option(help="Step by step, or one block through all steps, then the next.")
+    ] = "step",
+) -> None:
+    """Make a GIF, MP4 or WebP of decoded block previews."""
+    from .analysis.animation import captioned_frames, choose_frames, write_animation
+    from .analysis.generation import find_previews
+
+    chosen = choose_frames(find_previews(folder), order, block_type, max_blocks)
+    path = out or folder / f"blocks.{format_}"
+    with progress_bar() as update:
+        write_animation(path, captioned_frames(_counted(chosen, update), font_size), fps)
+    typer.echo(f"{path}: {len(chosen)} frames")
+
+
+@app.command()
+def compare(
+    reference: Annotated[Path, typer.Argument(help="An image, a folder of images, or a .latent: the dense model's.")],
+    variants: Annotated[list[Path], typer.Argument(help="What to compare with it, of the same size.")],
+    picture: Annotated[Optional[Path], typer.Option(help="Draw them side by side (one variant).")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Write the table (.csv or .json).")] = None,  # noqa: UP045
+) -> None:
+    """Relative MSE, PSNR and SSIM of images or latents against a reference."""
+    from .analysis import metrics
+
+    if picture and len(variants) > 1:
+        raise UserError(f"--picture shows one variant beside the reference; {len(variants)} were given.")
+    goal = metrics.read_images(reference)
+    images = [metrics.read_images(variant) for variant in variants]
+    rows = [metrics.compare(image, goal, str(variant)) for image, variant in zip(images, variants, strict=True)]
+    typer.echo(metrics.comparison_table(rows))
+    if out:
+        metrics.write_comparisons(out, rows)
+    if picture:
+        metrics.side_by_side(images[0], goal, variants[0].name, reference.name).save(picture)
+
+
+@lens_app.command("fit")
+def lens_fit(
+    rows: Annotated[Path, typer.Argument(help="Folder with lens rows (Record Hidden States, what = lens rows).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("lens.safetensors"),
+    picture: Annotated[Optional[Path], typer.Option(help="Also draw how replaceable each block is.")] = None,  # noqa: UP045
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "cpu",
+) -> None:
+    """Fit the affine map from each block's tokens to the last block's."""
+    from .analysis.contributions import lens_figure
+    from .analysis.lens import LensRows, fit_lens
+
+    with progress_bar() as update:
+        lens = fit_lens(LensRows(rows), device=device, progress=lambda done, of: update(f"block {done} of {of}", done / of))
+    lens.save(out)
+    found = [[block.title, lens.raw_errors[block], lens.errors[block]] for block in sorted(lens.errors)]
+    table(("block", "error_without", "error_with_lens"), found)
+    if picture:
+        lens_figure(lens).savefig(picture, dpi=110)
+    typer.echo(f"{out}: fitted on {lens.rows:,} tokens of {lens.images:,} images; errors are on images it was not fitted on")
+
+
+@app.command()
+def capture(
+    prompt: Annotated[Optional[list[str]], typer.Option(help="What to draw; may be given more than once.")] = None,  # noqa: UP045
+    prompts: Annotated[Optional[Path], typer.Option(help="Text file, one prompt per line.")] = None,  # noqa: UP045
+    model: Annotated[str, typer.Option(help="flux-schnell, flux-dev, flux-dev-krea, tiny, or a file's name.")] = "flux-schnell",
+    width: Annotated[Optional[int], typer.Option(help="Pixels, a multiple of 16; default: the workflow's.")] = None,  # noqa: UP045
+    height: Annotated[Optional[int], typer.Option(help="Pixels, a multiple of 16; default: the workflow's.")] = None,  # noqa: UP045
+    seed: Annotated[Optional[int], typer.Option(help="Of the first image, the next take the next; default: random.")] = None,  # noqa: UP045
+    num_steps: Annotated[Optional[int], typer.Option(min=1, help="Default: 4 for schnell, 20 for tiny, else 50.")] = None,  # noqa: UP045
+    guidance: Annotated[float, typer.Option(help="Distilled guidance, where the model takes one.")] = 2.5,
+    output_dir: Annotated[Path, typer.Option(help="One folder per image goes in here.")] = Path("output"),
+    decode_intermediates: Annotated[bool, typer.Option(help="Write previews as pictures, or their latents.")] = True,
+    add_sampling_metadata: Annotated[bool, typer.Option(help="Write how it was drawn into EXIF and PNG text.")] = True,
+    server: Annotated[Optional[str], typer.Option(help="host:port of a ComfyUI that runs.")] = None,  # noqa: UP045
+    comfyui: Annotated[Optional[Path], typer.Option(help="Folder of a ComfyUI to start, and stop afterwards.")] = None,  # noqa: UP045
+    offload: Annotated[bool, typer.Option(help="Start it in its low-memory mode.")] = False,
+    multi_gpu: Annotated[bool, typer.Option(help="Start one for each GPU and spread the prompts over them.")] = False,
+) -> None:
+    """Draw prompts on ComfyUI, with what every block predicted at every step."""
+    from .headless.capture import CaptureRequest, capture_everywhere, capture_servers
+    from .prompts import read_prompts
+
+    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+    if not texts:
+        raise UserError("There is nothing to draw: give --prompt or --prompts.")
+    requests = [
+        CaptureRequest(
+            text, model, width, height, None if seed is None else seed + number, num_steps, guidance,
+            decode_intermediates, add_sampling_metadata,
+        )
+        for number, text in enumerate(texts)
+    ]  # fmt: skip
+    with progress_bar() as update:
+        update("waiting for ComfyUI", 0.0)
+        with capture_servers(server, comfyui, offload, multi_gpu) as servers:
+            found = capture_everywhere(servers, requests, output_dir, update)
+    for one in found:
+        typer.echo(f"{one.generation_id}  {one.folder}  {one.request.prompt}")
+
+
+def _counted(items: list, update: Callable[[str, float], None]) -> Iterator:
+    for number, item in enumerate(items, start=1):
+        yield item
+        update(f"frame {number} of {len(items)}", number / len(items))
+
+
+@app.command()
+def plan(
+    internals: Annotated[Path, typer.Argument(help="internals.safetensors")],
+    checkpoint: Annotated[Path, typer.Option(help="The dense FLUX it was recorded on.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Plan to write.")] = Path("plan.safetensors"),
+    score: Annotated[str, typer.Option(help="frequency, magnitude, fluctuation, or obs (needs --rows).")] = "fluctuation",
+    rows: Annotated[Optional[Path], typer.Option(help="Folder that `record --rows` filled.")] = None,  # noqa: UP045
+    img_cut: Annotated[int, typer.Option(help="Neurons to cut from every img MLP.")] = 0,
+    txt_cut: Annotated[int, typer.Option(help="… every txt MLP.")] = 0,
+    single_cut: Annotated[int, typer.Option(help="… every single block.")] = 0,
+    double: Annotated[Optional[tuple[int, int]], typer.Option(help="First and last double block.")] = None,  # noqa: UP045
+    single: Annotated[Optional[tuple[int, int]], typer.Option(help="First and last single block.")] = None,  # noqa: UP045
+    img_threshold: Annotated[float, typer.Option(help="Cut img neurons that fired less often than this.")] = 0.0,
+    txt_threshold: Annotated[float, typer.Option(help="… txt neurons.")] = 0.0,
+    single_threshold: Annotated[float, typer.Option(help="… neurons of single blocks.")] = 0.0,
+    on_rate: Annotated[bool, typer.Option(help="Thresholds are per token (0 to 1), not counts.")] = False,
+    share: Annotated[Optional[float], typer.Option(help="Budget: share of all neurons to cut, 0 to 1.")] = None,  # noqa: UP045
+    gigabytes: Annotated[Optional[float], typer.Option(help="Budget: GB to save at 16 bits.")] = None,  # noqa: UP045
+    multiple: Annotated[int, typer.Option(help="Budget: widths are multiples of this.")] = 64,
+    protect: Annotated[str, typer.Option(help="Budget: layers to leave whole, such as 'double-18 single-0'.")] = "",
+    picture: Annotated[Optional[Path], typer.Option(help="Budget: draw memory saved against predicted error.")] = None,  # noqa: UP045
+) -> None:
+    """Choose which neurons to keep: by count, by threshold, or by a budget. Nothing is cut yet."""
+    from .analysis.hidden_states import HiddenStates
+    from .analysis.internals import Internals
+    from .pruning.budget import BudgetCurve, by_budget, protected_sites
+    from .pruning.dense import Dense
+    from .pruning.plan import by_count, by_threshold
+    from .pruning.scores import rank
+
+    dense, recorded = Dense.open(checkpoint), Internals.load(internals)
+    store = HiddenStates.open(rows) if rows else None
+    if img_threshold or txt_threshold or single_threshold:
+        on: Literal["counts", "rate"] = "rate" if on_rate else "counts"
+        made = by_threshold(dense, recorded, img_threshold, txt_threshold, single_threshold, on, double, single)
+    else:
+        with progress_bar() as update:
+            rankings = rank(score, dense, recorded, store, progress=lambda name, n, of: update(f"ranking {name}", n / of))
+        if share is None and gigabytes is None:
+            made = by_count(dense, rankings, score, img_cut, txt_cut, single_cut, double, single)
+        else:
+            protected = protected_sites(dense.layout, protect)
+            curve = BudgetCurve.of(dense.layout, rankings, store.amplification if store else None, multiple, protected)
+            made = by_budget(dense, rankings, curve, score, share, gigabytes)
+            if picture:
+                curve.figure(made).savefig(picture, dpi=110)
+    made.save(out)
+    typer.echo(f"{made.table()}\n{out}: flux-poke prune {checkpoint} --plan {out}")
+
+
+@app.command()
+def prune(
+    checkpoint: Annotated[Path, typer.Argument(help="The dense FLUX (.safetensors).")],
+    plan: Annotated[Path, typer.Option(help="plan.safetensors")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Pruned checkpoint to write.")],
+    repair: Annotated[str, typer.Option(help="none, bias (needs --internals) or affine (needs --rows).")] = "none",
+    internals: Annotated[Optional[Path], typer.Option(help="internals.safetensors")] = None,  # noqa: UP045
+    rows: Annotated[Optional[Path], typer.Option(help="Folder that `record --rows` filled.")] = None,  # noqa: UP045
+    fold: Annotated[bool, typer.Option(help="Also store what exact conversion of LoRAs needs after affine repair.")] = False,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")] = "cpu",
+) -> None:
+    """Cut what a plan says, repair what is left, and write a smaller checkpoint that needs no other file."""
+    from .analysis.hidden_states import HiddenStates
+    from .analysis.internals import Internals
+    from .pruning.checkpoint import inspect, save_pruned
+    from .pruning.dense import Dense
+    from .pruning.plan import PruningPlan
+    from .pruning.repair import Repairs
+    from .pruning.surgery import Cut
+
+    dense, loaded = Dense.open(checkpoint), PruningPlan.load(plan)
+    recorded = Internals.load(internals) if internals else None
+    store = HiddenStates.open(rows) if rows else None
+    repairs = Repairs(dense, loaded, repair, recorded, store, plan.with_suffix(".repairs"), fold, device)
+    with progress_bar() as update:
+        repairs.compute(lambda name, n, of: update(f"repairing {name}", 0.8 * n / of))
+        save_pruned(out, Cut(dense, loaded, repairs), fold, lambda key, n, of: update(f"writing {out}", 0.8 + 0.2 * n / of))
+    typer.echo(f"{inspect(out)}\n{out}: {out.stat().st_size / 1e6:,.1f} MB, from {checkpoint.stat().st_size / 1e6:,.1f}")
+
+
+@app.command("inspect")
+def inspect_command(file: Annotated[Path, typer.Argument(help="A FLUX checkpoint, dense or pruned.")]) -> None:
+    """Print what a checkpoint is: family, widths, what was cut, how well it was repaired."""
+    from .pruning.checkpoint import inspect
+
+    typer.echo(inspect(file))
 
 
 @contextmanager

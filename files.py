@@ -7,10 +7,12 @@ with locked(path):                               # other processes wait
 from __future__ import annotations
 
 import glob
+import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +24,14 @@ from .errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+#: Types a safetensors file names, by torch's name: the format's, and bytes a number.
+_DTYPES = {
+    "float64": ("F64", 8), "int64": ("I64", 8), "float32": ("F32", 4), "int32": ("I32", 4), "float16": ("F16", 2),
+    "bfloat16": ("BF16", 2), "int16": ("I16", 2), "float8_e4m3fn": ("F8_E4M3", 1), "float8_e5m2": ("F8_E5M2", 1),
+    "float8_e8m0fnu": ("F8_E8M0", 1), "int8": ("I8", 1), "uint8": ("U8", 1), "bool": ("BOOL", 1),
+}  # fmt: skip
+_BYTES = dict(_DTYPES.values())
 
 
 @contextmanager
@@ -103,6 +113,44 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor
 
     with replacing(path) as new, _explained(Path(path)):
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, new, dict(metadata))
+
+
+def stream_safetensors(
+    path: str | os.PathLike[str],
+    kinds: Mapping[str, tuple[str, tuple[int, ...]]],
+    tensor: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """A safetensors file, replaced as a whole, with one tensor in memory at a time.
+
+    `kinds` gives every key's type in the format's words ("BF16", …) and shape; `tensor(key)` is asked for each in turn, and
+    must be of that type and shape. The format: 8 bytes little-endian length, JSON header padded to 8 bytes, data without gaps
+    (huggingface/safetensors, README). Wider types come first, so that all stay aligned.
+    """
+    import torch
+
+    order = sorted(kinds, key=lambda key: (-_BYTES[kinds[key][0]], key))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for key in order:
+        dtype, shape = kinds[key]
+        start, end = end, end + _BYTES[dtype] * math.prod(shape)
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as new, _explained(Path(path)), open(new, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            value = tensor(key).detach().cpu().contiguous()
+            if kind_of(value) != kinds[key]:
+                raise ValueError(f"{key} is {value.dtype} {tuple(value.shape)}; announced as {kinds[key]}")
+            if value.numel():
+                file.write(value.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def kind_of(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
+    """A tensor's type, in the words of the safetensors format, and its shape."""
+    return _DTYPES[str(tensor.dtype).removeprefix("torch.")][0], tuple(tensor.shape)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

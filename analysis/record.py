@@ -1,16 +1,40 @@
-"""Recording without a host: draw prompts with a FLUX of the tiny kind and add what its neurons did to a file."""
+"""Recording without a host: draw prompts with a FLUX of the tiny kind and add what its neurons did to a file.
+
+record_prompts(path, prompts, Path("internals.safetensors"))
+record_prompts(path, prompts, Path("internals.safetensors"), rows=RowsTo(Path("hidden_states")))     # and rows beside it
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from ..flux.checkpoint import Checkpoint
 from ..flux.fingerprint import Fingerprint
-from ..flux.sampling import FluxTimer
+from ..flux.sampling import FluxTimer, euler
 from ..flux.tiny import TinyFlux
+from .amplification import AmplificationProbe
+from .hidden_states import HiddenStates, Limit
 from .internals import Internals, add_to_file
 from .recording import InternalsRecorder
+from .row_recording import RowChoice, RowRecorder
+
+#: At how many steps of the first batch the amplification of every MLP is measured.
+PROBED_STEPS = 10
+
+
+@dataclass(frozen=True)
+class RowsTo:
+    """A folder for rows, which of them, and how much it may take."""
+
+    folder: Path
+    choice: RowChoice = field(default_factory=RowChoice)
+    limit: Limit | None = None
 
 
 def record_prompts(
@@ -21,21 +45,44 @@ def record_prompts(
     steps: int = 20,
     batch: int = 16,
     progress: Callable[[str, float], None] | None = None,
+    rows: RowsTo | None = None,
 ) -> Internals:
-    """Draws every prompt once (image n from seed + n) and returns the total now in `out`.
+    """Draws every prompt once (image n from seed + n) and returns the total now in `out`; sampled rows go to `rows`.
 
-    Raises `UserError` where the checkpoint is none of the tiny kind, or `out` is of another model.
+    Raises `UserError` where the checkpoint is none of the tiny kind, or `out` or the folder for rows is of another model.
     """
     tiny = TinyFlux.load(checkpoint)
-    recorder = InternalsRecorder(tiny.flux.layout.sites)
-    noise = tiny.noise(len(prompts), seed)
-    sigmas = FluxTimer(steps).sigmas()
+    flux, sites = tiny.flux, tiny.flux.layout.sites
+    fingerprint = Fingerprint.of_checkpoint(Checkpoint(checkpoint))
+    internals = InternalsRecorder(sites)
+    sampled, probe = None, AmplificationProbe(sites)
+    if rows is not None:
+        sampled = RowRecorder(
+            sites, HiddenStates.for_model(rows.folder, flux.layout.family, fingerprint), rows.choice, rows.limit
+        )
+    noise, sigmas = tiny.noise(len(prompts), seed), FluxTimer(steps).sigmas()
+    probed = {step * steps // PROBED_STEPS for step in range(PROBED_STEPS)} if sampled is not None else set()
     calls = 0
     for start in range(0, len(prompts), batch):
         if progress:
             progress(f"drawing and recording {len(prompts)} prompts", start / len(prompts))
-        with recorder.watching(tiny.flux):
-            tiny.sample(prompts[start : start + batch], noise[start : start + batch], sigmas)
-        calls += steps
-    fingerprint = Fingerprint.of_checkpoint(Checkpoint(checkpoint))
-    return add_to_file(out, Internals.new(tiny.flux.layout.family, fingerprint, recorder.results(), steps=calls))
+        context, vector = tiny.words(prompts[start : start + batch])
+        with ExitStack() as recording:
+            run = recording.enter_context(sampled.run(sigmas, len(context))) if sampled is not None else None
+
+            def velocity(x: Tensor, sigma: Tensor, context=context, vector=vector, run=run, first=calls) -> Tensor:
+                nonlocal calls
+                step, calls = calls - first, calls + 1
+                if step in probed and first == 0:  # before the others look on: its calls are not to be recorded
+                    probe.measure(flux, lambda: flux(x, sigma, context, vector))
+                with ExitStack() as hooks:
+                    hooks.enter_context(internals.watching(flux))
+                    if run is not None:
+                        hooks.enter_context(run.watching(flux, step))
+                    return flux(x, sigma, context, vector)
+
+            with torch.no_grad():
+                euler(velocity, noise[start : start + batch], sigmas)
+    if sampled is not None:
+        sampled.store.add_amplification(probe.results())
+    return add_to_file(out, Internals.new(flux.layout.family, fingerprint, internals.results(), steps=calls))

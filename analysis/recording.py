@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..flux.layout import Site
+from .hooks import hooks_heard
 from .statistics import NeuronStatistics, SiteInternals
 
 
@@ -57,6 +58,7 @@ class InternalsRecorder:
         """Hooks on `model` while the `with` lasts; tokens outside `mask` do not count."""
         mask = mask or TokenMask()
         with ExitStack() as hooks:
+            hooks.enter_context(hooks_heard())
             for site in self.sites:
                 gates: list[Tensor] = []
                 if site.gated:

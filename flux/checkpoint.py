@@ -52,6 +52,10 @@ class Checkpoint(Mapping[str, Tensor]):
     def shape(self, key: str) -> tuple[int, ...]:
         return self.shapes[self._stored[key]]
 
+    def dtype(self, key: str) -> str:
+        """What the tensor's numbers are stored as, in the format's own words ("BF16", "F8_E4M3", …), without reading them."""
+        return self._file.get_slice(self._stored[key]).get_dtype()
+
     def rows(self, key: str, start: int, stop: int) -> Tensor:
         """Rows `start:stop` of a tensor, without reading the others."""
         return self._file.get_slice(self._stored[key])[start:stop]

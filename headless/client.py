@@ -8,6 +8,7 @@ with ComfyClient("127.0.0.1:8188") as client:
 from __future__ import annotations
 
 import json
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -54,10 +55,7 @@ class ComfyClient:
         self.address, self.timeout = address, timeout
         self.id = uuid.uuid4().hex
         self._http = requests.Session()
-        try:
-            self._socket = websocket.create_connection(f"ws://{address}/ws?clientId={self.id}", timeout=timeout)
-        except (OSError, websocket.WebSocketException) as error:
-            raise UserError(f"No ComfyUI answers at {address} ({error}): start it, or give its host:port.") from error
+        self._socket = self._connect()
 
     def __enter__(self) -> ComfyClient:
         return self
@@ -76,11 +74,7 @@ class ComfyClient:
     def queue(self, graph: Graph, extra: Mapping[str, Any] | None = None) -> str:
         """Queues a graph; its prompt id. Raises `UserError` naming every node and input the server refuses."""
         body = {"prompt": graph, "client_id": self.id, "extra_data": dict(extra or {})}
-        answer = self._http.post(self._url("prompt"), json=body, timeout=self.timeout)
-        if answer.status_code == 400:
-            raise UserError(_refusal(answer.json(), graph))
-        answer.raise_for_status()
-        return answer.json()["prompt_id"]
+        return self._ask("POST", "prompt", json=body, refused=lambda answer: _refusal(answer, graph)).json()["prompt_id"]
 
     def wait(self, prompt_id: str, on_progress: Progress | None = None) -> Result:
         """Waits until a queued run has ended. Raises `UserError` with the failing node's message, or `Interrupted`."""
@@ -112,29 +106,42 @@ class ComfyClient:
 
     def history(self, prompt_id: str) -> dict[str, Any]:
         """The server's record of a finished run; empty while it has none."""
-        return self._get(f"history/{prompt_id}").json().get(prompt_id, {})
+        return self._ask("GET", f"history/{prompt_id}").json().get(prompt_id, {})
 
     def interrupt(self, prompt_id: str | None = None) -> None:
         """Stops the run with this id, or whichever is running."""
         body = {"prompt_id": prompt_id} if prompt_id else {}
-        self._http.post(self._url("interrupt"), json=body, timeout=self.timeout).raise_for_status()
+        self._ask("POST", "interrupt", json=body)
+
+    def upload(self, path: str | os.PathLike[str], subfolder: str = "") -> str:
+        """Puts an image into the server's input folder; its name there, as Load Image takes it. An equal file is used again."""
+        with open(path, "rb") as file:
+            answer = self._ask("POST", "upload/image", files={"image": file}, data={"subfolder": subfolder}).json()
+        return "/".join(filter(None, (answer["subfolder"], answer["name"])))
 
     def fetch(self, file: Mapping[str, str]) -> bytes:
         """The content of a file that a run reported (`filename`, `subfolder`, `type`)."""
-        return self._get("view", params=dict(file)).content
+        return self._ask("GET", "view", params=dict(file)).content
+
+    def models(self, kind: str) -> list[str]:
+        """Names of the model files the server has in one of its folders ("diffusion_models", "loras", ...)."""
+        return self._ask("GET", f"models/{kind}").json()
 
     def system(self) -> dict[str, Any]:
-        return self._get("system_stats").json()
+        return self._ask("GET", "system_stats").json()
 
     def _messages(self, prompt_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Messages as (type, data). On silence the history is asked, so that a lost message loses no run."""
+        """Messages as (type, data); on silence and after a lost connection, what the history knows of the run."""
         while True:
-            self._socket.settimeout(SILENCE)
             try:
+                self._socket.settimeout(SILENCE)
                 message = self._socket.recv()
             except websocket.WebSocketTimeoutException:
-                status = self.history(prompt_id).get("status", {})
-                yield from ((kind, data) for kind, data in status.get("messages", []) if status.get("completed") is not None)
+                yield from self._past_messages(prompt_id)
+                continue
+            except (OSError, websocket.WebSocketException):
+                self._socket = self._connect()
+                yield from self._past_messages(prompt_id)
                 continue
             if isinstance(message, bytes):
                 if int.from_bytes(message[:4], "big") == 3:
@@ -143,15 +150,36 @@ class ComfyClient:
             elif message:
                 found = json.loads(message)
                 yield found["type"], found.get("data") or {}
-            else:
-                raise UserError(f"ComfyUI at {self.address} closed the connection during the run: look at its log.")
 
-    def _url(self, path: str) -> str:
-        return f"http://{self.address}/{path}"
+    def _past_messages(self, prompt_id: str) -> list[tuple[str, dict[str, Any]]]:
+        """What the server said of a run that has ended; nothing while it waits or runs. `UserError` where it is not known."""
+        queue = self._ask("GET", "queue").json()
+        if any(prompt_id == entry[1] for entries in queue.values() for entry in entries):
+            return []
+        record = self.history(prompt_id)
+        if not record:
+            raise UserError(
+                f"ComfyUI at {self.address} no longer knows the run {prompt_id}: it was started anew. Queue it again."
+            )
+        return [(kind, data) for kind, data in record["status"]["messages"]]
 
-    def _get(self, path: str, **options: Any) -> requests.Response:
-        answer = self._http.get(self._url(path), timeout=self.timeout, **options)
-        answer.raise_for_status()
+    def _connect(self) -> websocket.WebSocket:
+        try:
+            return websocket.create_connection(f"ws://{self.address}/ws?clientId={self.id}", timeout=self.timeout)
+        except (OSError, websocket.WebSocketException) as error:
+            raise UserError(f"No ComfyUI answers at {self.address} ({error}): start it, or give its host:port.") from error
+
+    def _ask(
+        self, method: str, path: str, refused: Callable[[Mapping[str, Any]], str] | None = None, **options: Any
+    ) -> requests.Response:
+        """The server's answer; `UserError` where there is none, or it is an error (`refused` puts status 400 into words)."""
+        try:
+            answer = self._http.request(method, f"http://{self.address}/{path}", timeout=self.timeout, **options)
+            if answer.status_code == 400 and refused is not None:
+                raise UserError(refused(answer.json()))
+            answer.raise_for_status()
+        except requests.RequestException as error:
+            raise UserError(f"ComfyUI at {self.address} did not do what was asked ({error}): look at its log.") from error
         return answer
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -61,6 +62,19 @@ def server(host: Host) -> Iterator[ComfyServer]:
 def client(server: ComfyServer) -> Iterator[ComfyClient]:
     with ComfyClient(server.address) as connected:
         yield connected
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI as a library, on the CPU; its folder is on `sys.path` for the length of the test alone."""
+    if not (COMFYUI / "main.py").is_file():
+        pytest.skip(f"no ComfyUI at {COMFYUI} (set COMFYUI_PATH)")
+    # The repository's own folder `nodes` would hide ComfyUI's nodes.py.
+    monkeypatch.setattr(sys, "path", [str(COMFYUI), *(entry for entry in sys.path if entry not in ("", os.getcwd()))])
+    monkeypatch.setattr(sys, "argv", sys.argv[:1])
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,8 @@
 """flux/model.py equals ComfyUI's own transformer on the same weights."""
 
-import os
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from flux_poke.flux.model import Flux
-
-COMFYUI = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
-
-pytestmark = pytest.mark.skipif(not COMFYUI.is_dir(), reason=f"no ComfyUI in {COMFYUI} (set COMFYUI_PATH)")
 
 FLUX1 = {
     "in_channels": 16, "out_channels": 16, "vec_in_dim": 64, "axes_dim": [16, 56, 56], "theta": 10_000, "patch_size": 2,
@@ -24,14 +16,8 @@ FLUX2 = {
 
 
 @pytest.fixture
-def comfy_flux(monkeypatch):
-    """ComfyUI's class, on the CPU; its folder is on `sys.path` for the length of the test alone."""
-    # The repository's own folder `nodes` would hide ComfyUI's nodes.py.
-    monkeypatch.setattr(sys, "path", [str(COMFYUI), *(entry for entry in sys.path if entry not in ("", os.getcwd()))])
-    monkeypatch.setattr(sys, "argv", sys.argv[:1])
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = True
+def comfy_flux(in_process):
+    """ComfyUI's class."""
     import comfy.ldm.flux.model
     import comfy.ops
 

@@ -115,7 +115,7 @@ def shapes() -> Callable[..., Shapes]:
     return flux_shapes
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tensors() -> Callable[..., dict[str, Tensor]]:
     return flux_tensors
 

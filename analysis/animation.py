@@ -1,0 +1,116 @@
+"""Block previews as a GIF, WebP or MP4.
+
+    frames = choose_frames(find_previews(folder), order="step", kind="double", max_blocks=5)
+    write_animation("blocks.mp4", captioned_frames(frames), fps=2)
+
+Frames are read, captioned and written one at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+from ..errors import UserError
+from ..files import replacing
+from .blocks import Kind
+from .previews import Tap
+from .sheets import captioned
+
+#: "step" shows every block of a step before the next step; "block" follows one block through all steps, then the next.
+Order = Literal["step", "block"]
+
+FORMATS = ("gif", "mp4", "webp")
+
+
+def choose_frames(
+    previews: Sequence[tuple[Tap, Path]], order: Order = "step", kind: Kind | None = None, max_blocks: int | None = None
+) -> list[tuple[Tap, Path]]:
+    """The previews to show, in the order to show them.
+
+    Args:
+        kind: only double or only single blocks; None = both.
+        max_blocks: at most this many blocks of each kind, the first ones.
+
+    Raises `UserError` where nothing is left.
+    """
+    first: dict[Kind, list[int]] = {
+        name: sorted({tap.block.index for tap, _ in previews if tap.block.kind == name})[:max_blocks]
+        for name in ("double", "single")
+        if kind in (None, name)
+    }
+    chosen = [(tap, path) for tap, path in previews if tap.block.index in first.get(tap.block.kind, [])]
+    if not chosen:
+        there = ", ".join(sorted({tap.block.kind for tap, _ in previews})) or "no"
+        raise UserError(f"There is nothing to animate: asked for {kind or 'all'} blocks, found {there} blocks.")
+    if order == "block":
+        return sorted(chosen, key=lambda preview: (preview[0].block, preview[0].step))
+    return sorted(chosen)
+
+
+def captioned_frames(previews: Iterable[tuple[Tap, Path]], font_size: int = 24) -> Iterator[Image.Image]:
+    """Each preview read and captioned "Step 3 · double block 7"; `font_size` 0 leaves captions out."""
+    for tap, path in previews:
+        try:
+            with Image.open(path) as image:
+                frame = image.convert("RGB")
+        except OSError as error:
+            raise UserError(f"{path} cannot be read as an image ({error}): delete it or decode the previews again.") from error
+        yield captioned(frame, tap.title, font_size) if font_size else frame
+
+
+def write_animation(path: str | os.PathLike[str], frames: Iterable[Image.Image], fps: float = 2.0) -> None:
+    """Writes frames of one size as what the name's ending says (.gif, .webp, .mp4), replacing the file as a whole.
+
+    Raises `UserError` where the ending is another one, there are no frames, or MP4 has no PyAV to write it.
+    """
+    path = Path(path)
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
+        raise UserError(f"{path} ends in {path.suffix or 'nothing'}: an animation is a .gif, .webp or .mp4 file.")
+    if not fps > 0:
+        raise UserError(f"Frames per second is a number above 0; found {fps}.")
+    frames = iter(frames)
+    first = next(frames, None)
+    if first is None:
+        raise UserError("There are no frames to animate.")
+    everything = itertools.chain((first,), _of_one_size(frames, first.size))
+    with replacing(path) as new:
+        if kind == "mp4":
+            _write_mp4(new, everything, first.size, fps)
+        else:
+            quality = {"quality": 90} if kind == "webp" else {}
+            duration = round(1000 / fps)
+            next(everything).save(
+                new, kind.upper(), save_all=True, append_images=everything, duration=duration, loop=0, **quality
+            )
+
+
+def _of_one_size(frames: Iterable[Image.Image], size: tuple[int, int]) -> Iterator[Image.Image]:
+    return (frame if frame.size == size else frame.resize(size, Image.Resampling.LANCZOS) for frame in frames)
+
+
+def _write_mp4(path: Path, frames: Iterable[Image.Image], size: tuple[int, int], fps: float) -> None:
+    try:
+        import av
+    except ImportError as error:
+        raise UserError("MP4 needs PyAV, which is not installed: `pip install av`, or choose gif or webp.") from error
+    # The first that this build of PyAV has; H.264 plays everywhere.
+    codec = next(name for name in ("libx264", "libopenh264", "mpeg4") if name in av.codecs_available)
+    width, height = size[0] + size[0] % 2, size[1] + size[1] % 2  # yuv420p halves both
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as file:
+        stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        if codec == "libx264":
+            stream.options = {"crf": "18"}
+        for frame in frames:
+            even = Image.new("RGB", (width, height))
+            even.paste(frame)
+            file.mux(stream.encode(av.VideoFrame.from_image(even)))
+        file.mux(stream.encode(None))

@@ -1,0 +1,332 @@
+"""`hidden_states/`: a folder with sampled activations of one model, in shards beside a manifest.
+
+    store = HiddenStates.for_model(folder, family, fingerprint)      # made, or gone on with where it is of this model
+    first = store.new_images(4)                                      # numbers for the next four images
+    store.append("rows", tensors, Limit(gigabytes=20))               # one shard, whole or not at all
+
+    store = HiddenStates.open(folder)
+    for rows in store.rows("single-7"):                              # in pieces, each read when it is asked for
+        rows.x, rows.attn, rows.image
+
+A shard is `{kind}-00017.safetensors`. Kind `rows` holds, per site S, `S.x` [n, hidden] (the MLP's input), in single blocks
+`S.attn` [n, hidden] (the attention half of linear2's input), `S.sigma`, `S.image` and `S.step` [n]. `manifest.json` names
+the model, the shards and what is in them, and the amplification that was measured on the way. What the manifest does not
+name is not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import locked, write_safetensors, write_text
+from ..flux.checkpoint import open_safetensors
+from ..flux.fingerprint import Fingerprint
+
+FORMAT = "flux-poke hidden states 1"
+MANIFEST = "manifest.json"
+
+Kind = Literal["rows", "blocks"]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How much one kind of shard may take on disk (1 GB = 10^9 bytes), and what to do when the next does not fit.
+
+    "thin" halves every image's share, as often as needed; "stop" leaves what is there and takes no more.
+    """
+
+    gigabytes: float
+    when_full: Literal["thin", "stop"] = "thin"
+
+    @property
+    def bytes(self) -> int:
+        return int(self.gigabytes * 1e9)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: its kind, size, rows by site, and how often its rows were halved."""
+
+    file: str
+    kind: Kind
+    bytes: int
+    rows: Mapping[str, int] = field(default_factory=dict)
+    halvings: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder holds. `images` counts those that were given a number; `halvings` is what new rows start at.
+
+    `amplification` is, by site, [sum of measurements, their number] (see `amplification.py`).
+    """
+
+    family: str
+    fingerprint: Fingerprint
+    images: int = 0
+    halvings: int = 0
+    shards: tuple[Shard, ...] = ()
+    amplification: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    created: str = ""
+    updated: str = ""
+
+    def to_json(self) -> str:
+        content = asdict(self)
+        del content["fingerprint"]
+        return json.dumps({"format": FORMAT, "model": json.loads(self.fingerprint.to_json()), **content}, indent=1)
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Raises `UserError` where `folder` holds no hidden states, or its manifest is damaged."""
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise UserError(
+                f"{folder} holds no hidden states: expected a {MANIFEST} in it. Record rows first (Record Hidden States, or "
+                "`flux-poke record --rows DIR`)."
+            )
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found.get("format") != FORMAT:
+                raise UserError(f"{path} is another format: expected '{FORMAT}', found '{found.get('format')}'.")
+            return cls(
+                family=found["family"],
+                fingerprint=Fingerprint.from_json(json.dumps(found["model"])),
+                images=int(found["images"]),
+                halvings=int(found["halvings"]),
+                shards=tuple(Shard(**shard) for shard in found["shards"]),
+                amplification={name: (float(a), int(n)) for name, (a, n) in found["amplification"].items()},
+                created=found["created"],
+                updated=found["updated"],
+            )
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}): restore it or record into another folder.") from error
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token rows of one site: x [n, hidden], attn [n, hidden] (single blocks), sigma float32, image and step int64 [n]."""
+
+    x: Tensor
+    attn: Tensor | None
+    sigma: Tensor
+    image: Tensor
+    step: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, chosen: Tensor | slice) -> Rows:
+        attn = None if self.attn is None else self.attn[chosen]
+        return Rows(self.x[chosen], attn, self.sigma[chosen], self.image[chosen], self.step[chosen])
+
+
+class HiddenStates:
+    """A folder of shards; `manifest` is what was in it when it was last looked at."""
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self.folder = folder
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> HiddenStates:
+        """The hidden states in `folder`; raises `UserError` where there are none."""
+        return cls(Path(folder), Manifest.load(Path(folder)))
+
+    @classmethod
+    def for_model(cls, folder: str | os.PathLike[str], family: str, fingerprint: Fingerprint) -> HiddenStates:
+        """`folder` to add to; it is made where it is not there. Raises `UserError` where it holds another model's."""
+        folder = Path(folder)
+        with locked(folder / MANIFEST):
+            if (folder / MANIFEST).exists():
+                store = cls.open(folder)
+                store.require(fingerprint, "this model")
+                return store
+            now = _now()
+            manifest = Manifest(family, fingerprint, created=now, updated=now)
+            write_text(folder / MANIFEST, manifest.to_json())
+        return cls(folder, manifest)
+
+    def require(self, fingerprint: Fingerprint, what: str) -> None:
+        """Raises `UserError` where the folder is not of the model with `fingerprint`, called `what`."""
+        if not self.manifest.fingerprint.matches(fingerprint):
+            raise UserError(
+                f"{self.folder} was recorded on another model than {what}: "
+                f"{self.manifest.fingerprint.difference(fingerprint)}. Choose the folder that belongs to it, or a new one."
+            )
+
+    def new_images(self, count: int) -> int:
+        """Takes the numbers n … n + count - 1 for `count` images; n."""
+        with self._changing():
+            first = self.manifest.images
+            self.manifest = replace(self.manifest, images=first + count)
+        return first
+
+    def append(self, kind: Kind, tensors: Mapping[str, Tensor], limit: Limit | None = None, halvings: int = 0) -> bool:
+        """Adds one shard; False where `limit` leaves no room for it.
+
+        Args:
+            tensors: as the module says.
+            halvings: how often these rows were halved already, of `manifest.halvings`.
+        """
+        with self._changing():
+            while kind == "rows" and halvings < self.manifest.halvings:
+                tensors, halvings = halved(tensors), halvings + 1
+            while limit is not None and self.bytes(kind) + _bytes(tensors) > limit.bytes:
+                if kind != "rows" or limit.when_full == "stop" or max(map(len, tensors.values()), default=0) < 2:
+                    return False
+                self._halve()
+                tensors, halvings = halved(tensors), halvings + 1
+            if any(len(tensor) for tensor in tensors.values()):
+                numbers = [int(shard.file.removesuffix(".safetensors").rsplit("-", 1)[1]) for shard in self.manifest.shards]
+                name = f"{kind}-{max(numbers, default=-1) + 1:05d}.safetensors"
+                shard = self._write_shard(Shard(name, kind, 0, {}, halvings), tensors)
+                self.manifest = replace(self.manifest, shards=(*self.manifest.shards, shard))
+        return True
+
+    def add_amplification(self, measured: Mapping[str, tuple[float, int]]) -> None:
+        """Adds measurements, by site (their sum, their number)."""
+        with self._changing():
+            total = dict(self.manifest.amplification)
+            for name, (value, count) in measured.items():
+                before, times = total.get(name, (0.0, 0))
+                total[name] = (before + value, times + count)
+            self.manifest = replace(self.manifest, amplification=total)
+
+    @property
+    def amplification(self) -> dict[str, float]:
+        """Mean amplification by site; empty where it was not measured."""
+        return {name: value / count for name, (value, count) in self.manifest.amplification.items() if count}
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal; changes whenever shards are added or thinned."""
+        shards = [asdict(shard) for shard in self.manifest.shards]
+        text = json.dumps([self.manifest.created, self.manifest.fingerprint.values, shards])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def bytes(self, kind: Kind) -> int:
+        """What the shards of `kind` take."""
+        return sum(shard.bytes for shard in self.manifest.shards if shard.kind == kind)
+
+    def count(self, site: str) -> int:
+        """How many rows there are of a site."""
+        return sum(shard.rows.get(site, 0) for shard in self.manifest.shards)
+
+    def images(self, site: str) -> Tensor:
+        """Numbers of the images that gave rows to a site, ascending, int64."""
+        found = [self._read(shard, site, ("image",))["image"] for shard in self._shards(site)]
+        return torch.cat(found).long().unique() if found else torch.empty(0, dtype=torch.int64)
+
+    def rows(self, site: str, images: Set[int] | None = None, size: int = 8192) -> Iterator[Rows]:
+        """The rows of a site in pieces of at most `size`, in the order of recording; only of `images` where given."""
+        waiting: list[Rows] = []
+        for shard in self._shards(site):
+            image = self._read(shard, site, ("image",))["image"].long()
+            wanted = None if images is None else torch.isin(image, torch.tensor(sorted(images), dtype=torch.int64))
+            if wanted is not None and not wanted.any():
+                continue
+            found = self._read(shard, site, ("x", "attn", "sigma", "step"))
+            rows = Rows(found["x"], found.get("attn"), found["sigma"], image, found["step"].long())
+            if wanted is not None and not wanted.all():
+                rows = rows[wanted]
+            waiting.append(rows)
+            while sum(map(len, waiting)) >= size:
+                together = _joined(waiting)
+                yield together[:size]
+                waiting = [together[size:]]
+        if sum(map(len, waiting)):
+            yield _joined(waiting)
+
+    def _shards(self, site: str) -> list[Shard]:
+        return [shard for shard in self.manifest.shards if shard.rows.get(site)]
+
+    def _read(self, shard: Shard, site: str, names: tuple[str, ...]) -> dict[str, Tensor]:
+        with open_safetensors(self.folder / shard.file) as file:
+            there = set(file.keys())
+            return {name: file.get_tensor(f"{site}.{name}") for name in names if f"{site}.{name}" in there}
+
+    def _write_shard(self, shard: Shard, tensors: Mapping[str, Tensor]) -> Shard:
+        metadata = {"format": FORMAT, "kind": shard.kind, "halvings": str(shard.halvings)}
+        write_safetensors(self.folder / shard.file, tensors, metadata)
+        rows = {key.removesuffix(".x"): len(tensor) for key, tensor in tensors.items() if key.endswith(".x")}
+        return replace(shard, bytes=_bytes(tensors), rows=rows)
+
+    def _halve(self) -> None:
+        """Takes every other row out of all shards, one file after the other; each tells itself how often that was done,
+        so that a halving that was cut off is finished by the next one."""
+        target = self.manifest.halvings + 1
+        thinned = []
+        for shard in self.manifest.shards:
+            if shard.kind == "rows":
+                with open_safetensors(self.folder / shard.file) as file:
+                    tensors = {key: file.get_tensor(key) for key in file.keys()}
+                    done = int(file.metadata()["halvings"])
+                for _ in range(target - done):
+                    tensors = halved(tensors)
+                shard = self._write_shard(replace(shard, halvings=target), tensors)
+            thinned.append(shard)
+        self.manifest = replace(self.manifest, halvings=target, shards=tuple(thinned))
+        self._write()
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Holds the lock; what others wrote is read first, and what changed is written at the end if all went well."""
+        with locked(self.folder / MANIFEST):
+            self.manifest = Manifest.load(self.folder)
+            yield
+            self._write()
+
+    def _write(self) -> None:
+        self.manifest = replace(self.manifest, updated=_now())
+        write_text(self.folder / MANIFEST, self.manifest.to_json())
+
+
+def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every other row. Rows of one image and step stand together and in random order, so each loses half of its own."""
+    return {key: tensor[::2].contiguous() for key, tensor in tensors.items()}
+
+
+def held_out(images: Tensor, share: float = 0.2) -> tuple[set[int], set[int]]:
+    """Splits image numbers (ascending) into those to fit on and those to judge by: every fifth, and at least one.
+
+    Raises `UserError` for fewer than two images: tokens of one image are too alike to judge by.
+    """
+    numbers = images.tolist()
+    if len(numbers) < 2:
+        raise UserError(
+            f"The rows come from {len(numbers)} image; at least 2 are needed, one of them to judge the repair by. "
+            "Record more images."
+        )
+    every = max(2, round(1 / share))
+    judged = set(numbers[every - 1 :: every]) or {numbers[-1]}
+    return set(numbers) - judged, judged
+
+
+def _joined(parts: list[Rows]) -> Rows:
+    attn = None if parts[0].attn is None else torch.cat([part.attn for part in parts if part.attn is not None])
+    return Rows(
+        torch.cat([part.x for part in parts]), attn, torch.cat([part.sigma for part in parts]),
+        torch.cat([part.image for part in parts]), torch.cat([part.step for part in parts]),
+    )  # fmt: skip
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

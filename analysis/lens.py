@@ -1,0 +1,257 @@
+"""The tuned lens: for each block, the affine map that best foretells the last block's image tokens from its own.
+
+    recorder = LensRecorder(layout, tokens=64)       # the same sampled tokens after every block
+    with recorder.watching(model, moment, image=7):
+        model(x, sigma, context, vector)
+    recorder.save(folder)                            # one more shard lens-*.safetensors; any number of runs may add theirs
+
+    lens = fit_lens(LensRows(folder))                # closed form; errors on images that the fit has not seen
+    lens.save("lens.safetensors")
+    lens.errors[Block("double", 3)]                  # 0 = the rest of the model is an affine map, 1 = no better than a constant
+
+A block's prediction goes through its map before the final layer (Belrose et al. 2023, arXiv 2303.08112). Where the error
+hardly falls from one block to the next, that block adds nothing an affine map could not: it is replaceable.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import UserError
+from ..files import write_safetensors
+from ..flux.checkpoint import open_safetensors
+from ..flux.layout import Layout
+from .blocks import Block, Rows, blocks_of, watching_image_tokens
+
+FORMAT = "flux-poke lens 1"
+ROWS_FORMAT = "flux-poke lens rows 1"
+
+#: Ridge strengths to choose from, relative to the mean variance of a hidden unit.
+ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1)
+
+#: Told after every block: blocks done, blocks in all.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Lens:
+    """An affine map for every block but the last: h to weight · h + bias, [hidden, hidden] and [hidden].
+
+    `errors` holds, by block, the squared error on held-out images divided by the squared distance of the last block's
+    tokens from their mean; `raw_errors` the same without a map. `family`, `rows` and `images` say what it was fitted on.
+    """
+
+    family: str
+    weights: Mapping[Block, Tensor]
+    biases: Mapping[Block, Tensor]
+    errors: Mapping[Block, float]
+    raw_errors: Mapping[Block, float]
+    rows: int
+    images: int
+
+    def __call__(self, block: Block, state: Tensor) -> Tensor:
+        """The last block's tokens as foretold from `state` [..., hidden] after `block`, on its device, in its precision."""
+        if block not in self.weights:
+            return state  # the last block needs no map
+        return F.linear(state, self.weights[block].to(state), self.biases[block].to(state))
+
+    def check_fits(self, layout: Layout) -> None:
+        """Raises `UserError` where the lens is not one for a model of this layout."""
+        hidden = next(iter(self.biases.values())).shape[0]
+        if (self.family, hidden, set(self.weights)) != (layout.family, layout.hidden, set(blocks_of(layout)[:-1])):
+            raise UserError(
+                f"This lens was fitted on a {self.family} of {len(self.weights) + 1} blocks of width {hidden}; the model is a "
+                f"{layout.family} of {layout.depth + layout.depth_single} blocks of width {layout.hidden}. Fit a lens for it."
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes maps in bfloat16, errors in the header."""
+        tensors = {f"{block.name}.weight": weight.bfloat16() for block, weight in self.weights.items()}
+        tensors |= {f"{block.name}.bias": bias.bfloat16() for block, bias in self.biases.items()}
+        metadata = {
+            "format": FORMAT,
+            "family": self.family,
+            "errors": json.dumps({block.name: error for block, error in self.errors.items()}),
+            "raw_errors": json.dumps({block.name: error for block, error in self.raw_errors.items()}),
+            "rows": str(self.rows),
+            "images": str(self.images),
+        }
+        write_safetensors(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Lens:
+        """Raises `UserError` where the file is missing, damaged, or holds something else."""
+        with open_safetensors(path) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                found = metadata.get("format", "a safetensors file of another kind")
+                raise UserError(f"{path} is no lens: expected '{FORMAT}', found '{found}'. `flux-poke lens fit` makes one.")
+            try:
+                errors = {Block.named(name): error for name, error in json.loads(metadata["errors"]).items()}
+                raw = {Block.named(name): error for name, error in json.loads(metadata["raw_errors"]).items()}
+                return cls(
+                    family=metadata["family"],
+                    weights={block: file.get_tensor(f"{block.name}.weight") for block in errors},
+                    biases={block: file.get_tensor(f"{block.name}.bias") for block in errors},
+                    errors=errors,
+                    raw_errors=raw,
+                    rows=int(metadata["rows"]),
+                    images=int(metadata["images"]),
+                )
+            except (KeyError, ValueError, SafetensorError) as error:
+                raise UserError(f"{path} is a damaged lens ({error}): fit it again or use a copy.") from error
+
+
+class LensRecorder:
+    """Keeps `tokens` random image tokens of each image and call, the same ones after every block."""
+
+    def __init__(self, layout: Layout, tokens: int = 64, seed: int = 0):
+        self.layout = layout
+        self.tokens = tokens
+        self._random = torch.Generator().manual_seed(seed)
+        self._states: dict[Block, list[Tensor]] = {block: [] for block in blocks_of(layout)}
+        self._images: list[Tensor] = []
+        self._sigmas: list[Tensor] = []
+
+    @contextmanager
+    def watching(self, model: nn.Module, x: Tensor, sigma: Tensor, images: Tensor, rows: Rows = slice(None)) -> Iterator[None]:
+        """Hooks on `model` for one call of it.
+
+        Args:
+            x: latents [batch, channels, height, width].
+            sigma: their noise level [batch].
+            images: a number for each image in `rows`, int64, that no other image has: the fit keeps images apart.
+            rows: the part of the batch to look at (under classifier-free guidance, the positive prompt's).
+        """
+        blocks = list(self._states)
+        patch = self.layout.patch
+        available = -(-x.shape[-2] // patch) * -(-x.shape[-1] // patch)
+        chosen = torch.randperm(available, generator=self._random)[: self.tokens].sort().values
+        seen: list[Tensor] = []
+
+        @torch.no_grad()
+        def see(place: int, img: Tensor) -> None:
+            seen.append(img[rows][:, chosen.to(img.device)].flatten(0, 1))
+
+        with watching_image_tokens(model, range(1, len(blocks) + 1), see):
+            yield
+        for block, state in zip(blocks, torch.stack(seen).cpu(), strict=True):
+            self._states[block].append(state)
+        self._images.append(images.cpu().repeat_interleave(len(chosen)))
+        self._sigmas.append(sigma[rows].float().cpu().repeat_interleave(len(chosen)))
+
+    def save(self, folder: str | os.PathLike[str]) -> Path | None:
+        """Writes what was recorded since the last `save` as one more shard; its path, None where there was nothing."""
+        if not self._images:
+            return None
+        tensors = {block.name: torch.cat(states) for block, states in self._states.items()}
+        tensors["image"], tensors["sigma"] = torch.cat(self._images), torch.cat(self._sigmas)
+        path = Path(folder) / f"lens-{secrets.token_hex(4)}.safetensors"
+        write_safetensors(path, tensors, {"format": ROWS_FORMAT, "family": self.layout.family})
+        for parts in (*self._states.values(), self._images, self._sigmas):
+            parts.clear()
+        return path
+
+
+class LensRows(Mapping[Block, Tensor]):
+    """All lens rows of a folder: each block's tokens [rows, hidden], read when asked for; `images` [rows] tells whose.
+
+    Raises `UserError` where the folder holds none, or shards of different models.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        paths = sorted(Path(folder).glob("lens-*.safetensors"))
+        if not paths:
+            raise UserError(
+                f"{folder} holds no lens rows (lens-*.safetensors): record hidden states with what = lens rows first."
+            )
+        self._files = [open_safetensors(path) for path in paths]
+        shapes = {}
+        for path, file in zip(paths, self._files, strict=True):
+            metadata = file.metadata() or {}
+            if metadata.get("format") != ROWS_FORMAT:
+                raise UserError(f"{path} holds no lens rows: expected '{ROWS_FORMAT}', found '{metadata.get('format')}'.")
+            names = sorted(set(file.keys()) - {"image", "sigma"})
+            shapes[metadata["family"], tuple(names), file.get_slice(names[0]).get_shape()[1]] = path
+        if len(shapes) > 1:
+            first, second, *_ = shapes.values()
+            raise UserError(f"{first} and {second} are of different models: fit a lens to the rows of one model at a time.")
+        ((self.family, found, _),) = shapes
+        self._blocks = sorted(Block.named(name) for name in found)
+        self.images = self._read("image")
+
+    def _read(self, key: str) -> Tensor:
+        return torch.cat([file.get_tensor(key) for file in self._files])
+
+    def __getitem__(self, block: Block) -> Tensor:
+        return self._read(block.name)
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self._blocks)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+
+def fit_lens(
+    rows: LensRows,
+    held_out: float = 0.2,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Lens:
+    """A lens by ridge regression, each block's strength chosen from `ALPHAS` on the held-out share of the images.
+
+    The penalty is on the map's distance from the identity, so that few rows give the raw prediction and not zero.
+    Raises `UserError` where there are fewer than two images to keep apart.
+    """
+    images = rows.images.unique()
+    if len(images) < 2:
+        raise UserError(f"A lens takes rows of at least 2 images, to tell how it does on new ones; found {len(images)}.")
+    apart = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+    test = torch.isin(rows.images, apart[: max(1, round(held_out * len(images)))])
+    *blocks, last = rows
+    target = rows[last].to(device, torch.float32)
+    test_at = test.to(device)
+    scale = (target[test_at] - target[~test_at].mean(0)).double().square().sum()
+    weights, biases, errors, raw_errors = {}, {}, {}, {}
+    for done, block in enumerate(blocks):
+        h = rows[block].to(device, torch.float32)
+        raw_errors[block] = float((target[test_at] - h[test_at]).double().square().sum() / scale)
+        best = None
+        for weight, bias in _ridge(h[~test_at], target[~test_at]):
+            # As it will be stored: the error is that of the file.
+            weight, bias = weight.bfloat16(), bias.bfloat16()
+            foretold = F.linear(h[test_at], weight.float(), bias.float())
+            error = float((target[test_at] - foretold).double().square().sum() / scale)
+            if best is None or error < best[0]:
+                best = error, weight.cpu(), bias.cpu()
+        assert best is not None
+        errors[block], weights[block], biases[block] = best
+        if progress is not None:
+            progress(done + 1, len(blocks))
+    return Lens(rows.family, weights, biases, errors, raw_errors, len(rows.images), len(images))
+
+
+def _ridge(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each alpha, the affine map I + B that brings x to y [rows, hidden]: B = (y - x)ᵀx (xᵀx + lam I)⁻¹, centred."""
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    centred = x - mean_x
+    # Products in float32, which rows in bfloat16 do not exceed; the solve in float64.
+    gram = (centred.T @ centred).double()
+    cross = (centred.T @ (y - x - mean_y + mean_x)).double()
+    identity = torch.eye(len(gram), dtype=torch.float64, device=x.device)
+    for alpha in ALPHAS:
+        step = torch.linalg.solve(gram + alpha * gram.diagonal().mean() * identity, cross).T
+        weight = (identity + step).float()
+        yield weight, mean_y - weight @ mean_x

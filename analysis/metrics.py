@@ -1,0 +1,197 @@
+"""How far images or latents are from a reference: numbers, a table, files and a picture.
+
+    reference = read_images("dense.png")             # [batch, 3, height, width] in 0..1; also folders and .latent files
+    rows = [compare(read_images(path), reference, path) for path in variants]
+    print(comparison_table(rows))
+    write_comparisons("comparison.csv", rows)        # or .json
+    side_by_side(images, reference, "half the neurons").save("comparison.png")
+
+PSNR and SSIM are kornia's, which ComfyUI brings along: the same numbers on both sides, and nothing new on the host.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import write_text
+from ..flux.checkpoint import open_safetensors
+from .sheets import GAP, GROUND, INK, MARGIN, font, heat_map
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+LATENT_ENDINGS = (".latent", ".safetensors")
+
+#: Side of SSIM's Gaussian window (Wang et al. 2004); smaller where the image is.
+SSIM_WINDOW = 11
+#: Rows of a side-by-side picture, and the longest side of one image in it.
+MOST_ROWS, LONGEST = 8, 512
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far one variant is from the reference.
+
+    Attributes:
+        relative_mse: sum of squared differences / sum of squares of the reference.
+        psnr: peak signal-to-noise ratio in dB; infinite where both are equal.
+        ssim: mean structural similarity, 1 = equal.
+    """
+
+    name: str
+    relative_mse: float
+    psnr: float
+    ssim: float
+
+
+def compare(variant: Tensor, reference: Tensor, name: str = "", peak: float | None = None) -> Comparison:
+    """The measures of `variant` against `reference`, both [batch, channels, height, width], over the whole batch.
+
+    Args:
+        peak: the range of values that PSNR and SSIM refer to; 1 for images, by default the reference's own range where it has
+            other than 3 channels (latents).
+
+    Raises `UserError` where the two have different shapes.
+    """
+    if variant.shape != reference.shape:
+        raise UserError(
+            f"{name or 'The variant'} is {_size(variant)}, the reference {_size(reference)}: only equal sizes can be compared."
+        )
+    from kornia.metrics import ssim
+
+    a, b = variant.detach().cpu().double(), reference.detach().cpu().double()
+    if peak is None:
+        peak = 1.0 if b.shape[1] == 3 else float(b.max() - b.min()) or 1.0
+    squares = (a - b).square()
+    window = min(SSIM_WINDOW, *b.shape[-2:])
+    similarity = ssim(a, b, window - 1 + window % 2, max_val=peak, padding="valid").mean().item()
+    error, power = squares.sum().item(), b.square().sum().item()
+    return Comparison(
+        name=name,
+        relative_mse=error / power if power else math.inf if error else 0.0,
+        psnr=10 * math.log10(peak**2 / squares.mean().item()) if error else math.inf,
+        ssim=similarity,
+    )
+
+
+def comparison_table(rows: Sequence[Comparison]) -> str:
+    """One line a variant, fixed-width text."""
+    width = max(8, *(len(row.name) for row in rows)) if rows else 8
+    lines = [f"{'variant':<{width}}{'rel. MSE':>12}{'PSNR dB':>10}{'SSIM':>9}"]
+    lines += [f"{row.name:<{width}}{row.relative_mse:>12.3g}{row.psnr:>10.2f}{row.ssim:>9.4f}" for row in rows]
+    return "\n".join(lines)
+
+
+def write_comparisons(path: str | os.PathLike[str], rows: Sequence[Comparison]) -> None:
+    """Writes a .csv or .json (an infinite PSNR is empty there, and null here); raises `UserError` for other endings."""
+    path = Path(path)
+    table = [{key: None if value == math.inf else value for key, value in asdict(row).items()} for row in rows]
+    if path.suffix == ".json":
+        write_text(path, json.dumps(table, indent=2) + "\n")
+    elif path.suffix == ".csv":
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, ["name", "relative_mse", "psnr", "ssim"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+        write_text(path, text.getvalue())
+    else:
+        raise UserError(f"{path} ends in {path.suffix or 'nothing'}: comparisons are written as .csv or .json.")
+
+
+def side_by_side(variant: Tensor, reference: Tensor, name: str = "", heading: str = "reference") -> Image.Image:
+    """Reference, variant and where they differ (one scale for all, named above), one row an image; [batch, 3, height, width].
+
+    Latents are shown by their first three channels. At most `MOST_ROWS` rows.
+    """
+    row = compare(variant, reference, name)
+    shown = [_pictures(images[:MOST_ROWS]) for images in (reference, variant)]
+    differences = (variant - reference)[:MOST_ROWS].float().abs().mean(1).cpu().numpy()
+    most = float(np.quantile(differences, 0.995)) or 1.0
+    shown.append([heat_map(difference / most) for difference in differences])
+
+    height, width = reference.shape[-2:]
+    scale = min(LONGEST / max(height, width), max(1, round(256 / max(height, width))))
+    cell = round(width * scale), round(height * scale)
+    text, line = font(15), 22
+    titles = (heading, name or "variant", f"difference, white = {most:.3g}")
+    numbers = f"relative MSE {row.relative_mse:.3g} · PSNR {row.psnr:.2f} dB · SSIM {row.ssim:.4f}"
+    column = max(cell[0], *(round(text.getlength(title)) for title in titles)) + 4 * GAP
+    size = (
+        max(3 * column, round(text.getlength(numbers))) + 2 * MARGIN,
+        2 * MARGIN + 2 * line + len(differences) * (cell[1] + GAP),
+    )
+    picture = Image.new("RGB", size, GROUND)
+    draw = ImageDraw.Draw(picture)
+    draw.text((MARGIN, MARGIN), numbers, INK, text)
+    for place, (title, images) in enumerate(zip(titles, shown, strict=True)):
+        x = MARGIN + place * column
+        draw.text((x, MARGIN + line), title, INK, text)
+        for index, image in enumerate(images):
+            picture.paste(image.resize(cell, Image.Resampling.LANCZOS), (x, MARGIN + 2 * line + index * (cell[1] + GAP)))
+    return picture
+
+
+def read_images(path: str | os.PathLike[str]) -> Tensor:
+    """An image, a folder of images (in numeric order) or a ComfyUI latent, float32 [batch, channels, height, width].
+
+    Raises `UserError` where there is none, or the images of a folder differ in size.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted((file for file in path.iterdir() if file.suffix.lower() in IMAGE_ENDINGS), key=_numeric)
+        if not files:
+            raise UserError(f"{path} holds no images ({', '.join(IMAGE_ENDINGS)}).")
+        images = [_read_image(file) for file in files]
+        for file, image in zip(files, images, strict=True):
+            if image.shape != images[0].shape:
+                raise UserError(
+                    f"{file} is {_size(image[None])}, {files[0]} {_size(images[0][None])}: expected one size in a folder."
+                )
+        return torch.stack(images)
+    if path.suffix.lower() in LATENT_ENDINGS:
+        with open_safetensors(path) as file:
+            if "latent_tensor" not in file.keys():
+                raise UserError(
+                    f"{path} is no latent: expected a tensor called latent_tensor, as ComfyUI's Save Latent writes."
+                )
+            return file.get_tensor("latent_tensor").float()
+    return _read_image(path)[None]
+
+
+def _read_image(path: Path) -> Tensor:
+    try:
+        with Image.open(path) as image:
+            return torch.tensor(np.asarray(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read as an image ({error}): expected a picture, a folder of them, or a latent."
+        ) from error
+
+
+def _pictures(images: Tensor) -> list[Image.Image]:
+    """Images in 0..1 as they are, latents by three channels stretched to 0..1."""
+    images = images.detach().float().cpu()
+    if images.shape[1] != 3:
+        images = (images[:, :3] if images.shape[1] > 3 else images[:, :1].expand(-1, 3, -1, -1)) / 6 + 0.5
+    return [Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()) for image in images]
+
+
+def _size(images: Tensor) -> str:
+    batch, channels, height, width = images.shape
+    return f"{batch} of {width}x{height} with {channels} channels"
+
+
+def _numeric(path: Path) -> list[int | str]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]

@@ -1,0 +1,314 @@
+"""What each block would draw if it were the last: its image tokens through the model's own final layer.
+
+    taps = BlockTaps()
+    recorder = TapRecorder(layout, choose_blocks("all", layout), StepChoice.parse("every 5"))
+    with recorder.watching(model, Moment.at(x, sigma, sigmas), taps):
+        model(x, sigma, context, vector)
+    for tap in taps:                                 # by step, double blocks, single blocks
+        tap.title, taps.latent(tap)                  # "Step 0 · double block 0", x0 [batch, channels, height, width]
+
+Recording changes nothing of what the model computes. Kept are velocities in the model's precision (0.5 MB each for
+1024x1024 pixels in bfloat16), on disk once they outgrow `memory_limit`; latents are made of them when they are read.
+While the model runs, the tapped blocks' image tokens wait for the final layer's arguments: 25 MB a block for FLUX.1 at
+1024x1024 pixels.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..flux.layout import Layout
+from .blocks import Block, Rows, blocks_of, watching_image_tokens
+from .lens import Lens
+
+#: x0 is what the block takes for the image; "euler" is where one Euler step by its velocity leads.
+View = Literal["x0", "euler"]
+
+#: How much a block changes its tokens is measured on at most about this many of them, evenly spaced.
+CHANGE_TOKENS = 128
+
+#: (sigma [batch], model output, x_t) to x0: the signature of ComfyUI's `model_sampling.calculate_denoised`.
+Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def flow_denoise(sigma: Tensor, velocity: Tensor, x: Tensor) -> Tensor:
+    """x_t - sigma · v, for models whose velocity is noise minus image."""
+    return x - velocity * sigma.view(-1, 1, 1, 1)
+
+
+@dataclass(frozen=True, order=True)
+class Tap:
+    """One block at one step; the order of taps is the order they ran in."""
+
+    step: int
+    block: Block
+
+    @property
+    def title(self) -> str:
+        return f"Step {self.step} · {self.block.title}"
+
+
+@dataclass(frozen=True)
+class StepChoice:
+    """Which steps of a run are looked at: every `every`-th, or those in `listed`."""
+
+    every: int = 1
+    listed: frozenset[int] | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> StepChoice:
+        """From "all", "every 5", or a list such as "0, 4, 10-12"; raises `UserError` where it is none of them."""
+        words = text.strip().lower()
+        if words == "all":
+            return cls()
+        if match := re.fullmatch(r"every\s+([1-9]\d*)", words):
+            return cls(every=int(match[1]))
+        listed: set[int] = set()
+        for part in words.split(","):
+            match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+            if match is None or int(match[2] or match[1]) < int(match[1]):
+                raise UserError(f'Steps "{text}" are not understood: write "all", "every 5", or a list such as "0, 4, 10-12".')
+            listed |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+        return cls(listed=frozenset(listed))
+
+    def __contains__(self, step: int) -> bool:
+        return step % self.every == 0 if self.listed is None else step in self.listed
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One call of the model within a sampling run.
+
+    Attributes:
+        step: number of the sampling step, from 0.
+        x: latents as the sampler holds them, [batch, channels, height, width].
+        sigma: their noise level, [batch].
+        sigma_next: the level the step leads to.
+        rows: the part of the batch to look at (under classifier-free guidance, the positive prompt's).
+    """
+
+    step: int
+    x: Tensor
+    sigma: Tensor
+    sigma_next: float
+    rows: Rows = field(default_factory=lambda: slice(None))
+
+    @classmethod
+    def at(cls, x: Tensor, sigma: Tensor, sigmas: Tensor, rows: Rows = slice(None)) -> Moment:
+        """Where `sigma` [batch] stands in the schedule `sigmas` [steps + 1]."""
+        levels, now = sigmas.tolist(), sigma.flatten()[0].item()
+        step = max(sum(level >= now for level in levels[:-1]) - 1, 0)
+        return cls(step, x, sigma, levels[step + 1], rows)
+
+
+class BlockTaps:
+    """Block predictions of one sampling run, in order; iterating gives the taps, `latent` reads one.
+
+    Args:
+        denoise: how the model's output becomes x0.
+        to_autoencoder: brings latents from the model's space to the autoencoder's, where the two differ.
+        memory_limit: bytes to hold in memory; the steps beyond go to disk and are deleted with this object.
+        folder: where they go to, by default the system's folder for temporary files.
+    """
+
+    def __init__(
+        self,
+        denoise: Denoise = flow_denoise,
+        to_autoencoder: Callable[[Tensor], Tensor] = lambda latents: latents,
+        memory_limit: int = 2**30,
+        folder: Path | None = None,
+    ):
+        self.denoise = denoise
+        self.to_autoencoder = to_autoencoder
+        self.memory_limit = memory_limit
+        self.folder = folder
+        self._steps: dict[int, _Step] = {}
+        self._disk: tempfile.TemporaryDirectory | None = None
+
+    def clear(self) -> None:
+        """Forgets everything, as a new sampling run begins."""
+        self._steps.clear()
+        if self._disk is not None:
+            self._disk.cleanup()
+            self._disk = None
+
+    def add(self, moment: Moment, velocities: Mapping[Block, Tensor], changes: Mapping[Block, Tensor]) -> None:
+        """Adds what was seen at one step; a step that is visited again is replaced."""
+        tensors = {block.name: velocity for block, velocity in velocities.items()}
+        tensors["x"] = moment.x[moment.rows].float().cpu()
+        new = _Step(moment.sigma[moment.rows].cpu(), moment.sigma_next, tuple(sorted(velocities)), dict(changes), tensors)
+        self._steps.pop(moment.step, None)
+        if self.bytes_in_memory + sum(tensor.nbytes for tensor in tensors.values()) > self.memory_limit:
+            if self._disk is None:
+                self._disk = tempfile.TemporaryDirectory(prefix="flux_poke_taps_", dir=self.folder)
+            file = Path(self._disk.name) / f"step-{moment.step}.safetensors"
+            try:
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+            except Exception as error:  # safetensors wraps a full disk in an error of its own
+                raise UserError(
+                    f"Block predictions could not be written to {file.parent} ({error}): free some space, or tap fewer "
+                    "blocks or steps."
+                ) from error
+            new.tensors = file
+        self._steps[moment.step] = new
+
+    @property
+    def bytes_in_memory(self) -> int:
+        held = (step.tensors for step in self._steps.values() if not isinstance(step.tensors, Path))
+        return sum(tensor.nbytes for tensors in held for tensor in tensors.values())
+
+    def __iter__(self) -> Iterator[Tap]:
+        return (Tap(number, block) for number, step in sorted(self._steps.items()) for block in step.blocks)
+
+    def __len__(self) -> int:
+        return sum(len(step.blocks) for step in self._steps.values())
+
+    def check_not_empty(self) -> None:
+        """Raises `UserError` where nothing was tapped."""
+        if not self._steps:
+            raise UserError(
+                "There are no block predictions: the sampler ran none of the chosen steps with the tapped model. Connect the "
+                "MODEL that Tap Blocks gives to the sampler, and the sampler's latents to `after`."
+            )
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return tuple(sorted(self._steps))
+
+    def sigma(self, step: int) -> float:
+        """Noise level at the beginning of a step."""
+        return self._steps[step].sigma.flatten()[0].item()
+
+    def velocity(self, tap: Tap) -> Tensor:
+        """The model's output if the block were its last, float32 [batch, channels, height, width]."""
+        return self._steps[tap.step].read(tap.block.name).float()
+
+    def latent(self, tap: Tap, view: View = "x0") -> Tensor:
+        """What the block takes the image for, or where its velocity leads; float32 [batch, channels, height, width]."""
+        step = self._steps[tap.step]
+        x = step.read("x")
+        x0 = self.denoise(step.sigma, self.velocity(tap), x)
+        if view == "x0":
+            return x0
+        sigma = step.sigma.view(-1, 1, 1, 1)
+        return x + (x - x0) / sigma * (step.sigma_next - sigma)
+
+    def change(self, tap: Tap) -> Tensor:
+        """‖tokens after the block - before‖ / ‖before‖ of each image [batch], on evenly spaced image tokens."""
+        return self._steps[tap.step].changes[tap.block].float()
+
+
+@dataclass
+class _Step:
+    """One step's x and velocities, in memory or in a file."""
+
+    sigma: Tensor
+    sigma_next: float
+    blocks: tuple[Block, ...]
+    changes: dict[Block, Tensor]
+    tensors: dict[str, Tensor] | Path
+
+    def read(self, key: str) -> Tensor:
+        if isinstance(self.tensors, Path):
+            with safe_open(self.tensors, framework="pt") as file:
+                return file.get_tensor(key)
+        return self.tensors[key]
+
+
+class TapRecorder:
+    """Records the predictions of `blocks` of a model of `layout`, at the steps of a run that `steps` holds.
+
+    With a `lens`, each block's tokens go through its affine map before the final layer.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        blocks: Collection[Block],
+        steps: StepChoice = StepChoice(),
+        lens: Lens | None = None,
+    ):
+        self.layout = layout
+        self.steps = steps
+        self.lens = lens
+        everything = blocks_of(layout)
+        self._last = len(everything)
+        self._tapped = {everything.index(block) + 1: block for block in sorted(blocks)}
+
+    @contextmanager
+    def watching(self, model: nn.Module, moment: Moment, taps: BlockTaps) -> Iterator[None]:
+        """Hooks on `model` for one call of it; what is seen goes to `taps` when the call ends well."""
+        if moment.step not in self.steps:
+            yield
+            return
+        rows, patch = moment.rows, self.layout.patch
+        height, width = moment.x.shape[-2:]
+        grid = -(-height // patch), -(-width // patch)
+        tokens = grid[0] * grid[1]
+        states: dict[Block, Tensor] = {}
+        samples: dict[int, Tensor] = {}
+        velocities: dict[Block, Tensor] = {}
+
+        @torch.no_grad()
+        def see(place: int, img: Tensor) -> None:
+            img = img[rows, :tokens]
+            samples[place] = img[:, :: max(1, tokens // CHANGE_TOKENS)].to(torch.float32, copy=True)
+            if place in self._tapped and place != self._last:
+                states[self._tapped[place]] = img.clone()
+
+        @torch.no_grad()
+        def predict(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Tensor) -> None:
+            batch = len(out)
+            others = [_rows(value, rows, batch) for value in args[1:]]
+            named = {key: _rows(value, rows, batch) for key, value in kwargs.items()}
+            for block in list(states):
+                state = states.pop(block)
+                if self.lens is not None:
+                    state = self.lens(block, state)
+                # forward, not a call: hooks (this one too) belong to the model's own call
+                velocities[block] = image(module.forward(state, *others, **named))
+            if self._last in self._tapped:
+                velocities[self._tapped[self._last]] = image(out[rows, :tokens])
+
+        def image(out: Tensor) -> Tensor:
+            h, w = grid
+            out = rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=h, w=w, p=patch, q=patch)
+            return out[..., :height, :width]
+
+        hook = model.get_submodule("final_layer").register_forward_hook(predict, with_kwargs=True)
+        places = {place - 1 for place in self._tapped} | set(self._tapped)
+        try:
+            with watching_image_tokens(model, places, see):
+                yield
+        finally:
+            hook.remove()
+        if velocities:
+            moved = torch.stack(list(velocities.values())).cpu()  # one wait for the device a step
+            changes = torch.stack([_change(samples[place - 1], samples[place]) for place in self._tapped]).cpu()
+            taps.add(moment, dict(zip(velocities, moved, strict=True)), dict(zip(self._tapped.values(), changes, strict=True)))
+
+
+def _change(before: Tensor, after: Tensor) -> Tensor:
+    return (after - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
+
+
+def _rows(value: Any, rows: Rows, batch: int) -> Any:
+    """`value` with every tensor in it that has one row for each of the batch cut to `rows`."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim and len(value) == batch else value
+    if isinstance(value, tuple | list):
+        return type(value)(_rows(part, rows, batch) for part in value)
+    return value

@@ -1,0 +1,143 @@
+"""Pictures of many block predictions at once: sheets with steps across and blocks down, and captions.
+
+sheet = contact_sheet({frame.tap: frame.image for frame in frames}, "three")
+differences = difference_sheet(images, final, "three")
+captioned(frame.image, frame.tap.title)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .blocks import Block
+from .previews import Tap
+
+#: Longest side of a sheet, and the sizes a cell may take to stay below it.
+LONGEST, SMALLEST_CELL, LARGEST_CELL = 4096, 40, 112
+GAP, MARGIN = 3, 18
+INK, PALE, EMPTY, GROUND = (30, 30, 36), (120, 120, 128), (235, 235, 238), (255, 255, 255)
+KIND_COLORS = {"double": (58, 92, 160), "single": (196, 108, 30)}
+
+
+def contact_sheet(
+    images: Mapping[Tap, Image.Image],
+    title: str = "",
+    sigmas: Mapping[int, float] | None = None,
+    final: Image.Image | None = None,
+) -> Image.Image:
+    """All predictions as one picture: steps (and their noise levels) across, blocks down, the final image on the right."""
+    steps, blocks = _axes(images)
+    cell = cell_size(len(steps), len(blocks), next(iter(images.values())))
+    small = {tap: image.resize(cell, Image.Resampling.LANCZOS) for tap, image in images.items()}
+    return _grid(small, cell, title, sigmas, final)
+
+
+def difference_sheet(
+    images: Mapping[Tap, Image.Image], final: Image.Image, title: str = "", sigmas: Mapping[int, float] | None = None
+) -> Image.Image:
+    """How far each prediction is from the final image: mean difference of the channels, one scale for all."""
+    steps, blocks = _axes(images)
+    cell = cell_size(len(steps), len(blocks), final)
+    goal = _values(final.resize(cell, Image.Resampling.LANCZOS))
+    differences = {
+        tap: np.abs(_values(image.resize(cell, Image.Resampling.LANCZOS)) - goal).mean(-1) for tap, image in images.items()
+    }
+    most = max(float(np.quantile(difference, 0.99)) for difference in differences.values()) or 1.0
+    heat = {tap: heat_map(difference / most) for tap, difference in differences.items()}
+    note = f"difference to the final image: black 0, white {most:.2f} of full scale"
+    return _grid(heat, cell, f"{title} · {note}" if title else note, sigmas, final)
+
+
+def heat_map(values: np.ndarray) -> Image.Image:
+    """Numbers [height, width] in 0..1 (more is cut) as colours from black to pale yellow."""
+    return Image.fromarray(np.asarray(matplotlib.colormaps["inferno"](values.clip(0, 1), bytes=True))[..., :3])
+
+
+def captioned(image: Image.Image, caption: str, font_size: int = 24) -> Image.Image:
+    """The image with a caption on a dark strip below it, enlarged by whole factors until the caption fits."""
+    text = font(font_size)
+    needed = text.getlength(caption) + font_size
+    factor = -(-int(needed) // image.width)
+    if factor > 1:
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
+    strip = round(font_size * 1.7)
+    out = Image.new("RGB", (image.width, image.height + strip), INK)
+    out.paste(image.convert("RGB"))
+    ImageDraw.Draw(out).text((out.width / 2, image.height + strip / 2), caption, GROUND, text, anchor="mm")
+    return out
+
+
+@cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib: the same picture on every machine."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
+def cell_size(columns: int, rows: int, image: Image.Image) -> tuple[int, int]:
+    """Size of a cell that shows `image` in its proportions, as large as keeps the sheet below `LONGEST`."""
+    side = max(SMALLEST_CELL, min(LARGEST_CELL, LONGEST // max(columns, rows)))
+    scale = side / max(image.size)
+    return max(1, round(image.width * scale)), max(1, round(image.height * scale))
+
+
+def _axes(images: Mapping[Tap, Image.Image]) -> tuple[list[int], list[Block]]:
+    return sorted({tap.step for tap in images}), sorted({tap.block for tap in images})
+
+
+def _values(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"), np.float32) / 255
+
+
+def _grid(
+    cells: Mapping[Tap, Image.Image],
+    cell: tuple[int, int],
+    title: str,
+    sigmas: Mapping[int, float] | None,
+    final: Image.Image | None,
+) -> Image.Image:
+    steps, blocks = _axes(cells)
+    width, height = cell
+    label, heading = font(max(11, min(15, height // 4))), font(20)
+    line = round(1.35 * label.size)
+    left = MARGIN + round(max(label.getlength(block.title) for block in blocks)) + 10
+    top = MARGIN + 40 + (2 if sigmas else 1) * line
+    shown = None if final is None else final.resize((2 * width, 2 * height), Image.Resampling.LANCZOS)
+
+    columns = {step: left + index * (width + GAP) for index, step in enumerate(steps)}
+    apart = 8 if len({block.kind for block in blocks}) == 2 else 0
+    rows = {
+        block: top + index * (height + GAP) + (apart if block.kind == "single" else 0) for index, block in enumerate(blocks)
+    }
+    end = columns[steps[-1]] + width
+    right = max(end + (GAP * 5 + shown.width if shown else 0), MARGIN + round(heading.getlength(title)))
+    bottom = max(rows[blocks[-1]] + height, top + shown.height if shown else 0)
+
+    sheet = Image.new("RGB", (right + MARGIN, bottom + MARGIN), GROUND)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN), title, INK, heading)
+    above = top - 6 - (line if sigmas else 0)
+    draw.text((left - 10, above), "step", INK, label, anchor="rd")
+    crowded = label.getlength("σ 0.00") > width
+    for step, x in columns.items():
+        if crowded and step % 5:
+            continue
+        draw.text((x + width / 2, above), str(step), INK, label, anchor="md")
+        if sigmas:
+            draw.text((x + width / 2, top - 6), f"σ {sigmas[step]:.2f}", PALE, label, anchor="md")
+    for block, y in rows.items():
+        draw.text((left - 10, y + height / 2), block.title, KIND_COLORS[block.kind], label, anchor="rm")
+        for step, x in columns.items():
+            if Tap(step, block) in cells:
+                sheet.paste(cells[Tap(step, block)], (x, y))
+            else:
+                draw.rectangle((x, y, x + width - 1, y + height - 1), EMPTY)
+    if shown:
+        sheet.paste(shown, (end + GAP * 5, top))
+        draw.text((end + GAP * 5 + shown.width / 2, top - 6), "final image", INK, label, anchor="md")
+    return sheet

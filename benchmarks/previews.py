@@ -1,0 +1,129 @@
+"""What tapping every block costs in one sampling step, beside the part that cannot be saved.
+
+    python benchmarks/previews.py                              # a FLUX.1 of fewer, narrower blocks, on a CPU
+    python benchmarks/previews.py --device cuda --full         # FLUX.1-dev's own sizes: 57 blocks, 4,096 tokens, bfloat16
+
+Weights are random; only times matter. The floor is, for every block, one copy of its image tokens and one call of the final
+layer, and the way of all velocities to the CPU. What tapping adds is small beside a step and lost in its noise, so it is
+measured on a model whose blocks hand on what they are given, at the same sizes: there, a tapped step less a plain one is the
+tapping. Everything runs in turn, over and over; printed are medians of one run. The ratio to look at is added / floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from flux_poke.analysis.blocks import blocks_of, choose_blocks
+from flux_poke.analysis.previews import BlockTaps, Moment, TapRecorder
+from flux_poke.flux.layout import Layout, Site, Stream
+from flux_poke.flux.model import Flux
+from torch import nn
+
+
+def layout_of(hidden: int, depth: int, depth_single: int) -> Layout:
+    """FLUX.1-dev's layout at the given sizes."""
+
+    def site(stream: Stream, index: int) -> Site:
+        if stream == "single":
+            block = f"single_blocks.{index}"
+            paths = (f"{block}.linear1", f"{block}.mlp_act", f"{block}.linear2")
+            return Site(f"single-{index}", stream, index, *paths, 3 * hidden, hidden, 4 * hidden, False, True)
+        mlp = f"double_blocks.{index}.{stream}_mlp"
+        return Site(
+            f"double-{stream}-{index}", stream, index, f"{mlp}.0", f"{mlp}.1", f"{mlp}.2", 0, 0, 4 * hidden, False, True
+        )
+
+    doubles = (site(stream, index) for index in range(depth) for stream in ("img", "txt"))
+    return Layout(
+        family="flux1", prefix="", hidden=hidden, in_channels=64, out_channels=64, context=4096, vector=768, guidance=True,
+        depth=depth, depth_single=depth_single, sites=(*doubles, *(site("single", index) for index in range(depth_single))),
+    )  # fmt: skip
+
+
+class Through(nn.Module):
+    """A block that does nothing."""
+
+    def forward(self, *args, img=None, txt=None, **_):
+        return args[0] if args else (img, txt)
+
+
+def medians(device: torch.device, repeats: int, jobs: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median seconds of each job, run in turn so that a slower moment of the machine meets all of them."""
+
+    def seconds(job: Callable[[], object]) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begun = time.perf_counter()
+        job()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - begun
+
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for turn in range(repeats + 2):
+        for name, job in jobs.items():
+            taken = seconds(job)
+            if turn >= 2:  # the first two warm up
+                times[name].append(taken)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--full", action="store_true", help="FLUX.1-dev's sizes; 24 GB")
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    hidden, depth, depth_single, side, words = (3072, 19, 38, 128, 512) if options.full else (512, 4, 8, 64, 128)
+
+    layout = layout_of(hidden, depth, depth_single)
+    torch.set_default_dtype(dtype)
+    with device:
+        flux = Flux(layout).eval().requires_grad_(False)
+        x, sigma, sigmas = torch.randn(1, 16, side, side), torch.full((1,), 0.5), torch.tensor([0.5, 0.0])
+        given = torch.randn(1, words, 4096), torch.randn(1, 768), torch.ones(1)
+        tokens, vec = torch.randn(1, words + side * side // 4, hidden), torch.randn(1, hidden)
+    recorder = TapRecorder(layout, choose_blocks("all", layout))
+    count = len(blocks_of(layout))
+
+    with torch.device("meta"):
+        hollow = Flux(layout)
+    hollow.double_blocks = nn.ModuleList(Through() for _ in range(depth))
+    hollow.single_blocks = nn.ModuleList(Through() for _ in range(depth_single))
+    for name in ("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer"):
+        setattr(hollow, name, getattr(flux, name))
+
+    def tap(model: Flux) -> None:
+        with recorder.watching(model, Moment.at(x, sigma, sigmas), BlockTaps()):
+            model(x, sigma, *given)
+
+    def floor() -> None:
+        copies = [tokens[:, words:].clone() for _ in range(count)]
+        torch.stack([flux.final_layer(copy, vec) for copy in copies]).cpu()
+
+    short = medians(
+        device, 5 * options.repeats, {"plain": lambda: hollow(x, sigma, *given), "tapped": lambda: tap(hollow), "floor": floor}
+    )
+    long = medians(device, options.repeats, {"plain": lambda: flux(x, sigma, *given), "tapped": lambda: tap(flux)})
+    added = short["tapped"] - short["plain"]
+    print(f"{count} blocks of width {hidden}, {side**2 // 4} image tokens, {dtype}, {device}")
+    rows = {
+        "step": long["plain"],
+        "tapped step": long["tapped"],
+        "floor: copies and calls": short["floor"],
+        "added by tapping": added,
+    }
+    for name, seconds in rows.items():
+        print(f"{name:<24}{1000 * seconds:10.2f} ms   {seconds / long['plain']:8.4f} of a step")
+    print(f"{'added / floor':<24}{added / short['floor']:10.2f}")
+
+
+if __name__ == "__main__":
+    main()

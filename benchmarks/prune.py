@@ -1,0 +1,186 @@
+"""What pruning saves and what it costs, at FLUX.1-dev's width: ratios within one run.
+
+    uv run python benchmarks/prune.py [--device cpu] [--dtype bfloat16] [--repeats 9] [--rows 4096] [--only blocks|site|load]
+
+blocks  one double and one single block (hidden 3072, 1024 image + 256 text tokens, random weights), cut by 25, 50 and 75 %,
+        against the dense ones. They take turns, so that a busy machine slows all of them; a ratio is the median over turns. The
+        ideal ratio is that of the products' operations (torch's FlopCounterMode), attention and all other products included.
+site    seconds to rank, plan and repair one single block's MLP of 12,288 neurons, from `--rows` rows of random features (repair
+        in earnest wants 5 times the width; what grows with rows is the first line and the judging).
+load    a pruned file read through this package, against a dense file of the same size read by safetensors alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from flux_poke.analysis.hidden_states import Rows
+from flux_poke.flux.layout import Layout
+from flux_poke.flux.model import Flux
+from flux_poke.pruning.checkpoint import Pruned, save_pruned
+from flux_poke.pruning.dense import Dense
+from flux_poke.pruning.moments import gather
+from flux_poke.pruning.plan import PruningPlan
+from flux_poke.pruning.refit import affine, choose
+from flux_poke.pruning.scores import judged, obs
+from flux_poke.pruning.surgery import Cut
+from flux_poke.pruning.weights import SiteWeights
+from record import HIDDEN, IMAGE, TEXT, Blocks, flux_dev_layout
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+CUTS = (0.25, 0.5, 0.75)
+
+
+def in_turns(calls: dict[str, Callable[[], object]], repeats: int, synchronize: Callable[[], object]) -> dict[str, list[float]]:
+    """Seconds of every call, `repeats` times, one after the other; a first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            begun = time.perf_counter()
+            call()
+            synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def ratio(seconds: Sequence[float], dense: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(seconds, dense, strict=True))
+
+
+def narrowed(layout: Layout, cut: float) -> Layout:
+    return replace(layout, sites=tuple(replace(site, width=round(site.width * (1 - cut))) for site in layout.sites))
+
+
+@torch.no_grad()
+def measure_blocks(device: torch.device, dtype: torch.dtype, repeats: int) -> None:
+    layout = flux_dev_layout()
+    with torch.device("meta"):
+        pe_of = Flux(layout).positions
+    pe = pe_of(TEXT, 32, IMAGE // 32, device)
+    img, txt = (torch.randn(1, n, HIDDEN, device=device, dtype=dtype) for n in (IMAGE, TEXT))
+    vec, both = torch.randn(1, HIDDEN, device=device, dtype=dtype), torch.cat((txt, img), dim=1)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    blocks = {cut: Blocks(narrowed(layout, cut)).to(device, dtype) for cut in (0.0, *CUTS)}
+    print("block    cut   time ratio   ideal   share of ideal saving   memory ratio")
+    for kind in ("double", "single"):
+
+        def call(cut: float, kind: str = kind) -> object:
+            if kind == "double":
+                return blocks[cut].double_blocks[0](img=img, txt=txt, vec=vec, pe=pe)
+            return blocks[cut].single_blocks[0](both, vec=vec, pe=pe)
+
+        operations, memory = {}, {}
+        for cut, pair in blocks.items():
+            with FlopCounterMode(display=False) as counter:
+                call(cut)
+            operations[cut] = counter.get_total_flops()
+            part = pair.double_blocks if kind == "double" else pair.single_blocks
+            memory[cut] = sum(weight.numel() for weight in part.parameters())
+        calls = {str(cut): (lambda cut=cut: call(cut)) for cut in blocks}
+        seconds = in_turns(calls, repeats, synchronize)
+        for cut in CUTS:
+            found, ideal = ratio(seconds[str(cut)], seconds["0.0"]), operations[cut] / operations[0.0]
+            share = (1 - found) / (1 - ideal)
+            saved = memory[cut] / memory[0.0]
+            print(f"{kind:<8}{cut:>4.0%}{found:>13.3f}{ideal:>8.3f}{share:>24.1%}{saved:>15.3f}")
+
+
+@contextmanager
+def timed(what: str):
+    begun = time.perf_counter()
+    yield
+    print(f"{what:<62}{time.perf_counter() - begun:>9.1f} s", flush=True)
+
+
+def measure_site(device: torch.device, rows: int) -> None:
+    layout = flux_dev_layout()
+    site = layout.site("single-0")
+    width = site.width
+    print(f"one site: {width:,} neurons, {HIDDEN:,} attention channels, {rows:,} rows to fit and {rows // 4:,} to judge")
+    up, down = 3 * HIDDEN + width, HIDDEN + width
+    tensors = {
+        f"{site.up}.weight": torch.randn(up, HIDDEN).mul_(0.02),
+        f"{site.up}.bias": torch.zeros(up),
+        f"{site.down}.weight": torch.randn(HIDDEN, down).mul_(0.01),
+        f"{site.down}.bias": torch.zeros(HIDDEN),
+    }
+    weights = SiteWeights.read(tensors, site, device)
+    features = torch.randn(600, HIDDEN)
+
+    def some(count: int) -> Rows:
+        x = (torch.randn(count, 600) @ features / 24).bfloat16()
+        return Rows(x, torch.randn(count, HIDDEN).bfloat16(), *torch.zeros(3, count))
+
+    fit, judge = [some(rows)], [some(rows // 4)]
+    with timed("plan: moments of the rows"):
+        moments = gather(weights, fit)
+    with timed("plan: order of all neurons by greedy OBS"):
+        ranking = obs(moments, weights.down)
+    with timed("plan: errors on held-out images at 4 widths"):
+        judged(ranking, weights, moments, judge)
+    kept = ranking.order[width // 2 :].sort().values
+    with timed("repair: choice of the ridge, half of the neurons cut"):
+        report = choose(weights, kept, moments, judge)
+    with timed("repair: affine"):
+        affine(weights, kept, moments, report.ridge or 1e-2)
+
+
+def measure_load(repeats: int) -> None:
+    """A FLUX.1-shaped file of about 1.6 GB, cut by half, and a dense one as large."""
+    layout = flux_dev_layout()
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in Flux(layout).state_dict().items()}
+    with tempfile.TemporaryDirectory() as folder:
+        dense = Dense.of({key: torch.randn(shape, dtype=torch.bfloat16) for key, shape in shapes.items()})
+        kept = {site.name: torch.arange(0, site.width, 2) for site in layout.sites}
+        widths = {site.name: site.width for site in layout.sites}
+        plan = PruningPlan("flux1", dense.fingerprint, kept, widths, "magnitude", "every other neuron")
+        pruned, same = Path(folder) / "pruned.safetensors", Path(folder) / "same.safetensors"
+        save_pruned(pruned, Cut(dense, plan))
+        save_file({key: tensor.clone() for key, tensor in Pruned.open(pruned).tensors.items()}, same)
+
+        def read_pruned() -> list[Tensor]:
+            return [tensor.clone() for tensor in Pruned.open(pruned).tensors.values()]
+
+        def read_dense() -> list[Tensor]:
+            with safe_open(same, framework="pt") as file:
+                return [file.get_tensor(key).clone() for key in file.keys()]
+
+        seconds = in_turns({"pruned": read_pruned, "dense": read_dense}, repeats, lambda: None)
+        found = ratio(seconds["pruned"], seconds["dense"])
+        print(f"loading {pruned.stat().st_size / 1e6:,.0f} MB: pruned / dense of the same size {found:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--only", choices=("blocks", "site", "load"))
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    device = torch.device(given.device)
+    print(f"torch {torch.__version__}, {device}, {given.dtype}, {torch.get_num_threads()} threads")
+    if given.only in (None, "blocks"):
+        measure_blocks(device, getattr(torch, given.dtype), given.repeats)
+    if given.only in (None, "site"):
+        measure_site(device, given.rows)
+    if given.only in (None, "load"):
+        measure_load(given.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""One budget for all MLPs: how much to save, spread so that the model's output suffers least.
+
+    curve = BudgetCurve.of(dense.layout, rankings, store.amplification, multiple=64, protected=protected_sites(layout,
+    "double-18")) plan = by_budget(dense, rankings, curve, "obs", share=0.5)       # or gigabytes=6, dtype=torch.bfloat16
+    curve.figure(plan)                               # memory saved against predicted error, before anything is cut
+
+Every site's ranking is a curve: predicted error against neurons cut. Times the site's amplification
+(analysis/amplification.py) it is the error of the velocity. The total is least where all curves have the same slope:
+marginal costs are sorted once, and the cheapest steps of `multiple` neurons are taken until enough is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from ..errors import UserError
+from ..flux.layout import Layout, Site
+from .dense import Dense
+from .plan import PruningPlan, from_rankings
+from .scores import Ranking
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Step:
+    """Cutting `neurons` more of `site`: how many parameters that saves, the error it adds, and its price per parameter.
+
+    Where an error grows by less than before, the price stays: no step comes before those it builds on.
+    """
+
+    site: str
+    neurons: int
+    parameters: int
+    error: float
+    price: float
+
+
+@dataclass(frozen=True)
+class BudgetCurve:
+    """All steps that can be taken, the cheapest per parameter first; `amplified` tells whether errors are the velocity's."""
+
+    steps: tuple[Step, ...]
+    amplified: bool
+
+    @classmethod
+    def of(
+        cls,
+        layout: Layout,
+        rankings: Mapping[str, Ranking],
+        amplification: Mapping[str, float] | None = None,
+        multiple: int = 64,
+        protected: Collection[str] = (),
+    ) -> BudgetCurve:
+        """The curve over all ranked sites that are not protected.
+
+        Widths are multiples of `multiple`, and one multiple at least is kept. Without amplifications, an error counts the same
+        wherever it is made. Raises `UserError` where the score predicts no error.
+        """
+        if multiple < 1:
+            raise UserError(f"Widths are rounded to a multiple of at least 1 neuron; found {multiple}.")
+        sites = [site for site in layout.sites if site.name in rankings]
+        amplified = bool(amplification) and all(site.name in (amplification or {}) for site in sites)
+        steps: list[Step] = []
+        for site in sites:
+            if site.name in protected:
+                continue
+            error = rankings[site.name].error
+            if error is None:
+                raise UserError(
+                    "A budget weighs predicted errors against each other, and the score frequency predicts none: choose obs "
+                    "(with rows), fluctuation or magnitude."
+                )
+            factor = amplification[site.name] if amplified and amplification else 1.0
+            steps += _steps(site, layout, error * factor, multiple)
+        steps.sort(key=lambda step: step.price)  # stable: of equal ones, the earlier site
+        return cls(tuple(steps), amplified)
+
+    def until(self, amount: float, of: Literal["neurons", "parameters"]) -> int:
+        """How many steps save `amount` neurons or parameters; raises `UserError` where all of them together do not."""
+        saved = 0
+        for count, step in enumerate(self.steps):
+            if saved >= amount:
+                return count
+            saved += getattr(step, of)
+        if saved < amount:
+            raise UserError(
+                f"{amount:,.0f} {of} are to be saved, but only {saved:,} may go (one multiple of every MLP is kept, protected "
+                "layers whole): ask for less, protect fewer layers, or choose a smaller multiple."
+            )
+        return len(self.steps)
+
+    def figure(self, plan: PruningPlan | None = None, bytes_per_parameter: int = 2) -> Figure:
+        """Memory saved (GB at `bytes_per_parameter`) against predicted error; `plan` is marked on it."""
+        from matplotlib.figure import Figure
+
+        saved = torch.tensor([0.0, *(step.parameters for step in self.steps)], dtype=torch.float64).cumsum(0)
+        error = torch.tensor([0.0, *(step.error for step in self.steps)], dtype=torch.float64).cumsum(0)
+        size, unit = (1e9, "GB") if saved[-1] * bytes_per_parameter >= 1e8 else (1e6, "MB")
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots()
+        memory = saved * bytes_per_parameter / size
+        axes.plot(memory[1:], error[1:], color="tab:blue")
+        if plan is not None:
+            per_site = {step.site: step.parameters / step.neurons for step in self.steps}
+            at = sum(per_site.get(name, 0.0) * cut for name, cut in plan.cut.items())
+            place = min(int(torch.searchsorted(saved, torch.tensor(at, dtype=torch.float64))), len(saved) - 1)
+            axes.axvline(at * bytes_per_parameter / size, color="tab:orange", linewidth=1)
+            axes.plot([at * bytes_per_parameter / size], [error[place]], "o", color="tab:orange", label=f"{error[place]:.3g}")
+            axes.legend(title="this plan")
+        axes.set_yscale("log")
+        axes.set_xlim(0, None)
+        axes.set_xlabel(f"{unit} saved at {bytes_per_parameter} bytes a parameter")
+        axes.set_ylabel("predicted relative velocity error" if self.amplified else "predicted error (sum over all MLPs)")
+        axes.set_title("Memory saved against predicted error")
+        axes.grid(alpha=0.3)
+        return figure
+
+
+def by_budget(
+    dense: Dense,
+    rankings: Mapping[str, Ranking],
+    curve: BudgetCurve,
+    score: str,
+    share: float | None = None,
+    gigabytes: float | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> PruningPlan:
+    """Takes the cheapest steps until `share` of all MLP neurons, or `gigabytes` (10^9 bytes at `dtype`), are saved.
+
+    Raises `UserError` where that is more than may be cut.
+    """
+    if (share is None) == (gigabytes is None):
+        raise UserError("A budget is either a share of the neurons or gigabytes to save: give one of the two.")
+    if share is not None:
+        if not 0 < share < 1:
+            raise UserError(f"The share of neurons to cut lies between 0 and 1, both excluded; found {share:g}.")
+        taken = curve.until(share * dense.layout.neurons, "neurons")
+        what = f"{share:.0%} of the neurons"
+    else:
+        assert gigabytes is not None
+        if gigabytes <= 0:
+            raise UserError(f"The gigabytes to save are above 0; found {gigabytes:g}.")
+        taken = curve.until(gigabytes * 1e9 / dtype.itemsize, "parameters")
+        what = f"{gigabytes:g} GB at {str(dtype).removeprefix('torch.')}"
+    cuts: dict[str, int] = {}
+    for step in curve.steps[:taken]:
+        cuts[step.site] = cuts.get(step.site, 0) + step.neurons
+    error = sum(step.error for step in curve.steps[:taken]) if curve.amplified else None
+    weighed = "times amplification" if curve.amplified else "counted alike everywhere"
+    return from_rankings(dense, rankings, cuts, score, f"by budget, {what}, score {score}, errors {weighed}", error)
+
+
+def protected_sites(layout: Layout, names: str | Sequence[str]) -> frozenset[str]:
+    """Site names from a text such as "double-18, single-0, double-txt-3"; a block's name stands for all MLPs in it.
+
+    Raises `UserError` for a name the model does not have.
+    """
+    parts = names.replace(",", " ").split() if isinstance(names, str) else names
+    found: set[str] = set()
+    for part in parts:
+        kind, _, index = part.partition("-")
+        block = {f"double-img-{index}", f"double-txt-{index}"} if kind == "double" and index.isdigit() else {part}
+        found |= {layout.site(name).name for name in block}
+    return frozenset(found)
+
+
+def neuron_parameters(layout: Layout, site: Site) -> int:
+    """How many parameters one neuron of a site has: its row or rows, their biases, and its column."""
+    rows = 2 if site.gated else 1
+    return rows * (layout.hidden + int(site.biased)) + layout.hidden
+
+
+def _steps(site: Site, layout: Layout, error: torch.Tensor, multiple: int) -> list[Step]:
+    """From the full width down to one multiple; the first step may be a part of one."""
+    widths = [site.width, *range((site.width - 1) // multiple * multiple, 0, -multiple)]
+    each = neuron_parameters(layout, site)
+    steps, price = [], 0.0
+    for wide, narrow in pairwise(widths):
+        neurons = wide - narrow
+        added = (error[site.width - narrow] - error[site.width - wide]).item()
+        price = max(price, added / (neurons * each))
+        steps.append(Step(site.name, neurons, neurons * each, added, price))
+    return steps

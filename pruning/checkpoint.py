@@ -1,0 +1,190 @@
+"""A pruned checkpoint: one file that needs no other, and tells what was done to it.
+
+    save_pruned("flux1-dev-8b.safetensors", cut)
+    pruned = Pruned.open("flux1-dev-8b.safetensors")
+    model = Flux.load(pruned.tensors)
+    pruned.plan.table(), pruned.report
+
+The reduced tensors stand under their usual names; `flux_poke.kept.S` int32 are the kept neurons of site S, and
+`flux_poke.fold.S.offset` and, where asked for, `.matrix` what a LoRA needs to follow (`lora.py`). The header holds the
+plan, the repair with its held-out error by site, and the fingerprint of the dense model, beside what the dense file's
+header held.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import kind_of, stream_safetensors
+from ..flux.checkpoint import Checkpoint, open_safetensors
+from ..flux.layout import FAMILY_NAMES, Layout, canonical_key
+from .dense import KEPT
+from .plan import PruningPlan
+from .repair import Fold, RepairReport, report_table
+from .surgery import Cut
+
+FORMAT = "flux-poke pruned 1"
+FOLD = "flux_poke.fold."
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned checkpoint. `tensors` are the model's alone, canonical keys, each read when it is asked for."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    layout: Layout
+    plan: PruningPlan
+    report: Mapping[str, RepairReport]
+    folds: Mapping[str, Fold]
+    metadata: Mapping[str, str]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Pruned:
+        """Reads the header; raises `UserError` where the file is damaged or no pruned checkpoint."""
+        with open_safetensors(path) as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise UserError(
+                    f"{path} is no pruned checkpoint: expected '{FORMAT}' in its header, found {header.get('format')!r}. "
+                    "Dense checkpoints load in the ordinary loader."
+                )
+            try:
+                kept = {key.removeprefix(KEPT): file.get_tensor(key) for key in file.keys() if key.startswith(KEPT)}
+                plan = PruningPlan.from_header(header, kept)
+                report = {name: RepairReport(**site) for name, site in json.loads(header["repair"]).items()}
+            except (KeyError, ValueError, TypeError) as error:
+                raise UserError(f"{path} is a damaged pruned checkpoint ({error}): copy it again or make it again.") from error
+        checkpoint = Checkpoint(path)
+        return cls(
+            path=Path(path),
+            tensors=_Only(checkpoint, [key for key in checkpoint if not key.startswith("flux_poke.")]),
+            layout=checkpoint.layout,
+            plan=plan,
+            report=report,
+            folds=_Folds(checkpoint, list(kept)),
+            metadata=header,
+        )
+
+
+def save_pruned(
+    path: str | os.PathLike[str], cut: Cut, fold: bool = False, progress: Callable[[str, int, int], None] | None = None
+) -> None:
+    """Writes the cut checkpoint as a whole, one tensor in memory at a time.
+
+    Args:
+        fold: also write what exact conversion of LoRAs needs after affine repair: [cut, kept] numbers in bf16 per MLP, on
+        disk only. progress: told after every tensor; an exception from it leaves no file.
+    """
+    if fold and cut.repairs.method == "affine" and not cut.repairs.fold:
+        raise UserError("The repair was computed without folds: compute it with fold to save what LoRAs need.")
+    cut.repairs.compute()
+    kinds = {key: cut.kind(key) for key in cut}
+    extra: dict[str, Callable[[], Tensor]] = {}
+    for name, kept in cut.plan.kept.items():
+        extra[f"{KEPT}{name}"] = kept.int
+        kinds[f"{KEPT}{name}"] = kind_of(kept.int())
+    for name in cut.plan.kept:
+        found = cut.repairs[name].fold if cut.repairs.method != "none" else Fold(None, None)
+        parts = {"offset": found.offset, "matrix": found.matrix.bfloat16() if fold and found.matrix is not None else None}
+        for part, value in parts.items():
+            if value is not None:
+                kinds[f"{FOLD}{name}.{part}"] = kind_of(value)
+                extra[f"{FOLD}{name}.{part}"] = lambda name=name, part=part: _fold_part(cut, name, part)  # type: ignore[misc]
+    report = {name: asdict(site) for name, site in cut.repairs.report.items()}
+    header = {**_passed_on(cut), **cut.plan.header(), "format": FORMAT, "repair": json.dumps(report)}
+    done = 0
+
+    def tensor(key: str) -> Tensor:
+        nonlocal done
+        value = extra[key]() if key in extra else cut[key]
+        done += 1
+        if progress is not None:
+            progress(key, done, len(kinds))
+        return value
+
+    stream_safetensors(path, kinds, tensor, header)
+
+
+def inspect(path: str | os.PathLike[str]) -> str:
+    """What a checkpoint is, as text: family, size, widths, and for a pruned one what was cut and how well it was repaired.
+
+    Raises `UserError` where it is no FLUX.
+    """
+    checkpoint = Checkpoint(path)
+    layout = checkpoint.layout
+    pruned = checkpoint.metadata.get("format") == FORMAT
+    parameters = sum(torch.Size(shape).numel() for key, shape in checkpoint.shapes.items() if not key.startswith("flux_poke."))
+    lines = [
+        f"{FAMILY_NAMES[layout.family]}{', pruned' if pruned else ''}: {layout.depth} double and {layout.depth_single} single "
+        f"blocks, hidden {layout.hidden}, {layout.neurons:,} MLP neurons, {parameters:,} parameters",
+    ]
+    if not pruned:
+        widths = sorted({site.width for site in layout.sites}, reverse=True)
+        lines.append(f"MLP widths: {', '.join(f'{width:,}' for width in widths)}")
+        return "\n".join(lines)
+    found = Pruned.open(path)
+    return "\n".join([*lines, found.plan.table(), report_table(found.report)])
+
+
+class _Only(Mapping[str, Tensor]):
+    """Some keys of a checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, keys: list[str]):
+        self.checkpoint, self.names = checkpoint, dict.fromkeys(keys)
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self.names:
+            raise KeyError(key)
+        return self.checkpoint[key]
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class _Folds(Mapping[str, Fold]):
+    """The folds in a checkpoint, by site, each read when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, sites: list[str]):
+        self.checkpoint, self.sites = checkpoint, dict.fromkeys(sites)
+
+    def __getitem__(self, name: str) -> Fold:
+        if name not in self.sites:
+            raise KeyError(name)
+        parts = {part: f"{FOLD}{name}.{part}" for part in ("matrix", "offset")}
+        return Fold(**{part: self.checkpoint.get(key) for part, key in parts.items()})
+
+    def __iter__(self):
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+
+def _fold_part(cut: Cut, name: str, part: str) -> Tensor:
+    fold = cut.repairs[name].fold
+    value = fold.matrix.bfloat16() if part == "matrix" and fold.matrix is not None else fold.offset
+    assert value is not None
+    return value
+
+
+def _passed_on(cut: Cut) -> dict[str, str]:
+    """The dense file's header; names of quantised layers lose the prefix that the keys lose."""
+    header = {key: value for key, value in cut.dense.metadata.items() if key != "format"}
+    quantised = header.get("_quantization_metadata")
+    if quantised is not None:
+        found = json.loads(quantised)
+        found["layers"] = {canonical_key(name, cut.dense.layout.prefix): v for name, v in found.get("layers", {}).items()}
+        header["_quantization_metadata"] = json.dumps(found)
+    return header

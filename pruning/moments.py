@@ -1,0 +1,98 @@
+"""Means and covariances of what a down projection reads, over rows: everything that ranking and repair need of them.
+
+    moments = gather(weights, store.rows("single-7", images=fit))
+    moments.second, moments.mean                     # over [attention | neurons] in single blocks, [neurons] elsewhere
+
+Products are taken in float32 with TF32 off, and added up in float64, about a first guess of the mean so that nothing cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..analysis.hidden_states import Rows
+from ..errors import UserError
+from .weights import SiteWeights
+
+#: Called now and then; an exception from it stops the work (this is how Cancel comes in).
+Check = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of `count` rows of regressors [attention | neurons].
+
+    Attributes:
+        attn: how many of the regressors are attention channels (0 in double blocks).
+        mean: float64 [regressors].
+        second: float64 [regressors, regressors]: their covariance if `centred`; in an MLP without bias, which cannot make up
+            for a mean, the uncentred second moment.
+    """
+
+    count: int
+    attn: int
+    centred: bool
+    mean: Tensor
+    second: Tensor
+
+    def merged(self, other: Moments) -> Moments:
+        """Moments of both sets of rows together (Chan et al. 1979)."""
+        count = self.count + other.count
+        share = other.count / count
+        mean = torch.lerp(self.mean, other.mean, share)
+        second = torch.lerp(self.second, other.second, share)
+        if self.centred:
+            apart = other.mean - self.mean
+            second.addr_(apart, apart, alpha=share * (1 - share))
+        return Moments(count, self.attn, self.centred, mean, second)
+
+
+def gather(weights: SiteWeights, rows: Iterable[Rows], check: Check | None = None) -> Moments:
+    """Moments of a site over `rows`, on the device of `weights`; raises `UserError` where there are none."""
+    count, attn = 0, 0
+    guess = total = second = None
+    with exact_products():
+        for part in rows:
+            z = regressors(weights, part)
+            if guess is None or total is None or second is None:
+                attn = z.shape[1] - weights.down.shape[1]
+                guess = z.mean(0)
+                total = torch.zeros(z.shape[1], dtype=torch.float64, device=z.device)
+                second = torch.zeros(z.shape[1], z.shape[1], dtype=torch.float64, device=z.device)
+            z -= guess
+            count += len(z)
+            total += z.sum(0, dtype=torch.float64)
+            second += z.T @ z
+            if check is not None:
+                check()
+    if guess is None or total is None or second is None:
+        raise UserError(f"There are no rows of {weights.site.name}: record hidden states of all MLPs that are to be cut.")
+    offset = total / count
+    mean = guess.double() + offset
+    second /= count
+    second.addr_(offset, offset, alpha=-1.0)
+    if weights.bias is None:
+        second.addr_(mean, mean)
+    return Moments(count, attn, weights.bias is not None, mean, second)
+
+
+def regressors(weights: SiteWeights, rows: Rows) -> Tensor:
+    """[attention | neurons] of some rows, float32 [n, regressors], a new tensor."""
+    h = weights.activations(rows.x.to(weights.up.device))
+    return h if weights.attn is None or rows.attn is None else torch.cat((rows.attn.to(h), h), dim=1)
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """float32 products in float32: TF32 (10 bits) is off while this lasts."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

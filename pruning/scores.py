@@ -1,0 +1,232 @@
+"""Which neurons of an MLP matter least: four scores, and the order of cutting that each gives.
+
+    rankings = rank("fluctuation", dense, internals=internals)
+    rankings = rank("obs", dense, rows=store)        # {"double-img-0": Ranking(order, error), ...}
+
+| score | neuron j | from | goes with repair |
+|---|---|---|---|
+| frequency | how often it fires | internals | none; as the original flux-poke |
+| magnitude | E[h²] · |w|² | internals | none |
+| fluctuation | Var(h) · |w|² | internals | bias |
+| obs | |w|² / [H⁻¹]_jj, greedy | rows | affine |
+
+Lower scores are cut first; of equal ones, the lower index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..analysis.hidden_states import HiddenStates, Rows, held_out
+from ..analysis.internals import Internals
+from ..analysis.statistics import SiteInternals
+from ..errors import UserError
+from ..files import write_safetensors
+from ..flux.checkpoint import open_safetensors
+from ..flux.layout import Site
+from .dense import Dense
+from .moments import Moments, gather
+from .obs import eliminate
+from .refit import Problem, held_out_errors, output_energy
+from .weights import SiteWeights, down_energy
+
+SCORES = ("frequency", "magnitude", "fluctuation", "obs")
+
+#: Shares of a site's neurons at which the errors of cutting are measured on held-out images, and the ridges tried there.
+GRID = (0.25, 0.5, 0.75, 0.9)
+GRID_RIDGES = (1e-3, 1e-2, 1e-1)
+
+#: Told after every site: its name, how many are done, how many there are. An exception from it stops the work.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The order in which a site's neurons are cut, and what that costs.
+
+    Attributes:
+        order: int64 [width], first to go first.
+        error: predicted squared error per token at the MLP's output after cutting the first k, float64 [width + 1];
+            None where the score predicts none (frequency).
+        energy: of that output per token, about its mean where the MLP has a bias: the unit of relative errors.
+    """
+
+    order: Tensor
+    error: Tensor | None = None
+    energy: float = 1.0
+
+    def relative_error(self, cut: int) -> float | None:
+        """Predicted error after cutting the first `cut`, relative to the output's energy."""
+        return None if self.error is None else self.error[cut].item() / self.energy
+
+
+def frequency(site: SiteInternals) -> Tensor:
+    """How often each neuron fires, per token (the original flux-poke's score)."""
+    return site.rate
+
+
+def magnitude(site: SiteInternals, energy: Tensor) -> Tensor:
+    """E[h²] · |w|²: the error of leaving the neuron out, were it alone (Wanda, Sun et al. 2023, arXiv 2306.11695)."""
+    return site.sum_sq / max(site.tokens, 1) * energy
+
+
+def fluctuation(site: SiteInternals, energy: Tensor) -> Tensor:
+    """Var(h) · |w|²: what is left of it when the bias makes up for the mean (FLAP, An et al. 2023, arXiv 2312.11983)."""
+    return site.variance * energy
+
+
+def obs(moments: Moments, down: Tensor, ridge: float | None = None) -> Ranking:
+    """Greedy Optimal Brain Surgeon: the error that is left when all kept regressors make up for the neuron (`obs.py`).
+
+    Attention channels are never cut; they are projected out first. `ridge` is in units of the mean variance; by default it
+    shrinks as rows grow against the width (0.1 where there are as many rows as neurons).
+    """
+    width = down.shape[1]
+    ridge = min(0.1, 0.1 * width / moments.count) if ridge is None else ridge
+    hessian = moments.second[moments.attn :, moments.attn :].clone()
+    hessian.diagonal().add_(ridge * mean_variance(hessian))
+    if moments.attn:
+        attention = moments.second[: moments.attn, : moments.attn].clone()
+        attention.diagonal().add_(ridge * mean_variance(attention))
+        half = torch.linalg.solve_triangular(
+            torch.linalg.cholesky(attention), moments.second[: moments.attn, moments.attn :], upper=False
+        )
+        hessian.addmm_(half.T, half, alpha=-1.0)
+    order, error = eliminate(hessian, down)
+    return Ranking(order.cpu(), error.cpu(), max(output_energy(down, moments), torch.finfo(torch.float32).tiny))
+
+
+def judged(
+    ranking: Ranking, weights: SiteWeights, moments: Moments, judge: Iterable[Rows], grid: Sequence[float] = GRID
+) -> Ranking:
+    """The same order, with the errors that affine repair leaves on other images than the order was made from.
+
+    They are measured at a few widths, each with the ridge that does best, and the ranking's own errors are scaled to meet them;
+    those are what the regression leaves on the rows it saw, too little where rows are few or alike (as text tokens are).
+    """
+    assert ranking.error is not None
+    width = len(ranking.order)
+    cuts = sorted({cut for share in grid if 0 < (cut := round(share * width)) < width})
+    problems = [Problem.of(weights, ranking.order[cut:].sort().values, moments) for cut in cuts]
+    cases = [(problem, [None, *(problem.solve(ridge) for ridge in GRID_RIDGES)]) for problem in problems]
+    errors = held_out_errors(weights, moments, cases, judge)
+    found = [min(case.refitted) * ranking.energy for case in errors]
+    places = [0, *cuts, width]
+    factors = [error / max(ranking.error[cut].item(), 1e-30) for cut, error in zip(cuts, found, strict=True)]
+    scale = np.interp(np.arange(width + 1), places, [factors[0], *factors, 1.0])
+    return replace(ranking, error=(ranking.error * torch.from_numpy(scale)).cummax(0).values)
+
+
+def mean_variance(second: Tensor) -> float:
+    """Mean of the diagonal, above zero: the unit of ridges."""
+    return max(second.diagonal().mean().item(), torch.finfo(torch.float32).tiny)
+
+
+def rank(
+    score: str,
+    dense: Dense,
+    internals: Internals | None = None,
+    rows: HiddenStates | None = None,
+    sites: Sequence[Site] | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, Ranking]:
+    """Rankings of `sites` (default: all) by `score`, one site in memory at a time. Those by obs are kept beside the rows.
+
+    Raises `UserError` where the internals or rows that the score needs are missing, too few, or of another model.
+    """
+    sites = dense.layout.sites if sites is None else tuple(sites)
+    if score not in SCORES:
+        raise UserError(f"There is no score {score!r}; there are {', '.join(SCORES)}.")
+    if score == "obs":
+        rows = require_rows(rows, dense, sites, "the score obs")
+    else:
+        internals = require_internals(internals, dense, sites, f"the score {score}")
+    rankings: dict[str, Ranking] = {}
+    for done, site in enumerate(sites, start=1):
+        if score == "obs":
+            assert rows is not None
+            rankings[site.name] = _by_rows(dense, site, rows, device)
+        else:
+            assert internals is not None
+            rankings[site.name] = _by_internals(score, dense, site, internals.sites[site.name])
+        if progress is not None:
+            progress(site.name, done, len(sites))
+    return rankings
+
+
+def _by_rows(dense: Dense, site: Site, rows: HiddenStates, device: torch.device | str) -> Ranking:
+    """The ranking by obs; it is kept beside the rows, since it takes long and every budget starts from it."""
+    path = rows.folder / "rankings" / f"{rows.digest[:16]}-{site.name}.safetensors"
+    if path.exists():
+        with open_safetensors(path) as file:
+            return Ranking(file.get_tensor("order"), file.get_tensor("error"), file.get_tensor("energy").item())
+    weights = SiteWeights.read(dense.tensors, site, device)
+    fit, judge = held_out(rows.images(site.name))
+    moments = gather(weights, rows.rows(site.name, fit))
+    ranking = obs(moments.merged(gather(weights, rows.rows(site.name, judge))), weights.down)
+    ranking = judged(ranking, weights, moments, rows.rows(site.name, judge))
+    assert ranking.error is not None
+    energy = torch.tensor(ranking.energy, dtype=torch.float64)
+    tensors = {"order": ranking.order, "error": ranking.error, "energy": energy}
+    write_safetensors(path, tensors, {"format": "flux-poke ranking 1"})
+    return ranking
+
+
+def _by_internals(score: str, dense: Dense, site: Site, recorded: SiteInternals) -> Ranking:
+    if score == "frequency":
+        return Ranking(frequency(recorded).argsort(stable=True))
+    energy = down_energy(SiteWeights.read(dense.tensors, site))
+    scores = magnitude(recorded, energy) if score == "magnitude" else fluctuation(recorded, energy)
+    ordered, order = scores.sort(stable=True)
+    error = torch.cat((torch.zeros(1, dtype=torch.float64), ordered.cumsum(0)))
+    return Ranking(order, error, max(error[-1].item(), torch.finfo(torch.float32).tiny))
+
+
+def require_internals(internals: Internals | None, dense: Dense, sites: Sequence[Site], what: str) -> Internals:
+    """`internals`, or `UserError` where they do not cover `sites` of `dense`; `what` needs them."""
+    if internals is None:
+        raise UserError(f"Internals are missing, and {what} needs them: record them first (Record Internals).")
+    if not internals.fingerprint.matches(dense.fingerprint):
+        raise UserError(
+            f"The internals were recorded on another model than {dense.source}: "
+            f"{internals.fingerprint.difference(dense.fingerprint)}. Record internals of this one, or choose the checkpoint "
+            "they belong to."
+        )
+    for site in sites:
+        if site.name not in internals.sites or internals.sites[site.name].tokens == 0:
+            raise UserError(
+                f"The internals hold nothing of {site.name}, and {what} needs all MLPs that may be cut: record again."
+            )
+    return internals
+
+
+def require_rows(rows: HiddenStates | None, dense: Dense, sites: Sequence[Site], what: str) -> HiddenStates:
+    """`rows`, or `UserError` where they do not cover `sites` of `dense` with enough rows; `what` needs them."""
+    if rows is None:
+        raise UserError(f"Rows are missing, and {what} needs them: record them first (Record Hidden States, what = rows).")
+    rows.require(dense.fingerprint, dense.source)
+    for site in sites:
+        count, least = rows.count(site.name), rows_needed(site)
+        if count < least:
+            raise UserError(
+                f"{rows.folder} holds {count:,} rows of {site.name}, too few for {what}: at least {least:,} are needed, "
+                f"one for each value it reads ({5 * least:,} do best). Record more images, steps per image or rows per step."
+            )
+    return rows
+
+
+def rows_needed(site: Site) -> int:
+    """The least rows for a regression over all that the site's down projection reads."""
+    return site.width + site.down_column
+
+
+def predicted_errors(rankings: Mapping[str, Ranking], kept: Mapping[str, Tensor]) -> dict[str, float]:
+    """By site, the predicted error relative to its output's energy; only where the score predicts one."""
+    found = {name: rankings[name].relative_error(len(rankings[name].order) - len(indices)) for name, indices in kept.items()}
+    return {name: error for name, error in found.items() if error is not None}

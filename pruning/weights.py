@@ -1,0 +1,130 @@
+"""The weights of one MLP out of a checkpoint, as numbers, whatever the file stores them as.
+
+    weights = SiteWeights.read(checkpoint, layout.site("single-7"))
+    h = weights.activations(x)                       # [n, width], as they enter the down projection
+    stored_like(new_down, checkpoint, f"{site.down}.weight")     # back to what the file stores, with its scale
+
+Quantised weights with one scale for the tensor or one a row (scaled fp8 files, ComfyUI's float8 and int8 layers) are undone
+on the way in and made again on the way out. Finer ones are refused: their blocks lie across the columns that are cut.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import UserError
+from ..flux.layout import Site
+
+#: ComfyUI's layer formats whose numbers stand for themselves, but for a scale.
+_PLAIN_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
+
+
+@dataclass(frozen=True)
+class SiteWeights:
+    """One MLP in float32.
+
+    Attributes:
+        up: [width, hidden]; gated: [2 · width, hidden], gates first. up_bias: as many, or None.
+        down: [hidden, width]. attn: [hidden, hidden] in single blocks, what linear2 does with the attention; else None.
+        bias: of the down projection [hidden], or None.
+    """
+
+    site: Site
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+    attn: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor], site: Site, device: torch.device | str = "cpu") -> SiteWeights:
+        """Reads the site's tensors (canonical keys); raises `UserError` where they are quantised in blocks."""
+        up = full_precision(tensors, f"{site.up}.weight", device)[site.up_row :]
+        down = full_precision(tensors, f"{site.down}.weight", device)
+        up_bias = tensors.get(f"{site.up}.bias")
+        bias = tensors.get(f"{site.down}.bias")
+        return cls(
+            site=site,
+            up=up,
+            up_bias=None if up_bias is None else up_bias[site.up_row :].to(device).float(),
+            down=down[:, site.down_column :],
+            attn=down[:, : site.down_column] if site.down_column else None,
+            bias=None if bias is None else bias.to(device).float(),
+        )
+
+    def activations(self, x: Tensor) -> Tensor:
+        """The neurons [n, width] for rows x [n, hidden]: GELU(tanh), or silu(gate) · value in a gated MLP; float32."""
+        h = F.linear(x.to(self.up), self.up, self.up_bias)
+        if not self.site.gated:
+            return F.gelu(h, approximate="tanh")
+        gate, value = h.chunk(2, dim=-1)
+        return F.silu(gate).mul_(value)
+
+
+def down_energy(weights: SiteWeights) -> Tensor:
+    """Squared length of every column of the down projection, float64 [width]."""
+    return weights.down.double().square().sum(0)
+
+
+def scale_key(tensors: Mapping[str, Tensor], key: str) -> str | None:
+    """The key of the scale that belongs to the quantised weight `key`, or None."""
+    layer = key.removesuffix(".weight")
+    for name in (f"{layer}.weight_scale", f"{layer}.scale_weight"):
+        if name in tensors:
+            return name
+    return None
+
+
+def require_plain(tensors: Mapping[str, Tensor], key: str) -> None:
+    """Raises `UserError` where the weight `key` is quantised in a way that rows and columns cannot be taken from."""
+    layer = key.removesuffix(".weight")
+    name = scale_key(tensors, key)
+    config: dict = {}
+    if f"{layer}.comfy_quant" in tensors:
+        config = json.loads(bytes(tensors[f"{layer}.comfy_quant"].tolist()))
+    rotated = bool(config.get("convrot") or (config.get("params") or {}).get("convrot"))
+    kind = "int8 with rotated columns" if rotated else config.get("format")
+    fine = name is not None and tensors[name].squeeze().ndim > 1
+    if rotated or fine or (kind and kind not in _PLAIN_FORMATS):
+        raise UserError(
+            f"{key} is quantised as {kind or 'blocks with a scale each'}, from which single neurons cannot be taken out; "
+            "expected bf16, fp16, or 8 bits with one scale for the tensor or one a row. Use a bf16, fp16 or fp8 file."
+        )
+
+
+def full_precision(tensors: Mapping[str, Tensor], key: str, device: torch.device | str = "cpu") -> Tensor:
+    """The weight `key` in float32 on `device`, with its scale undone."""
+    require_plain(tensors, key)
+    weight = tensors[key].to(device).float()
+    name = scale_key(tensors, key)
+    if name is None:
+        return weight
+    scale = tensors[name].to(device).float()
+    return weight * (scale if scale.numel() == 1 else scale.reshape(-1, 1))
+
+
+def stored_like(weight: Tensor, tensors: Mapping[str, Tensor], key: str) -> tuple[Tensor, Tensor | None]:
+    """`weight` [rows, columns] in the precision that `tensors` stores `key` in, and its new scale where it has one.
+
+    A new scale brings the largest number to the end of the format's range, per tensor or per row as the old one did.
+    """
+    dtype = tensors[key].dtype
+    name = scale_key(tensors, key)
+    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    scale = None
+    if name is not None:
+        old = tensors[name]
+        largest = weight.abs().amax() if old.numel() == 1 else weight.abs().amax(1)
+        scale = (largest.float() / limits.max).clamp(min=torch.finfo(torch.float32).tiny).reshape(old.shape).to(old.dtype)
+        weight = weight / (
+            scale.float().to(weight.device) if old.numel() == 1 else scale.float().to(weight.device).reshape(-1, 1)
+        )
+    if not dtype.is_floating_point:
+        weight = weight.round()
+    return weight.clamp(limits.min, limits.max).to(dtype), scale

@@ -1,0 +1,128 @@
+"""The client and the server starter on a real ComfyUI, with its own nodes alone."""
+
+from __future__ import annotations
+
+import io
+import socket
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flux_poke.errors import UserError
+from flux_poke.headless.client import ComfyClient, Interrupted
+from flux_poke.headless.server import ComfyServer, free_port
+from PIL import Image
+
+
+def picture_graph(color: int, batch: int = 2) -> dict:
+    return {
+        "1": {"class_type": "EmptyImage", "inputs": {"width": 48, "height": 32, "batch_size": batch, "color": color}},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "client"}},
+    }
+
+
+def slow_graph(seed: int) -> dict:
+    """Many nodes of some work each: there is time to interrupt between them."""
+    graph: dict = {"0": {"class_type": "EmptyImage", "inputs": {"width": 512, "height": 512, "batch_size": 1, "color": seed}}}
+    for index in range(1, 200):
+        blur = {"image": [str(index - 1), 0], "blur_radius": 20, "sigma": 5.0}
+        graph[str(index)] = {"class_type": "ImageBlur", "inputs": blur}
+    graph["end"] = {"class_type": "PreviewImage", "inputs": {"images": ["199", 0]}}
+    return graph
+
+
+def test_a_run_gives_its_pictures_and_tells_which_node_is_at_work(client):
+    seen: list[str] = []
+    result = client.run(picture_graph(0x102030), lambda node, step, steps: seen.append(node))
+    assert [np.asarray(Image.open(io.BytesIO(client.fetch(file))))[0, 0].tolist() for file in result.files("images")] == [
+        [0x10, 0x20, 0x30]
+    ] * 2
+    assert list(dict.fromkeys(seen)) == ["1", "2"]
+    assert result.executed == ("1", "2")
+    assert client.history(result.prompt_id)["outputs"].keys() == {"2"}
+
+
+def test_a_graph_that_is_refused_is_named_by_node_and_input(client):
+    graph = picture_graph(0)
+    graph["1"]["inputs"] |= {"width": -5}
+    del graph["2"]["inputs"]["images"]
+    with pytest.raises(UserError, match=r"SaveImage \(node 2\): Required input is missing images"):
+        client.run(graph)
+    with pytest.raises(UserError, match="NoSuchNode"):
+        client.run({"1": {"class_type": "NoSuchNode", "inputs": {}}})
+
+
+def test_a_failing_node_is_named_with_its_message(client, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    name = client.upload(tmp_path / "broken.png")
+    graph = {
+        "a": {"class_type": "LoadImage", "inputs": {"image": name}},
+        "b": {"class_type": "PreviewImage", "inputs": {"images": ["a", 0]}},
+    }
+    with pytest.raises(UserError, match=r"LoadImage \(node a\)"):
+        client.run(graph)
+
+
+def test_an_uploaded_picture_is_there_under_its_name(client, tmp_path):
+    Image.new("RGB", (20, 10), (9, 8, 7)).save(tmp_path / "up.png")
+    name = client.upload(tmp_path / "up.png", "from client")
+    assert name == "from client/up.png"
+    graph = {
+        "a": {"class_type": "LoadImage", "inputs": {"image": name}},
+        "b": {"class_type": "PreviewImage", "inputs": {"images": ["a", 0]}},
+    }
+    (file,) = client.run(graph).files("images", "b")
+    assert Image.open(io.BytesIO(client.fetch(file))).getpixel((3, 3)) == (9, 8, 7)
+
+
+def test_models_are_listed(client, host):
+    (host.base / "models" / "diffusion_models" / "a.safetensors").touch()
+    assert client.models("diffusion_models") == ["a.safetensors"]
+
+
+def test_an_interrupted_run_ends_as_one(client):
+    prompt_id = client.queue(slow_graph(1))
+
+    def stop(node: str, step: int, steps: int) -> None:
+        if node == "5":
+            client.interrupt(prompt_id)
+
+    with pytest.raises(Interrupted):
+        client.wait(prompt_id, stop)
+
+
+def test_a_run_survives_a_lost_connection(client):
+    def lose(node: str, step: int, steps: int) -> None:
+        if node == "1":
+            client._socket.sock.shutdown(socket.SHUT_RDWR)
+
+    assert len(client.run(picture_graph(0x445566), lose).files("images")) == 2
+
+
+def test_a_server_that_dies_during_a_run_is_reported(host):
+    server = host.start()
+    server.__enter__()
+    try:
+        with ComfyClient(server.address) as client:
+            prompt_id = client.queue(slow_graph(2))
+            threading.Timer(1.0, server.__exit__).start()
+            with pytest.raises(UserError, match="No ComfyUI answers"):
+                client.wait(prompt_id)
+            with pytest.raises(UserError, match="did not do what was asked"):
+                client.queue(slow_graph(3))
+    finally:
+        server.__exit__()
+
+
+def test_where_no_server_is_that_is_said():
+    with pytest.raises(UserError, match="No ComfyUI answers at"):
+        ComfyClient(f"127.0.0.1:{free_port()}")
+
+
+def test_a_folder_without_comfyui_and_one_that_does_not_start_are_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no ComfyUI"):
+        ComfyServer(tmp_path)
+    (tmp_path / "main.py").write_text("raise SystemExit('no such option')")
+    with pytest.raises(UserError, match="did not come up"), ComfyServer(Path(tmp_path)):
+        pass

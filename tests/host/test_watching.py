@@ -1,0 +1,150 @@
+"""Watching a model inside ComfyUI, as a library: which tokens count, and that nothing is left behind in the model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+FLUX1 = {
+    "in_channels": 16, "out_channels": 16, "vec_in_dim": 64, "axes_dim": [16, 56, 56], "theta": 10_000, "patch_size": 2,
+    "qkv_bias": True, "mlp_ratio": 4.0, "txt_ids_dims": [], "guidance_embed": True,
+}  # fmt: skip
+FLUX2 = {
+    "in_channels": 128, "out_channels": 128, "vec_in_dim": None, "axes_dim": [32] * 4, "theta": 2_000, "patch_size": 1,
+    "qkv_bias": False, "mlp_ratio": 3.0, "txt_ids_dims": [3], "guidance_embed": False, "global_modulation": True,
+    "mlp_silu_act": True, "ops_bias": False,
+}  # fmt: skip
+WORDS, STEPS = 5, 3
+
+
+@pytest.fixture
+def load(in_process):
+    """A MODEL of random weights, through ComfyUI's own loader."""
+    import comfy.ldm.flux.model
+    import comfy.ops
+    import comfy.sd
+
+    def build(family: dict):
+        sizes = {"context_in_dim": 64, "hidden_size": 128, "num_heads": 1, "depth": 1, "depth_single_blocks": 2}
+        shapes = comfy.ldm.flux.model.Flux(
+            dtype=torch.float32, operations=comfy.ops.manual_cast, **sizes, **family
+        ).state_dict()
+        generator = torch.Generator().manual_seed(0)
+        weights = {
+            key: torch.randn(tensor.shape, generator=generator) * 0.08 + (1 if "norm" in key else 0)
+            for key, tensor in shapes.items()
+        }
+        return comfy.sd.load_diffusion_model_state_dict(weights)
+
+    return build
+
+
+@pytest.fixture
+def record(in_process, tmp_path):
+    """Samples `model`, recording it: the internals, or None where the run did not end well."""
+    from flux_poke.analysis.internals import Internals
+    from flux_poke.nodes import host
+    from flux_poke.nodes.record import InternalsRun
+
+    def run(model, ignore_padding=True, positive_only=False, name="internals", **options):
+        path, layout, fingerprint = tmp_path / f"{name}.safetensors", host.flux_layout(model), host.fingerprint(model)
+        watched = host.sampling_clone(
+            model, lambda: InternalsRun(path, layout, fingerprint, ignore_padding, positive_only, None, {})
+        )
+        return sample(watched, **options), Internals.load(path) if path.exists() else None
+
+    return run
+
+
+def sample(model, cfg: float = 1.0, sampler: str = "euler", references: bool = False, callback=None) -> torch.Tensor:
+    import comfy.sample
+
+    channels = model.model.diffusion_model.params.in_channels
+    side = 4 if channels == 128 else 8  # 16 image tokens either way
+    generator = torch.Generator().manual_seed(1)
+    context = torch.randn(1, WORDS, 64, generator=generator)
+    extra = {"pooled_output": torch.randn(1, 64, generator=generator)}
+    if references:
+        extra["reference_latents"] = [torch.randn(1, channels, side, side, generator=generator)]
+    noise = torch.randn(2, channels, side, side, generator=generator)
+    return comfy.sample.sample(
+        model, noise, STEPS, cfg, sampler, "simple", [[context, extra]], [[-context, dict(extra)]], torch.zeros_like(noise),
+        seed=0, callback=callback, disable_pbar=True,
+    )  # fmt: skip
+
+
+def tokens(internals) -> dict[str, int]:
+    return {name: site.tokens // (2 * STEPS) for name, site in internals.sites.items()}
+
+
+def test_padding_and_reference_tokens_are_left_out_of_flux2(load, record):
+    model = load(FLUX2)
+    _, some = record(model, references=True, name="some")
+    _, every = record(model, references=True, name="every", ignore_padding=False)
+    assert tokens(some) == {"double-img-0": 16, "double-txt-0": WORDS, "single-0": 16 + WORDS, "single-1": 16 + WORDS}
+    assert tokens(every) == {"double-img-0": 32, "double-txt-0": 512, "single-0": 544, "single-1": 544}
+    for name, site in some.sites.items():
+        assert 0 < int(site.fires.sum()) < int(every.sites[name].fires.sum())
+
+
+@pytest.mark.parametrize("family", [FLUX1, FLUX2], ids=["flux1", "flux2"])
+def test_the_positive_rows_alone_count_as_a_run_without_guidance_begins(load, record, family):
+    model = load(family)
+    _, both = record(model, cfg=3.0, name="both")
+    _, positive = record(model, cfg=3.0, positive_only=True, name="positive")
+    assert {name: 2 * count for name, count in tokens(positive).items()} == tokens(both)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("family", [FLUX1, FLUX2], ids=["flux1", "flux2"])
+def test_what_is_drawn_is_bit_identical(load, record, family, sampler):
+    model = load(family)
+    plain = sample(model, sampler=sampler, cfg=2.0)
+    recorded, _ = record(model, sampler=sampler, cfg=2.0)
+    assert torch.equal(plain, recorded)
+    assert plain.std() > 0.1
+
+
+def traces(model) -> list:
+    """Everything a hook, a patch or a wrapper could have left in the model."""
+    found = [copy.copy(model.model_options["transformer_options"]), list(model.wrappers), list(model.object_patches)]
+    for name, module in model.model.named_modules():
+        found.append((name, sorted(module.__dict__), len(module._forward_hooks), len(module._forward_pre_hooks)))
+    return found
+
+
+def test_the_model_is_untouched_after_a_run_and_after_a_failure(load, record):
+    model = load(FLUX1)
+    sample(model)
+    before = traces(model)
+    record(model)
+    assert traces(model) == before
+
+    class Stopped(BaseException):
+        """As ComfyUI's interrupt: no Exception."""
+
+    def stop(*_):
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        record(model, callback=stop, name="stopped")
+    assert traces(model) == before
+
+
+def test_a_lora_does_not_make_it_another_model(load, in_process):
+    import comfy.model_management
+    from flux_poke.nodes import host
+
+    model = load(FLUX1)
+    before = host.fingerprint(model)
+    patched = model.clone()
+    patched.add_patches(
+        {key: (torch.randn_like(w),) for key, w in model.model.state_dict().items() if key.endswith("mlp.0.weight")}
+    )
+    comfy.model_management.load_models_gpu([patched])
+    changed = model.model.diffusion_model.double_blocks[0].img_mlp[0].weight
+    assert not torch.equal(changed, torch.zeros_like(changed))
+    assert host.fingerprint(model) == host.fingerprint(patched) == before
+    comfy.model_management.unload_all_models()

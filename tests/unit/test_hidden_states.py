@@ -1,0 +1,249 @@
+"""Sampled rows (hidden_states.py, row_recording.py): they are what the MLPs read, shared out evenly, and safe on disk."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from flux_poke.analysis.hidden_states import MANIFEST, HiddenStates, Limit, held_out
+from flux_poke.analysis.recording import TokenMask
+from flux_poke.analysis.row_recording import RowChoice, RowRecorder, estimated_bytes, select_sites
+from flux_poke.errors import UserError
+from flux_poke.flux.fingerprint import Fingerprint
+from flux_poke.flux.model import Flux
+
+SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
+
+
+@pytest.fixture
+def flux(tensors) -> Flux:
+    return Flux.load(tensors("flux1"))
+
+
+@pytest.fixture
+def store(tmp_path, flux) -> HiddenStates:
+    return HiddenStates.for_model(tmp_path / "hidden", "flux1", Fingerprint.of_tensors(flux.state_dict()))
+
+
+def draw(flux, recorder, inputs, mask=None, batch=2, seed=1):
+    """One sampling run whose calls all see the same input; returns the run and the last output."""
+    given = inputs(flux, batch=batch, seed=seed)
+    with recorder.run(SIGMAS, images=batch) as run:
+        for step in range(len(SIGMAS) - 1):
+            with run.watching(flux, step, mask), torch.no_grad():
+                output = flux(**given)
+    return run, output
+
+
+def everything(store, site):
+    return next(iter(store.rows(site, size=10**9)))
+
+
+def captured(flux, inputs, module, batch=2, seed=1):
+    """The whole input of a module [batch, tokens, ...] in one call."""
+    seen = []
+    handle = flux.get_submodule(module).register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
+    with torch.no_grad():
+        flux(**inputs(flux, batch=batch, seed=seed))
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("family", ["flux1", "flux2"])
+def test_rows_are_what_the_mlp_reads(family, tensors, inputs, tmp_path):
+    flux = Flux.load(tensors(family))
+    store = HiddenStates.for_model(tmp_path, family, Fingerprint.of_tensors(flux.state_dict()))
+    draw(flux, RowRecorder(flux.layout.sites, store, RowChoice(rows=4, steps=2)), inputs)
+    for site in flux.layout.sites:
+        rows = everything(store, site.name)
+        assert len(rows) == 2 * 2 * 4
+        whole = captured(flux, inputs, site.up).bfloat16()
+        attention = captured(flux, inputs, site.down)[..., : site.down_column].bfloat16()
+        for n in range(len(rows)):
+            tokens = (whole[rows.image[n]] == rows.x[n]).all(-1).nonzero()
+            assert len(tokens) == 1
+            if site.stream == "single":
+                assert torch.equal(rows.attn[n], attention[rows.image[n], tokens[0, 0]])
+        assert (rows.attn is None) == (site.stream != "single")
+        torch.testing.assert_close(rows.sigma, torch.tensor(SIGMAS)[rows.step])
+
+
+def test_masked_tokens_are_never_drawn(flux, store, inputs):
+    txt = torch.zeros(2, 5, dtype=torch.bool)
+    txt[:, 1:3] = True
+    draw(flux, RowRecorder(flux.layout.sites, store, RowChoice(rows=40, steps=5)), inputs, TokenMask(txt=txt))
+    rows = everything(store, "double-txt-0")
+    assert len(rows) == 2 * 5 * 2
+    whole = captured(flux, inputs, "double_blocks.0.txt_mlp.0").bfloat16()
+    for n in range(len(rows)):
+        assert any(torch.equal(whole[rows.image[n], word], rows.x[n]) for word in (1, 2))
+    assert len(everything(store, "single-0")) == 2 * 5 * (2 + 24)
+    assert len(everything(store, "double-img-0")) == 2 * 5 * 24
+
+
+def test_the_model_computes_what_it_did_and_keeps_no_hook(flux, store, inputs):
+    with torch.no_grad():
+        expected = flux(**inputs(flux))
+    recorder = RowRecorder(flux.layout.sites, store, RowChoice(rows=4, steps=5))
+    assert torch.equal(draw(flux, recorder, inputs)[1], expected)
+    with pytest.raises(KeyboardInterrupt), recorder.run(SIGMAS) as run, run.watching(flux, 0):
+        raise KeyboardInterrupt
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in flux.modules())
+
+
+def test_an_interrupted_run_leaves_nothing(flux, store, inputs):
+    recorder = RowRecorder(flux.layout.sites, store, RowChoice(rows=4, steps=5))
+
+    def interrupted():
+        with recorder.run(SIGMAS) as run:
+            with run.watching(flux, 0), torch.no_grad():
+                flux(**inputs(flux))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [path.name for path in store.folder.iterdir() if path.suffix == ".safetensors"] == []
+
+
+def test_every_image_gives_the_same_share(flux, store, inputs):
+    recorder = RowRecorder(flux.layout.sites, store, RowChoice(rows=3, steps=2))
+    for seed in range(3):
+        draw(flux, recorder, inputs, seed=seed)
+    image = everything(store, "single-1").image
+    assert Counter(image.tolist()) == dict.fromkeys(range(6), 6)
+
+
+def test_the_same_seed_draws_the_same_and_another_seed_other_steps():
+    sigmas = [1 - n / 40 for n in range(41)]
+    steps = [RowChoice(seed=0).drawn_steps(sigmas, image) for image in range(50)]
+    assert steps == [RowChoice(seed=0).drawn_steps(sigmas, image) for image in range(50)]
+    assert all(len(drawn) == 2 for drawn in steps)  # 5 % of 40
+    assert len(set().union(*steps)) > 25
+    assert steps != [RowChoice(seed=1).drawn_steps(sigmas, image) for image in range(50)]
+
+
+def test_short_runs_give_one_step_and_a_sigma_range_is_kept():
+    assert len(RowChoice().drawn_steps(SIGMAS, 0)) == 1
+    drawn = [RowChoice(steps=5, sigmas=(0.3, 0.7)).drawn_steps(SIGMAS, image) for image in range(5)]
+    assert drawn == [frozenset({2, 3})] * 5
+
+
+def test_another_batch_row_order_is_told_by_images(flux, store, inputs):
+    """Under guidance each image stands in the batch twice."""
+    given = inputs(flux, batch=4)
+    with RowRecorder(flux.layout.sites, store, RowChoice(rows=2, steps=5)).run(SIGMAS, images=2) as run, torch.no_grad():
+        for step in range(5):
+            with run.watching(flux, step, images=[0, 1, 0, 1]):
+                flux(**given)
+    assert Counter(everything(store, "double-img-0").image.tolist()) == {0: 20, 1: 20}
+
+
+def test_the_estimate_is_what_is_written(flux, store, inputs):
+    choice = RowChoice(rows=5, steps=3)
+    sites = select_sites(flux.layout, streams=("img", "single"))
+    for seed in range(2):
+        draw(flux, RowRecorder(sites, store, choice), inputs, seed=seed)
+    expected = estimated_bytes(sites, 128, choice, steps=5, images=4)
+    assert store.bytes("rows") == expected
+    assert sum(path.stat().st_size for path in store.folder.glob("rows-*")) == pytest.approx(expected, rel=0.2)
+
+
+def test_a_second_recording_adds(flux, store, inputs):
+    for _ in range(2):
+        again = HiddenStates.for_model(store.folder, "flux1", Fingerprint.of_tensors(flux.state_dict()))
+        draw(flux, RowRecorder(flux.layout.sites, again, RowChoice(rows=4, steps=1)), inputs)
+    assert again.images("double-img-0").tolist() == [0, 1, 2, 3]
+    assert HiddenStates.open(store.folder).count("double-img-0") == 16
+
+
+def test_another_models_folder_is_refused(store, tensors):
+    other = Fingerprint.of_tensors(Flux.load(tensors("flux1", seed=5)).state_dict())
+    with pytest.raises(UserError, match="recorded on another model"):
+        HiddenStates.for_model(store.folder, "flux1", other)
+
+
+def test_at_the_limit_all_images_lose_the_same(flux, store, inputs):
+    choice = RowChoice(rows=16, steps=1)
+    each = estimated_bytes(flux.layout.sites, 128, choice, steps=5, images=2)
+    recorder = RowRecorder(flux.layout.sites, store, choice, Limit(2.5 * each / 1e9, "thin"))
+    for seed in range(5):
+        draw(flux, recorder, inputs, seed=seed)
+    assert store.bytes("rows") <= 2.5 * each
+    assert store.manifest.halvings >= 1
+    shares = Counter(everything(store, "double-img-1").image.tolist())
+    assert set(shares) == set(range(10))
+    assert set(shares.values()) == {16 >> store.manifest.halvings}
+
+
+def test_a_halving_that_was_cut_off_is_finished_by_the_next(flux, store, inputs):
+    recorder = RowRecorder(flux.layout.sites, store, RowChoice(rows=16, steps=1))
+    for seed in range(2):
+        draw(flux, recorder, inputs, seed=seed)
+    before = (store.folder / MANIFEST).read_text()
+    store._halve()
+    first = store.manifest.shards[0]
+    (store.folder / MANIFEST).write_text(before)  # as if the program had ended before the manifest was written
+    reopened = HiddenStates.open(store.folder)
+    reopened._halve()
+    assert Counter(everything(reopened, "single-0").image.tolist()) == dict.fromkeys(range(4), 8)
+    assert reopened.manifest.shards[0] == first
+
+
+def test_at_the_limit_recording_can_stop(flux, store, inputs):
+    choice = RowChoice(rows=8, steps=1)
+    each = estimated_bytes(flux.layout.sites, 128, choice, steps=5, images=2)
+    recorder = RowRecorder(flux.layout.sites, store, choice, Limit(1.5 * each / 1e9, "stop"))
+    for seed in range(3):
+        run, _ = draw(flux, recorder, inputs, seed=seed)
+    assert recorder.full
+    assert run.steps == frozenset()
+    assert store.images("single-0").tolist() == [0, 1]
+
+
+def test_rows_of_some_images_are_read_in_pieces(flux, store, inputs):
+    recorder = RowRecorder(flux.layout.sites, store, RowChoice(rows=10, steps=2))
+    for seed in range(3):
+        draw(flux, recorder, inputs, seed=seed)
+    pieces = list(store.rows("single-0", images={1, 4}, size=16))
+    assert [len(piece) for piece in pieces] == [16, 16, 8]
+    whole = everything(store, "single-0")
+    wanted = torch.isin(whole.image, torch.tensor([1, 4]))
+    assert torch.equal(torch.cat([piece.x for piece in pieces]), whole.x[wanted])
+    assert torch.equal(torch.cat([piece.attn for piece in pieces]), whole.attn[wanted])
+
+
+def test_held_out_images_are_others():
+    fit, judge = held_out(torch.arange(3, 23))
+    assert fit & judge == set()
+    assert fit | judge == set(range(3, 23))
+    assert len(judge) == 4
+    assert held_out(torch.tensor([4, 7])) == ({4}, {7})
+    with pytest.raises(UserError, match="at least 2 are needed"):
+        held_out(torch.tensor([4]))
+
+
+def test_blocks_are_chosen_by_kind_and_stream(flux):
+    chosen = select_sites(flux.layout, double=(1, 1), single=(0, 0))
+    assert [site.name for site in chosen] == ["double-img-1", "double-txt-1", "single-0"]
+    with pytest.raises(UserError, match="double blocks are 0 to 1"):
+        select_sites(flux.layout, double=(0, 2))
+
+
+def test_a_folder_without_rows_says_how_to_record(tmp_path):
+    with pytest.raises(UserError, match="Record rows first"):
+        HiddenStates.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", json.dumps({"format": "flux-poke hidden states 1"}), json.dumps({"format": "x"})]
+)
+def test_a_damaged_manifest_is_named(tmp_path, content):
+    (tmp_path / MANIFEST).write_text(content)
+    with pytest.raises(UserError, match="manifest"):
+        HiddenStates.open(tmp_path)
+
+
+def test_amplifications_add_up(store):
+    store.add_amplification({"single-0": (3.0, 2)})
+    store.add_amplification({"single-0": (1.0, 2)})
+    assert HiddenStates.open(store.folder).amplification == {"single-0": 1.0}

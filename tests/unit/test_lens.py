@@ -1,0 +1,162 @@
+"""The tuned lens: its rows, its fit (against scikit-learn), its file."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flux_poke.analysis.blocks import Block, blocks_of, choose_blocks
+from flux_poke.analysis.lens import ROWS_FORMAT, Lens, LensRecorder, LensRows, fit_lens
+from flux_poke.analysis.previews import BlockTaps, Moment, Tap, TapRecorder
+from flux_poke.errors import UserError
+from flux_poke.files import write_safetensors
+from flux_poke.flux.model import Flux
+from flux_poke.flux.tiny.training import tiny_layout
+from sklearn.linear_model import Ridge
+from torch import Tensor
+
+LAYOUT = tiny_layout({"hidden": 128, "mlp_ratio": 2, "text_width": 32, "depth": 2, "depth_single": 2})
+FIRST, LAST = Block("double", 0), Block("single", 1)
+
+
+@pytest.fixture
+def flux() -> Flux:
+    torch.manual_seed(0)
+    return Flux(LAYOUT).eval().requires_grad_(False)
+
+
+def call(flux: Flux, batch: int = 2):
+    x, sigma = torch.randn(batch, 16, 8, 8), torch.full((batch,), 0.5)
+    return x, sigma, torch.randn(batch, 5, 32), torch.randn(batch, 32)
+
+
+def rows_of(folder, states: dict[str, Tensor], images: Tensor, family: str = "flux1", name: str = "lens-a") -> LensRows:
+    tensors = {**states, "image": images, "sigma": torch.zeros(len(images))}
+    write_safetensors(folder / f"{name}.safetensors", tensors, {"format": ROWS_FORMAT, "family": family})
+    return LensRows(folder)
+
+
+def related(images: int = 20, tokens: int = 10, hidden: int = 8, noise: float = 0.0) -> tuple[dict[str, Tensor], Tensor]:
+    """Tokens after two blocks, the second an affine map of the first plus noise."""
+    generator = torch.Generator().manual_seed(1)
+    h = torch.randn(images * tokens, hidden, generator=generator)
+    y = h @ torch.randn(hidden, hidden, generator=generator).T + torch.randn(hidden, generator=generator)
+    y = y + noise * torch.randn(y.shape, generator=generator)
+    return {"double-0": h, "single-1": y}, torch.arange(images).repeat_interleave(tokens)
+
+
+def test_rows_are_the_same_tokens_after_every_block(flux, tmp_path):
+    x, sigma, context, vector = call(flux)
+    states: dict[str, Tensor] = {}
+    for index, block in enumerate(flux.double_blocks):
+        block.register_forward_hook(lambda _, __, out, index=index: states.update({f"double-{index}": out[0]}))
+    for index, block in enumerate(flux.single_blocks):
+        block.register_forward_hook(lambda _, __, out, index=index: states.update({f"single-{index}": out[:, 5:]}))
+    recorder = LensRecorder(LAYOUT, tokens=3)
+    with recorder.watching(flux, x, sigma, torch.tensor([7, 8])):
+        flux(x, sigma, context, vector)
+    recorder.save(tmp_path)
+    rows = LensRows(tmp_path)
+    assert rows.images.tolist() == [7, 7, 7, 8, 8, 8]
+    places = [
+        [
+            int((states[block.name][image] == row).all(-1).nonzero())
+            for image, row in zip([0] * 3 + [1] * 3, rows[block], strict=True)
+        ]
+        for block in rows
+    ]
+    assert len(places) == 4
+    assert all(found == places[0] for found in places)
+    assert len(set(places[0][:3])) == 3
+
+
+def test_runs_add_shards(flux, tmp_path):
+    recorder = LensRecorder(LAYOUT, tokens=4)
+    for image in range(2):
+        x, sigma, context, vector = call(flux, batch=1)
+        with recorder.watching(flux, x, sigma, torch.tensor([image])):
+            flux(x, sigma, context, vector)
+        recorder.save(tmp_path)
+    assert recorder.save(tmp_path) is None
+    rows = LensRows(tmp_path)
+    assert sorted(rows.images.tolist()) == [0] * 4 + [1] * 4
+    assert {rows[block].shape for block in rows} == {(8, 128)}
+
+
+def test_an_affine_relation_is_found_and_holds_on_new_images(tmp_path):
+    states, images = related()
+    lens = fit_lens(rows_of(tmp_path, states, images))
+    assert lens.errors[FIRST] < 1e-4
+    assert lens.raw_errors[FIRST] > 0.5
+    torch.testing.assert_close(lens(FIRST, states["double-0"]), states["single-1"], rtol=0.02, atol=0.05)
+
+
+def test_the_fit_is_ridge_regression_of_the_distance_to_the_last_block(tmp_path):
+    states, images = related(noise=0.3)
+    lens = fit_lens(rows_of(tmp_path, states, images))
+    x, y = states["double-0"].double().numpy(), states["single-1"].double().numpy()
+    held_out = torch.randperm(20, generator=torch.Generator().manual_seed(0))[:4]
+    new = torch.isin(images, held_out).numpy()
+    found = []
+    for alpha in (1e-4, 1e-3, 1e-2, 1e-1):
+        centred = x[~new] - x[~new].mean(0)
+        model = Ridge(alpha=alpha * (centred**2).sum(0).mean()).fit(x[~new], (y - x)[~new])
+        residual = (y - x)[new] - model.predict(x[new])
+        found.append((residual**2).sum() / ((y[new] - y[~new].mean(0)) ** 2).sum())
+    assert lens.errors[FIRST] == pytest.approx(min(found), rel=0.01)
+
+
+def test_noise_is_not_foretold(tmp_path):
+    generator = torch.Generator().manual_seed(2)
+    states = {name: torch.randn(200, 8, generator=generator) for name in ("double-0", "single-1")}
+    lens = fit_lens(rows_of(tmp_path, states, torch.arange(20).repeat_interleave(10)))
+    assert 0.9 < lens.errors[FIRST] < 1.3
+
+
+def test_a_lens_that_foretells_the_last_block_makes_every_prediction_the_last_ones(flux):
+    """Maps that ignore their input and give one token: predictions are the final layer's of that token."""
+    token = torch.randn(128)
+    blocks = blocks_of(LAYOUT)[:-1]
+    lens = Lens(
+        "flux1", {b: torch.zeros(128, 128) for b in blocks}, dict.fromkeys(blocks, token), dict.fromkeys(blocks, 0.0), {}, 0, 0
+    )
+    lens.check_fits(LAYOUT)
+    taps, sigmas = BlockTaps(), torch.tensor([0.5, 0.0])
+    x, sigma, context, vector = call(flux)
+    vecs = []
+    flux.final_layer.register_forward_pre_hook(lambda _, args: vecs.append(args[1]))
+    recorder = TapRecorder(LAYOUT, choose_blocks("all", LAYOUT), lens=lens)
+    with recorder.watching(flux, Moment.at(x, sigma, sigmas), taps):
+        velocity = flux(x, sigma, context, vector)
+    patches = flux.final_layer(token.expand(2, 16, 128), vecs[0])
+    expected = x - 0.5 * torch.nn.functional.fold(patches.mT, (8, 8), 2, stride=2)
+    for block in blocks:
+        torch.testing.assert_close(taps.latent(Tap(0, block)), expected)
+    assert torch.equal(taps.latent(Tap(0, LAST)), x - 0.5 * velocity)
+
+
+def test_a_file_gives_back_the_lens(tmp_path):
+    states, images = related(noise=0.3)
+    lens = fit_lens(rows_of(tmp_path, states, images))
+    lens.save(tmp_path / "lens.safetensors")
+    again = Lens.load(tmp_path / "lens.safetensors")
+    assert (again.errors, again.raw_errors, again.rows, again.images) == (lens.errors, lens.raw_errors, 200, 20)
+    assert torch.equal(again(FIRST, states["double-0"]), lens(FIRST, states["double-0"]))
+
+
+def test_other_files_and_rows_are_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no lens rows"):
+        LensRows(tmp_path)
+    states, images = related()
+    rows_of(tmp_path, states, images)
+    with pytest.raises(UserError, match="is no lens"):
+        Lens.load(tmp_path / "lens-a.safetensors")
+    with pytest.raises(UserError, match="different models"):
+        rows_of(tmp_path, states, images, family="flux2", name="lens-b")
+
+
+def test_a_lens_of_another_model_and_rows_of_one_image_are_refused(tmp_path):
+    states, images = related()
+    with pytest.raises(UserError, match="of 2 blocks of width 8"):
+        fit_lens(rows_of(tmp_path, states, images)).check_fits(LAYOUT)
+    with pytest.raises(UserError, match="at least 2 images"):
+        fit_lens(rows_of(tmp_path, states, torch.zeros_like(images)))

@@ -1,0 +1,70 @@
+"""pruning/obs.py against the plain loop, and against ridge regression on the sets it chooses."""
+
+import numpy as np
+import pytest
+import torch
+from flux_poke.pruning.obs import PANEL, eliminate
+
+
+def problem(width: int, hidden: int = 7, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A correlated second moment with a ridge [width, width], and a down projection [hidden, width]."""
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randn(4 * width, width, generator=generator, dtype=torch.float64)
+    h = h @ torch.randn(width, width, generator=generator, dtype=torch.float64)
+    return h.T @ h / len(h) + 0.1 * torch.eye(width, dtype=torch.float64), torch.randn(hidden, width, generator=generator)
+
+
+def plain_loop(hessian: np.ndarray, down: np.ndarray) -> tuple[list[int], list[float]]:
+    """The textbook: invert, cut the cheapest, correct all others, downdate the inverse by rank one; over and over."""
+    inverse, w = np.linalg.inv(hessian), down.astype(np.float64).copy()
+    alive, order, costs = list(range(len(hessian))), [], []
+    while alive:
+        cost = [(w[:, j] ** 2).sum() / inverse[j, j] for j in alive]
+        j = alive[int(np.argmin(cost))]
+        order.append(j)
+        costs.append(min(cost))
+        column = inverse[:, j].copy()
+        w -= np.outer(w[:, j], column) / column[j]
+        inverse -= np.outer(column, column) / column[j]
+        alive.remove(j)
+    return order, costs
+
+
+@pytest.mark.parametrize("width", [5, PANEL, 2 * PANEL + 13])
+def test_panels_cut_in_the_order_and_at_the_costs_of_the_plain_loop(width):
+    hessian, down = problem(width)
+    order, error = eliminate(hessian, down)
+    expected_order, costs = plain_loop(hessian.numpy(), down.numpy())
+    assert order.tolist() == expected_order
+    np.testing.assert_allclose(error[1:].numpy(), np.cumsum(costs), rtol=1e-8)
+
+
+def test_the_error_is_that_of_ridge_regression_on_what_is_kept():
+    hessian, down = problem(60)
+    order, error = eliminate(hessian, down)
+    h, w = hessian.numpy(), down.double().numpy()
+    for cut in (1, 10, 30, 59):
+        gone, kept = order[:cut].numpy(), np.sort(order[cut:].numpy())
+        b = np.linalg.solve(h[np.ix_(kept, kept)], h[np.ix_(kept, gone)]).T
+        left = h[np.ix_(gone, gone)] - b @ h[np.ix_(kept, gone)]
+        assert error[cut].item() == pytest.approx(np.trace(w[:, gone] @ left @ w[:, gone].T), rel=1e-8)
+
+
+def test_cutting_everything_costs_all_of_the_output():
+    hessian, down = problem(20)
+    _, error = eliminate(hessian, down)
+    w = down.double()
+    assert error[-1].item() == pytest.approx(torch.trace(w @ hessian @ w.T).item(), rel=1e-10)
+
+
+def test_of_equal_neurons_the_lower_index_goes_first():
+    order, _ = eliminate(torch.eye(200, dtype=torch.float64), torch.ones(3, 200))
+    assert order.tolist() == list(range(200))
+
+
+def test_an_exception_from_the_check_stops_it():
+    def cancel():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        eliminate(*problem(10), check=cancel)

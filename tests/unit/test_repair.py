@@ -1,0 +1,232 @@
+"""Repairing a whole plan from recordings of a small FLUX: what is stored, what is asked for, and that it helps."""
+# mypy: disable-error-code="union-attr, operator, misc"
+
+import os
+import shutil
+
+import pytest
+import torch
+from flux_poke.analysis.amplification import AmplificationProbe
+from flux_poke.analysis.hidden_states import HiddenStates
+from flux_poke.analysis.internals import Internals
+from flux_poke.analysis.recording import InternalsRecorder
+from flux_poke.analysis.row_recording import RowChoice, RowRecorder
+from flux_poke.analysis.trajectories import trajectory, velocity_error
+from flux_poke.errors import UserError
+from flux_poke.flux.model import Flux
+from flux_poke.pruning.budget import BudgetCurve, by_budget
+from flux_poke.pruning.checkpoint import Pruned, save_pruned
+from flux_poke.pruning.dense import Dense
+from flux_poke.pruning.lora import convert_lora
+from flux_poke.pruning.plan import by_count
+from flux_poke.pruning.repair import Repairs
+from flux_poke.pruning.scores import rank
+from flux_poke.pruning.surgery import Cut
+from torch import nn
+
+SIGMAS = torch.linspace(1, 0, 6)
+
+
+class Recorded:
+    """A small FLUX, and internals and rows of ten images of it."""
+
+    def __init__(self, tensors, folder, family):
+        torch.manual_seed(0)
+        state = tensors(family, depth=1, depth_single=1)
+        for site in Dense.of(state).layout.sites:  # neurons of 12 features, which so can stand in for each other
+            up = state[f"{site.up}.weight"]
+            up[site.up_row :] = 0.3 * torch.randn(len(up) - site.up_row, 12) @ torch.randn(12, 128) / 3.5
+        self.dense = Dense.of(state)
+        self.flux = Flux.load(self.dense.tensors)
+        layout = self.dense.layout
+        self.store = HiddenStates.for_model(folder, family, self.dense.fingerprint)
+        rows = RowRecorder(layout.sites, self.store, RowChoice(rows=60, steps=5))
+        counts = InternalsRecorder(layout.sites)
+        generator = torch.Generator().manual_seed(0)
+
+        def conditioning(count):
+            vector = torch.randn(count, layout.vector, generator=generator) if layout.vector else None
+            return torch.randn(count, 60, layout.context, generator=generator), vector
+
+        def noise(count):
+            side, channels = 8 * layout.patch, layout.in_channels // layout.patch**2
+            return torch.randn(count, channels, side, side, generator=generator)
+
+        context, vector = conditioning(10)
+        with rows.run(SIGMAS, 10) as run:
+            points, _ = trajectory(self.flux, noise(10), SIGMAS, context, vector)
+            for step, point in enumerate(points):
+                with run.watching(self.flux, step), counts.watching(self.flux), torch.no_grad():
+                    point.velocity(self.flux)
+        self.internals = Internals.new(family, self.dense.fingerprint, counts.results(), steps=5)
+        self.points, _ = trajectory(self.flux, noise(2), SIGMAS, *conditioning(2))
+
+    def error(self, plan, method, folder=None):
+        repairs = Repairs(self.dense, plan, method, self.internals, self.store, folder)
+        return velocity_error(self.flux, Flux.load(Cut(self.dense, plan, repairs)), self.points)
+
+
+@pytest.fixture(scope="module", params=["flux1", "flux2"])
+def recorded(request, tensors, tmp_path_factory):
+    return Recorded(tensors, tmp_path_factory.mktemp("hidden"), request.param)
+
+
+def half(recorded, score):
+    rankings = rank(score, recorded.dense, recorded.internals, recorded.store)
+    width = recorded.dense.layout.sites[0].width
+    return by_count(recorded.dense, rankings, score, img_cut=width // 2, txt_cut=width // 2, single_cut=width // 2)
+
+
+def test_each_repair_leaves_less_error_than_the_one_before(recorded, tmp_path):
+    none = recorded.error(half(recorded, "frequency"), "none")
+    magnitude = recorded.error(half(recorded, "magnitude"), "none")
+    affine = recorded.error(half(recorded, "obs"), "affine", tmp_path)
+    assert affine < 0.7 * magnitude < none
+    if recorded.dense.layout.family == "flux1":
+        plan = half(recorded, "fluctuation")
+        assert affine < recorded.error(plan, "bias") < recorded.error(plan, "none")
+
+
+def test_a_repair_is_computed_once_and_read_after(recorded, tmp_path):
+    plan = half(recorded, "obs")
+    repairs = Repairs(recorded.dense, plan, "affine", rows=recorded.store, folder=tmp_path)
+    told = []
+    repairs.compute(lambda *progress: told.append(progress))
+    assert [name for name, _, _ in told] == list(plan.kept)
+    times = {path: os.stat(path).st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert len(times) == len(plan.kept)
+    again = Repairs(recorded.dense, plan, "affine", rows=recorded.store, folder=tmp_path)
+    again.compute()
+    assert {path: os.stat(path).st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == times
+    for name in plan.kept:
+        assert torch.equal(again[name].down, repairs[name].down)
+        assert again.report[name] == repairs.report[name]
+
+
+def test_a_ranking_by_rows_is_kept_beside_them_until_rows_are_added(recorded, tmp_path):
+    store = HiddenStates.open(shutil.copytree(recorded.store.folder, tmp_path / "hidden"))
+    first = rank("obs", recorded.dense, rows=store)
+    files = {path: path.stat().st_mtime_ns for path in (store.folder / "rankings").iterdir()}
+    again = rank("obs", recorded.dense, rows=store)
+    assert {path: path.stat().st_mtime_ns for path in (store.folder / "rankings").iterdir()} == files
+    for name, ranking in first.items():
+        assert torch.equal(again[name].order, ranking.order)
+        assert torch.equal(again[name].error, ranking.error)
+        assert again[name].energy == ranking.energy
+    before = store.digest
+    store.append("rows", {"double-img-0.x": torch.zeros(1, 128), "double-img-0.image": torch.zeros(1)})
+    assert store.digest != before
+
+
+def test_a_cancelled_repair_goes_on_where_it_was(recorded, tmp_path):
+    plan = half(recorded, "obs")
+    repairs = Repairs(recorded.dense, plan, "affine", rows=recorded.store, folder=tmp_path)
+
+    def cancel(name, done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        repairs.compute(cancel)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    assert set(repairs.report) == set(list(plan.kept)[:2])
+    repairs.compute()
+    assert set(repairs.report) == set(plan.kept)
+
+
+def test_another_plan_or_other_rows_are_another_repair(recorded, tmp_path):
+    first = Repairs(recorded.dense, half(recorded, "obs"), "affine", rows=recorded.store, folder=tmp_path)
+    second = Repairs(recorded.dense, half(recorded, "magnitude"), "affine", rows=recorded.store, folder=tmp_path)
+    assert first.folder != second.folder
+
+
+def test_the_repaired_checkpoint_reports_its_held_out_errors(recorded, tmp_path):
+    plan = half(recorded, "obs")
+    repairs = Repairs(recorded.dense, plan, "affine", rows=recorded.store, folder=tmp_path)
+    cut = Cut(recorded.dense, plan, repairs)
+    save_pruned(tmp_path / "pruned.safetensors", cut)
+    pruned = Pruned.open(tmp_path / "pruned.safetensors")
+    for name, report in pruned.report.items():
+        assert report == repairs.report[name]
+        assert report.after < report.bias <= report.before * 1.001
+        assert report.predicted == pytest.approx(report.after, rel=0.9)
+    assert velocity_error(Flux.load(cut), Flux.load(pruned.tensors), recorded.points) == 0.0
+
+
+def test_a_pruned_file_with_folds_is_all_that_converting_a_lora_takes(recorded, tmp_path):
+    plan = half(recorded, "obs")
+    repairs = Repairs(recorded.dense, plan, "affine", rows=recorded.store, folder=tmp_path, fold=True)
+    save_pruned(tmp_path / "pruned.safetensors", Cut(recorded.dense, plan, repairs), fold=True)
+    pruned = Pruned.open(tmp_path / "pruned.safetensors")
+    site = recorded.dense.layout.site("single-0")
+    name, width = "diffusion_model.single_blocks.0.linear2", 128 + site.width
+    lora = {f"{name}.lora_B.weight": torch.randn(128, 2), f"{name}.lora_A.weight": torch.randn(2, width)}
+    found = convert_lora(lora, pruned.layout, pruned.plan, pruned.folds, pruned.report).tensors
+    matrix = repairs["single-0"].fold.matrix.float()
+    a = lora[f"{name}.lora_A.weight"]
+    kept = [*range(128), *(128 + j for j in plan.kept["single-0"].tolist())]
+    expected = a[:, kept] + a[:, 128 + plan.removed("single-0")] @ matrix
+    torch.testing.assert_close(found[f"{name}.lora_down.weight"], expected)
+    bare = Repairs(recorded.dense, plan, "affine", rows=recorded.store, folder=tmp_path)
+    with pytest.raises(UserError, match="computed without folds"):
+        save_pruned(tmp_path / "other.safetensors", Cut(recorded.dense, plan, bare), fold=True)
+
+
+def test_nothing_is_changed_where_nothing_is_cut(recorded, tmp_path):
+    plan = by_count(recorded.dense, {}, "obs")
+    cut = Cut(recorded.dense, plan, Repairs(recorded.dense, plan, "affine", rows=recorded.store, folder=tmp_path))
+    assert all(torch.equal(cut[key], tensor) for key, tensor in recorded.dense.tensors.items())
+
+
+def test_predicted_errors_are_near_what_is_measured(recorded, tmp_path):
+    """Of the output of each site on held-out images, and of the velocity."""
+    sites = recorded.dense.layout.sites
+    probe = AmplificationProbe(sites)
+    for point in recorded.points:
+        probe.measure(recorded.flux, lambda point=point: point.velocity(recorded.flux))
+    amplification = {name: total / count for name, (total, count) in probe.results().items()}
+    rankings = rank("obs", recorded.dense, rows=recorded.store)
+    curve = BudgetCurve.of(recorded.dense.layout, rankings, amplification)
+    plan = by_budget(recorded.dense, rankings, curve, "obs", share=0.3)
+    measured = recorded.error(plan, "affine", tmp_path)
+    assert plan.velocity_error == pytest.approx(measured, rel=0.5)
+    repairs = Repairs(recorded.dense, plan, "affine", rows=recorded.store, folder=tmp_path)
+    for name, predicted in plan.predicted.items():
+        assert repairs[name].report.after == pytest.approx(predicted, rel=0.35)
+
+
+def test_what_a_repair_lacks_is_said_in_a_sentence(recorded, tmp_path):
+    plan = half(recorded, "magnitude")
+    with pytest.raises(UserError, match="Rows are missing, and repair = affine needs them"):
+        Repairs(recorded.dense, plan, "affine", folder=tmp_path)
+    with pytest.raises(UserError, match="Internals are missing, and repair = bias needs them"):
+        Repairs(recorded.dense, plan, "bias")
+    with pytest.raises(UserError, match="name a folder"):
+        Repairs(recorded.dense, plan, "affine", rows=recorded.store)
+    with pytest.raises(UserError, match="no repair 'ridge'"):
+        Repairs(recorded.dense, plan, "ridge")
+
+
+class Toy(nn.Module):
+    """Its velocity is three times what its one site gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return 3 * self.down(x)
+
+
+def test_amplification_is_the_velocitys_error_over_the_noises_energy(recorded):
+    """For v = 3y over n tokens: (9 Σ|noise|² / 9 Σ|y|²) / (Σ|noise|² / n) = n / Σ|y|²."""
+    from dataclasses import replace
+
+    toy, x = Toy(), torch.randn(2, 11, 4)
+    probe = AmplificationProbe([replace(recorded.dense.layout.sites[0], name="toy", down="down")])
+    for _ in range(3):
+        probe.measure(toy, lambda: toy(x))
+    (total, count) = probe.results()["toy"]
+    assert count == 3
+    assert total / count == pytest.approx(22 / toy.down(x).square().sum().item(), rel=1e-4)
+    assert not toy.down._forward_hooks

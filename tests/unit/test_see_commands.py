@@ -1,0 +1,68 @@
+"""`flux-poke animate`, `compare` and `lens fit` on real files."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from flux_poke.analysis.lens import ROWS_FORMAT, Lens
+from flux_poke.cli import app
+from flux_poke.errors import UserError
+from flux_poke.files import write_safetensors
+from PIL import Image, ImageSequence
+from typer.testing import CliRunner
+
+
+def run(*arguments: object) -> str:
+    """What the command prints."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_animate_takes_the_first_blocks_of_the_type_through_all_steps(tmp_path):
+    for step in (0, 1, 10):
+        for index in (0, 2, 10):
+            path = tmp_path / "decoded" / f"step_{step}" / f"double_block_{index}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (20 * step + 5 * index,) * 3).save(path)
+    output = run(
+        "animate", tmp_path, "--block-type", "double", "--max-blocks", 2, "--order", "block", "--font-size", 0, "--fps", 4
+    )
+    assert "6 frames" in output
+    with Image.open(tmp_path / "blocks.gif") as image:
+        levels = [np.asarray(frame.convert("L")).mean() for frame in ImageSequence.Iterator(image)]
+    np.testing.assert_allclose(levels, [20 * step + 5 * index for index in (0, 2) for step in (0, 1, 10)], atol=3)
+
+
+def test_animate_refuses_a_folder_without_previews(tmp_path):
+    with pytest.raises(UserError, match="holds no block previews"):
+        run("animate", tmp_path)
+
+
+def test_compare_writes_a_row_for_each_variant_and_draws_one(tmp_path):
+    for name, level in (("dense", 100), ("half", 110), ("quarter", 130)):
+        Image.new("RGB", (32, 24), (level,) * 3).save(tmp_path / f"{name}.png")
+    dense, half, quarter = (tmp_path / f"{name}.png" for name in ("dense", "half", "quarter"))
+    table = run("compare", dense, half, quarter, "--out", tmp_path / "rows.csv")
+    assert len(table.splitlines()) == 3
+    with open(tmp_path / "rows.csv", newline="") as file:
+        errors = [float(row["relative_mse"]) for row in csv.DictReader(file)]
+    assert errors == pytest.approx([0.01, 0.09])
+    run("compare", dense, half, "--picture", tmp_path / "picture.png")
+    assert Image.open(tmp_path / "picture.png").width > 3 * 256
+    with pytest.raises(UserError, match="one variant"):
+        run("compare", dense, half, quarter, "--picture", tmp_path / "picture.png")
+
+
+def test_lens_fit_writes_the_lens_and_its_picture(tmp_path):
+    h = torch.randn(120, 8, generator=torch.Generator().manual_seed(0))
+    rows = {"double-0": h, "single-0": 2 * h + 1, "image": torch.arange(12).repeat_interleave(10), "sigma": torch.ones(120)}
+    write_safetensors(tmp_path / "rows" / "lens-0.safetensors", rows, {"format": ROWS_FORMAT, "family": "flux1"})
+    output = run("lens", "fit", tmp_path / "rows", "--out", tmp_path / "lens.safetensors", "--picture", tmp_path / "lens.png")
+    assert "120 tokens of 12 images" in output
+    (error,) = Lens.load(tmp_path / "lens.safetensors").errors.values()
+    assert error < 1e-4
+    assert Image.open(tmp_path / "lens.png").format == "PNG"

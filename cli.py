@@ -171,7 +171,8 @@ def animate(
     chosen = choose_frames(find_previews(folder), order, block_type, max_blocks)
     path = out or folder / f"blocks.{format_}"
     with progress_bar() as update:
-        write_animation(path, captioned_frames(_counted(chosen, update), font_size), fps)
+        frames = captioned_frames(chosen, font_size, lambda done, of, _: update(f"frame {done} of {of}", done / of))
+        write_animation(path, frames, fps)
     typer.echo(f"{path}: {len(chosen)} frames")
 
 
@@ -256,12 +257,6 @@ def capture(
             found = capture_everywhere(servers, requests, output_dir, update)
     for one in found:
         typer.echo(f"{one.generation_id}  {one.folder}  {one.request.prompt}")
-
-
-def _counted(items: list, update: Callable[[str, float], None]) -> Iterator:
-    for number, item in enumerate(items, start=1):
-        yield item
-        update(f"frame {number} of {len(items)}", number / len(items))
 
 
 @app.command()

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .compare import Compare
 from .prompts import Counter, Prompts
 from .record import InternalsReport, RecordInternals
+from .see import AnimateBlockPreviews, DecodeBlockPreviews, TapBlocks
 from .tiny import LoadTinyFlux
 
 
 class FluxPokeExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadTinyFlux, RecordInternals, InternalsReport, Prompts, Counter]
+        return [
+            LoadTinyFlux,
+            RecordInternals,
+            InternalsReport,
+            TapBlocks,
+            DecodeBlockPreviews,
+            AnimateBlockPreviews,
+            Compare,
+            Prompts,
+            Counter,
+        ]

@@ -49,20 +49,24 @@ def output_path(name: str, suffix: str = "") -> Path:
 
     Raises `UserError` where the name would leave that folder (`..`, absolute, through a symlink).
     """
-    root = output_folder()
-    path = root / name.strip()
-    if suffix and path.suffix != suffix:
-        path = path.with_name(path.name + suffix)
-    if not name.strip() or path.is_symlink() or root not in path.resolve().parents:
-        raise UserError(f"'{name}' is no name inside {root}: expected a plain file name, such as 'internals{suffix}'.")
-    return path
+    return inside(output_folder(), name, suffix)
 
 
 def input_path(name: str) -> Path:
     """The file called `name` in ComfyUI's input folder; raises `UserError` where the name would leave it."""
-    root = Path(folder_paths.get_input_directory()).resolve()
-    path = (root / name.strip()).resolve()
-    if root not in path.parents:
+    return inside(Path(folder_paths.get_input_directory()), name)
+
+
+def inside(root: Path, name: str, suffix: str = "") -> Path:
+    """The file or folder called `name` in `root`; `suffix` is added where it lacks one.
+
+    Raises `UserError` where the name would leave `root` (`..`, absolute, through a symlink).
+    """
+    root = root.resolve()
+    path = root / name.strip()
+    if suffix and path.suffix != suffix:
+        path = path.with_name(path.name + suffix)
+    if not name.strip() or path.is_symlink() or root not in path.resolve().parents:
         raise UserError(f"'{name}' is no name inside {root}: expected a plain file name.")
     return path
 
@@ -216,6 +220,7 @@ class ModelCall:
         references: latents of reference pictures, whose tokens follow those of the image.
         guidance: what distilled guidance is told, where it is told anything.
         seed: the sampler's.
+        again: makes the same call once more, unwatched; the denoised latents.
     """
 
     model: nn.Module
@@ -228,6 +233,17 @@ class ModelCall:
     references: tuple[Tensor, ...]
     guidance: float | None
     seed: int | None
+    again: Callable[[], Tensor]
+
+    def velocity(self) -> Tensor:
+        """Runs the model once more on the same input: noise minus image, as x."""
+        sigma = self.sigma.view(-1, *(1,) * (self.x.ndim - 1))
+        return (self.x - self.again()) / sigma
+
+    @property
+    def step(self) -> int:
+        """Which of the run's steps this is, from 0."""
+        return max(int((self.sigmas[:-1] >= self.sigma.max().to(self.sigmas.device)).sum()) - 1, 0)
 
     @property
     def positive_rows(self) -> slice | None:
@@ -300,7 +316,8 @@ def sampling_clone(model: ModelPatcher, start: Callable[[], SamplingWatcher]) ->
         if not running:  # a call outside of sampling, such as a test of memory
             return executor(*args, **kwargs)
         watcher, seed = running[-1]
-        with watcher.watching(_model_call(executor.class_obj.diffusion_model, seed, *args, **kwargs)):
+        call = _model_call(executor.class_obj.diffusion_model, seed, lambda: executor(*args, **kwargs), *args, **kwargs)
+        with watcher.watching(call):
             return executor(*args, **kwargs)
 
     clone = model.clone()
@@ -312,6 +329,7 @@ def sampling_clone(model: ModelPatcher, start: Callable[[], SamplingWatcher]) ->
 def _model_call(
     model: nn.Module,
     seed: int | None,
+    again: Callable[[], Tensor],
     x,
     t,
     c_concat=None,
@@ -338,4 +356,5 @@ def _model_call(
         references=tuple(ref_latents or ()),
         guidance=None if guidance is None else guidance.flatten()[0].item(),
         seed=seed,
+        again=again,
     )

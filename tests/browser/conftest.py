@@ -51,6 +51,9 @@ class Canvas:
         """What the page says is wrong; empty if nothing."""
         return "\n".join(self.page.locator(COMPLAINTS).all_inner_texts())
 
+    def wait_for_complaint(self) -> None:
+        self.page.locator(COMPLAINTS).first.wait_for()
+
     def node(self, kind: str) -> JSHandle:
         """The first node of a class."""
         return self.page.evaluate_handle("kind => app.graph.nodes.find(node => node.type === kind)", kind)

@@ -24,7 +24,7 @@ def test_every_workflow_has_an_api_form_and_a_square_thumbnail():
     assert sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json")) == NAMES
     for name in NAMES:
         width, height = Image.open(WORKFLOWS / f"{name}.jpg").size
-        assert width == height >= 256, name
+        assert width == height == 512, name
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -86,6 +86,7 @@ def test_what_is_wrong_with_an_input_is_said_in_a_sentence(canvas):
     canvas.drop(TRY_IT)
     canvas.write(RECORD, "file", "../x")
     assert canvas.run() == "execution_error"
+    canvas.wait_for_complaint()
     if (details := canvas.page.get_by_test_id("error-overlay-see-errors")).count():  # a dialog shows it at once
         details.click()
     canvas.expect_text("'../x' is no name inside")
@@ -95,11 +96,11 @@ def test_the_templates_list_the_workflows_with_their_thumbnails(canvas):
     canvas.page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     canvas.page.get_by_role("dialog").get_by_text("flux-poke-under-test").first.click()
     for name in NAMES:
-        canvas.page.wait_for_function(
-            """name => [...document.querySelectorAll('[role=dialog] img')].some(
-                image => image.src.endsWith(`/${name}.jpg`) && image.naturalWidth >= 256)""",
-            arg=name,
-        )
+        card = canvas.page.get_by_test_id(f"template-workflow-{name}")
+        image = card.locator("img").first
+        image.wait_for()
+        assert "default-template" not in image.get_attribute("src")  # ComfyUI's own, where a pack has no picture
+        assert image.evaluate("image => image.decode().then(() => image.naturalWidth)") == 512
 
 
 def test_a_node_shows_its_help_page(canvas):

@@ -95,7 +95,7 @@ def run_demo(out: Path, seed: int = 0, progress: Progress | None = None) -> dict
     dense = Dense.open(checkpoint)
     variants = [exam.measured("dense", dense.tensors, PruningPlan.keeping_all(dense), "none", checkpoint.stat().st_size)]
 
-    half = dict.fromkeys(("img_cut", "txt_cut", "single_cut"), dense.layout.sites[0].width // 2)
+    half = (dense.layout.sites[0].width // 2,) * 3  # of img, txt and single
     frequency = rank("frequency", dense, internals)
     fluctuation = rank("fluctuation", dense, internals)
     say("ranking neurons by what cutting them costs", 0.3)
@@ -104,9 +104,9 @@ def run_demo(out: Path, seed: int = 0, progress: Progress | None = None) -> dict
     budget = by_budget(dense, obs, curve, "obs", share=0.5)
     curve.figure(budget).savefig(out / "budget.png", dpi=110)
     recipes: dict[str, tuple[PruningPlan, str]] = {
-        "frequency-none": (by_count(dense, frequency, "frequency", **half), "none"),
-        "fluctuation-bias": (by_count(dense, fluctuation, "fluctuation", **half), "bias"),
-        "obs-affine": (by_count(dense, obs, "obs", **half), "affine"),
+        "frequency-none": (by_count(dense, frequency, "frequency", *half), "none"),
+        "fluctuation-bias": (by_count(dense, fluctuation, "fluctuation", *half), "bias"),
+        "obs-affine": (by_count(dense, obs, "obs", *half), "affine"),
         "budget-obs-affine": (budget, "affine"),
     }
     for number, (name, (plan, repair)) in enumerate(recipes.items()):

@@ -66,8 +66,8 @@ class RecordHiddenStates(io.ComfyNode):
                     default=4,
                     min=0,
                     max=1000,
-                    tooltip="At how many steps of the first run the amplification of every MLP is measured, for plans by budget. "
-                    "Each takes one more model call for every MLP (77 for FLUX.1).",
+                    tooltip="At how many steps of the first run the amplification of every MLP is measured, which plans by "
+                    "budget weigh errors with. Each takes one more model call for every MLP (77 for FLUX.1).",
                 ),
                 io.Int.Input("sample_seed", default=0, min=0, max=2**31 - 1, tooltip="Of the drawn steps and tokens."),
             ],

@@ -199,7 +199,7 @@ def fingerprint(model: ModelPatcher) -> Fingerprint:
         return stored[index].cpu()
 
     def scale(key: str, index: int) -> float:
-        quantised = weight(key)
+        quantised: Any = weight(key)
         return row_scale(quantised._params.scale, index, key) if hasattr(quantised, "_qdata") else 1.0
 
     return Fingerprint.of({canonical_key(key): shape for key, shape in shapes.items()}, row, scale)

@@ -106,9 +106,12 @@ def of_any_width(operations: type) -> type:
     """ComfyUI operations whose linear layers take their width from what is loaded."""
 
     class Linear(operations.Linear):  # type: ignore[name-defined]
+        in_features: int
+        out_features: int
+
         def _load_from_state_dict(self, state_dict, prefix, *rest):
             weight = state_dict.get(f"{prefix}weight")
-            if weight is not None and tuple(weight.shape) != (self.out_features, self.in_features):
+            if weight is not None and weight.shape != (self.out_features, self.in_features):
                 self.out_features, self.in_features = weight.shape
                 self._orig_shape = tuple(weight.shape)
                 for name in ("weight", "bias"):

@@ -37,7 +37,7 @@ from ..flux.fingerprint import Fingerprint
 FORMAT = "flux-poke hidden states 1"
 MANIFEST = "manifest.json"
 
-Kind = Literal["rows", "blocks"]
+Kind = Literal["rows", "blocks", "lens"]
 
 
 @dataclass(frozen=True)

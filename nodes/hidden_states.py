@@ -1,13 +1,15 @@
-"""Record Hidden States: samples of what every MLP reads, for repair and retraining."""
+"""Record Hidden States: samples of what every MLP reads, for repair and retraining, or what every block gives, for a lens."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 
+import torch
 from comfy_api.latest import io
 
 from ..analysis.amplification import AmplificationProbe
 from ..analysis.hidden_states import HiddenStates, Limit
+from ..analysis.lens import LensRecorder
 from ..analysis.row_recording import RowChoice, RowRecorder, RowRun, estimated_bytes, select_sites
 from ..flux.layout import Layout
 from . import host
@@ -22,11 +24,19 @@ class RecordHiddenStates(io.ComfyNode):
             display_name="Record Hidden States",
             category=host.CATEGORY,
             description="Samples token rows of what every MLP of a FLUX reads while you generate: all that repair needs. Also "
-            "measures how much an error at each MLP moves the picture, for plans by budget.",
+            "measures how much an error at each MLP moves the picture, for plans by budget. Or samples what a lens is fitted "
+            "on.",
             inputs=[
                 io.Model.Input("model", tooltip="The FLUX to watch: FLUX.1, FLUX.2 or Chroma. It is not changed."),
                 io.String.Input(
                     "folder", default=DEFAULT_FOLDER, tooltip="Folder in output/flux_poke; each finished run adds to it."
+                ),
+                io.Combo.Input(
+                    "what",
+                    options=["rows", "lens rows"],
+                    optional=True,
+                    tooltip="rows: what MLPs read, for plans and repair. lens rows: the same image tokens after every block, "
+                    "for `flux-poke lens fit`.",
                 ),
                 io.Combo.Input(
                     "streams", options=["all", "img", "txt", "single"], tooltip="Which MLPs: image, text, single blocks."
@@ -67,15 +77,17 @@ class RecordHiddenStates(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, folder, streams, steps, rows, max_gb, when_full, sigma_from, sigma_to, probe_steps, sample_seed
+        cls, model, folder, streams, steps, rows, max_gb, when_full, sigma_from, sigma_to, probe_steps, sample_seed, what="rows"
     ) -> io.NodeOutput:
         layout = host.flux_layout(model)
         wanted = ("img", "txt", "single") if streams == "all" else (streams,)
         sites = select_sites(layout, streams=wanted)
         choice = RowChoice(rows, steps or None, (sigma_from, sigma_to), sample_seed)
         store = HiddenStates.for_model(host.output_path(folder), layout.family, host.fingerprint(model))
-        recorder = RowRecorder(sites, store, choice, Limit(max_gb, when_full))
-        node_id = cls.hidden.unique_id
+        limit, node_id = Limit(max_gb, when_full), cls.hidden.unique_id
+        if what == "lens rows":
+            return io.NodeOutput(host.sampling_clone(model, lambda: LensRun(store, layout, choice, limit, node_id)))
+        recorder = RowRecorder(sites, store, choice, limit)
         size = estimated_bytes(sites, layout.hidden, choice, 20, 100)
         host.say(node_id, f"At most {size / 1e9:.3g} GB for 100 images of 20 steps")
         return io.NodeOutput(host.sampling_clone(model, lambda: RowsRun(recorder, layout, probe_steps, node_id)))
@@ -112,6 +124,40 @@ class RowsRun:
         store.add_amplification(self.probe.results())
         full = ": full, nothing more is taken" if self.recorder.full else ""
         host.say(self.node_id, f"{store.folder.name}: {store.manifest.images} images, {store.bytes('rows') / 1e9:.3g} GB{full}")
+
+    def abandon(self) -> None:
+        host.say(self.node_id, "The run did not finish: its rows were left out.")
+
+
+class LensRun:
+    """One sampling run whose tokens are recorded after every block; a `host.SamplingWatcher`."""
+
+    def __init__(self, store: HiddenStates, layout: Layout, choice: RowChoice, limit: Limit, node_id: str | None):
+        self.store, self.layout, self.choice, self.limit, self.node_id = store, layout, choice, limit, node_id
+        self.recorder: LensRecorder | None = None
+        self.images = torch.empty(0, dtype=torch.int64)
+        self.steps: frozenset[int] = frozenset()
+
+    @contextmanager
+    def watching(self, call: host.ModelCall):
+        if self.recorder is None:
+            first = self.store.new_images(call.images)
+            self.recorder = LensRecorder(self.layout, self.choice.rows, seed=self.choice.seed + first)
+            self.images = torch.arange(first, first + call.images)
+            self.steps = self.choice.drawn_steps(call.sigmas.tolist(), first)
+        if call.step not in self.steps or call.positive_rows is None:
+            yield
+            return
+        with self.recorder.watching(call.model, call.x, call.sigma, self.images, call.positive_rows):
+            yield
+
+    def finish(self) -> None:
+        full = "" if self.recorder is None or self.recorder.save(self.store, self.limit) else ": full, nothing more is taken"
+        store = self.store
+        host.say(
+            self.node_id,
+            f"{store.folder.name}: {store.manifest.images} images, lens rows of {store.bytes('lens') / 1e9:.3g} GB{full}",
+        )
 
     def abandon(self) -> None:
         host.say(self.node_id, "The run did not finish: its rows were left out.")

@@ -58,6 +58,18 @@ def test_run_draws_pictures_and_shows_what_was_recorded(canvas, host):
     assert Internals.load(host.internals).runs == 2
 
 
+def test_the_sheet_of_all_blocks_takes_the_place_of_the_live_preview(canvas, host):
+    canvas.drop(WORKFLOWS / "see_every_block_tiny.json")
+    canvas.write("FluxPokeTapBlocks", "at_steps", "0, 10, 19")
+    assert canvas.run() == "execution_success"
+    (sheet,) = (host.output / "flux_poke").glob("*/sheet.png")
+    assert canvas.pictures("FluxPokeDecodeBlockPreviews") == [list(Image.open(sheet).size)]
+    canvas.expect_text("18 block predictions at 3 of 20 steps")
+    assert canvas.node("FluxPokeAnimateBlockPreviews").evaluate(
+        "node => node.widgets.some(widget => widget.name.includes('video') || widget.name.includes('animation'))"
+    )
+
+
 def test_a_recording_dropped_on_the_page_brings_its_graph_back(canvas, host):
     canvas.drop(TRY_IT)
     canvas.write(RECORD, "file", "dropped")

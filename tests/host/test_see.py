@@ -190,6 +190,41 @@ def test_options_of_decoding(client: ComfyClient, host, seeing):
     assert not result.outputs.get("11")
 
 
+def test_a_lens_fitted_on_recorded_tokens_foretells_the_last_block(client: ComfyClient, host, seeing):
+    root = host.output / "flux_poke"
+    graph = seeing(seed=100, batch=16)
+    graph[TAP] = {
+        "class_type": "FluxPokeRecordHiddenStates",
+        "inputs": {
+            "model": ["1", 0], "folder": "for a lens", "what": "lens rows", "streams": "all", "steps": 6, "rows": 16, "max_gb": 1.0,
+            "when_full": "stop", "sigma_from": 0.0, "sigma_to": 1.0, "probe_steps": 0, "sample_seed": 0,
+        },
+    }  # fmt: skip
+    graph["20"] = {"class_type": "PreviewAny", "inputs": {"source": [SAMPLE, 0]}}
+    for node in (DECODE, "9", "10"):
+        del graph[node]
+    assert "16 images" in client.run(graph).texts[TAP]
+    fit = ["lens", "fit", str(root / "for a lens"), "--out", str(root / "lens.safetensors")]
+    assert "1,536 tokens of 16 images" in CliRunner().invoke(app, fit, catch_exceptions=False).output
+
+    def away_from_the_last(lens: str) -> list[float]:
+        graph = seeing("2", seed=200, batch=2, decode=False)
+        graph[TAP]["inputs"]["lens"] = lens
+        errors = np.zeros(5)
+        for folder in folders(host, client.run(graph)):
+            with safe_open(folder / "intermediates" / "latents" / "step_2.safetensors", "pt") as file:
+                last = file.get_tensor("single_block_3")
+                errors += [
+                    float((file.get_tensor(f"{block.kind}_block_{block.index}") - last).square().sum())
+                    for block in (*DOUBLES, *SINGLES[:-1])
+                ]
+        return list(errors)
+
+    raw, tuned = away_from_the_last(""), away_from_the_last("lens")
+    assert all(with_lens < without for with_lens, without in zip(tuned, raw, strict=True))
+    assert sum(tuned) < 0.7 * sum(raw)
+
+
 def test_a_prompt_that_comes_from_a_node_is_written_where_it_is_connected(client: ComfyClient, host, seeing):
     (host.base / "input" / "eights.txt").write_text("an 8\n")
     graph = seeing("0", prompt=["20", 0])

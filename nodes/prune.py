@@ -66,6 +66,12 @@ def _ranges() -> list[io.Input]:
     ]
 
 
+def _after() -> io.Input:
+    return io.AnyType.Input(
+        "after", optional=True, tooltip="Connect the sampler's latent here, so that the plan waits for the recording."
+    )
+
+
 def _range(first: int, last: int, depth: int) -> tuple[int, int]:
     return first, depth - 1 if last < 0 else last
 
@@ -164,6 +170,7 @@ class PlanByCount(io.ComfyNode):
                 *_ranges(),
                 _save_as(),
                 *_recordings(),
+                _after(),
             ],
             outputs=_plan_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -176,7 +183,7 @@ class PlanByCount(io.ComfyNode):
     @classmethod
     def execute(
         cls, unet_name, img_cut, txt_cut, single_cut, score, first_layer, last_layer, first_single, last_single, save_as,
-        hidden_states, file, internals=None,
+        hidden_states, file, internals=None, after=None,
     ) -> io.NodeOutput:  # fmt: skip
         sources = Sources.of(unet_name, hidden_states, file, internals)
         layout = sources.dense.layout
@@ -214,6 +221,7 @@ class PlanByThreshold(io.ComfyNode):
                 *_ranges(),
                 _save_as(),
                 *_recordings()[1:],
+                _after(),
             ],
             outputs=_plan_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -226,7 +234,7 @@ class PlanByThreshold(io.ComfyNode):
     @classmethod
     def execute(
         cls, unet_name, img_threshold, txt_threshold, single_threshold, on, first_layer, last_layer, first_single, last_single,
-        save_as, file, internals=None,
+        save_as, file, internals=None, after=None,
     ) -> io.NodeOutput:  # fmt: skip
         sources = Sources.of(unet_name, DEFAULT_FOLDER, file, internals)
         layout = sources.dense.layout
@@ -268,6 +276,7 @@ class PlanByBudget(io.ComfyNode):
                 io.String.Input("protect", default="", tooltip="Layers to leave whole, such as 'double-18, single-0'."),
                 _save_as(),
                 *_recordings(),
+                _after(),
             ],
             outputs=_plan_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -279,7 +288,7 @@ class PlanByBudget(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, unet_name, budget, amount, score, multiple, protect, save_as, hidden_states, file, internals=None
+        cls, unet_name, budget, amount, score, multiple, protect, save_as, hidden_states, file, internals=None, after=None
     ) -> io.NodeOutput:
         sources = Sources.of(unet_name, hidden_states, file, internals)
         rankings = sources.ranked(score)

@@ -161,13 +161,24 @@ def test_an_interrupt_while_sampling_and_one_while_decoding_leave_a_graph_that_r
     assert [len(find_previews(folder)) for folder in whole] == [6 * 12] * 3
 
 
-def test_options_of_decoding(client: ComfyClient, host, seeing):
-    """One sampling run, decoded in several ways."""
-    (plain,) = folders(host, client.run(seeing("0, 11", metadata=False)))
-    for path in plain.rglob("*.*g"):
+def assert_says_nothing(folder) -> None:
+    """None of the pictures in a folder tells how it came about."""
+    for path in folder.rglob("*.*g"):
         picture = Image.open(path)
         assert not picture.getexif()
         assert not set(picture.info) & {"prompt", "workflow", "flux-poke", "exif"}
+
+
+def test_where_the_host_disables_metadata_pictures_carry_none(host, seeing):
+    with host.start("--disable-metadata") as server, ComfyClient(server.address) as client:
+        (folder,) = folders(host, client.run(seeing("0", metadata=True)))
+    assert_says_nothing(folder)
+
+
+def test_options_of_decoding(client: ComfyClient, host, seeing):
+    """One sampling run, decoded in several ways."""
+    (plain,) = folders(host, client.run(seeing("0, 11", metadata=False)))
+    assert_says_nothing(plain)
     (captioned,) = folders(host, client.run(seeing("0, 11", captions=True)))
     ((width, height),) = {Image.open(path).size for _, path in find_previews(captioned)}
     assert height > width > 64

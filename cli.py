@@ -46,12 +46,23 @@ def demo(
 
     with progress_bar() as update:
         summary = run_demo(out, seed, update)
-    columns = ("name", "neurons_kept", "parameters", "bytes", "velocity_error", "latent_error", "psnr", "digit_accuracy")
-    table(columns, [[variant[column] for column in columns] for variant in summary["variants"]])
+    columns = ("variant", "neurons", "weights", "MB", "velocity error", "latent error", "PSNR", "read right")
+    table(
+        columns,
+        [
+            [
+                v["name"], v["neurons_kept"], v["parameters"], v["bytes"] / 1e6, v["velocity_error"], v["latent_error"],
+                v["psnr"], f"{v['digit_accuracy']:.1%}",
+            ]
+            for v in summary["variants"]
+        ],
+    )  # fmt: skip
     typer.echo(
-        f"{summary['seconds']} s. Look at {out / 'internals.png'} (what every neuron did) and {out / 'dense.png'} (the digits);"
+        f"{summary['seconds']:.0f} s. Look at variants.png (what each model draws), internals.png (what every neuron did) and "
+        f"budget.png (memory against error) in {out}.\n"
+        f"Next: flux-poke internals show {out / 'internals.safetensors'}\n"
+        f"      flux-poke inspect {out / 'budget-obs-affine.safetensors'}"
     )
-    typer.echo(f"flux-poke internals show {out / 'internals.safetensors'} prints the numbers.")
 
 
 @app.command()
@@ -361,10 +372,11 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
 
 def table(columns: tuple[str, ...], rows: list[list[object]]) -> None:
     """Prints a table; numbers short."""
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
-    printed = Table(*(column.replace("_", " ") for column in columns))
+    printed = Table(*(column.replace("_", " ") for column in columns), box=SIMPLE)
     for row in rows:
         printed.add_row(*(_short(value) for value in row))
     Console().print(printed)

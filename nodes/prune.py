@@ -307,7 +307,7 @@ class LoadPrunedFlux(io.ComfyNode):
                     "repair",
                     options=list(REPAIRS),
                     default="affine",
-                    tooltip="none: cut alone. bias: from internals. affine: from hidden states, the best by far; computed once.",
+                    tooltip="none: cut alone. bias: from internals. affine: from hidden states, best by far; computed once.",
                 ),
                 *_recordings(),
             ],

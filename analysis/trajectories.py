@@ -3,12 +3,16 @@
 points, latents = trajectory(model, noise, sigmas, context, vector)
 velocity_error(dense, pruned, points)            # both at the dense run's x_t
 relative_error(latents, other_latents)
+
+samples = Trajectories.of(dense, points)         # single images and steps, in memory …
+point, velocity = samples.batch(torch.tensor([3, 14]))
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +35,11 @@ class Point:
 
     def velocity(self, model: Model) -> Tensor:
         return model(self.x, self.sigma, self.context, self.vector, self.guidance)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Point:
+        """On `device`, numbers in `dtype`."""
+        values = (self.x, self.sigma, self.context, self.vector, self.guidance)
+        return Point(*(None if value is None else value.to(device, dtype) for value in values))  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -62,3 +71,56 @@ def relative_error(expected: Tensor, found: Tensor) -> float:
     """|found - expected|² / |expected|²."""
     expected = expected.double()
     return ((found.double() - expected).square().sum() / expected.square().sum()).item()
+
+
+class Trajectories:
+    """Samples (point of one image and step, dense velocity there), each read when it is asked for.
+
+    Attributes:
+        image: [samples] number of the image each belongs to, int64.
+        groups: indices of samples that can stand in one batch: their latents and texts have equal shapes.
+    """
+
+    def __init__(self, parts: Sequence[Mapping[str, Any]], shapes: Sequence[tuple], images: Sequence[Tensor]):
+        """`parts` hold `x`, `sigma`, `velocity` [n, ...] and `context`, `vector`, `guidance` [m, ...], of which sample i takes
+        row `of[i]`; `shapes` tell which parts go together."""
+        self.parts = parts
+        self.image = torch.cat([image.long() for image in images])
+        self._place = [(number, row) for number, image in enumerate(images) for row in range(len(image))]
+        starts = torch.tensor([0, *(len(image) for image in images)]).cumsum(0).tolist()
+        by_shape: dict[tuple, list[Tensor]] = {}
+        for number, shape in enumerate(shapes):
+            by_shape.setdefault(shape, []).append(torch.arange(starts[number], starts[number + 1]))
+        self.groups = [torch.cat(group) for group in by_shape.values()]
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, dense: Model, points: Sequence[Point], first_image: int = 0) -> Trajectories:
+        """Of points whose row i is the same image in all of them; the velocities are computed now."""
+        parts = []
+        for point in points:
+            part = {"x": point.x, "sigma": point.sigma, "context": point.context, "velocity": point.velocity(dense)}
+            part |= {
+                name: value for name, value in (("vector", point.vector), ("guidance", point.guidance)) if value is not None
+            }
+            parts.append({**part, "of": torch.arange(len(point.x))})
+        shapes = [(point.x.shape[1:], point.context.shape[1:]) for point in points]
+        return cls(parts, shapes, [torch.arange(first_image, first_image + len(point.x)) for point in points])
+
+    def batch(self, samples: Tensor) -> tuple[Point, Tensor]:
+        """The samples of one group as a point and the dense velocity, float32."""
+        found: dict[str, list[Tensor]] = {}
+        for sample in samples.tolist():
+            number, row = self._place[sample]
+            part = self.parts[number]
+            shared = int(part["of"][row : row + 1])
+            for name in ("x", "sigma", "velocity", "context", "vector", "guidance"):
+                if name in part:
+                    at = shared if name in ("context", "vector", "guidance") else row
+                    found.setdefault(name, []).append(part[name][at : at + 1])
+        together = {name: torch.cat(rows).float() for name, rows in found.items()}
+        velocity = together.pop("velocity")
+        return Point(**together), velocity

@@ -1,0 +1,243 @@
+"""The training loop, one for all kinds of data.
+
+    fitted = fit(problem, options, Path("3.training.safetensors"), report)
+    fitted.initial, fitted.final                     # held-out losses; the module now holds the best weights
+
+A problem is a module, samples in groups that can be batched, and the squared errors of some of them. Batches depend on the
+seed and the step alone, and the state is saved at evaluations: a killed training goes on, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..flux.resume import load_training, save_training
+from .options import Options, Progress, Report
+
+#: A held-out loss that falls by less than this share of itself counts as standing still.
+LEAST_GAIN = 0.002
+#: Seconds between reports in the middle of a training, and between saved states.
+REPORT_EVERY, SAVE_EVERY = 0.25, 30.0
+
+
+class Problem(Protocol):
+    """What is trained, and on what.
+
+    `train` and `judge` are samples that can stand in one batch, group by group: int64 indices. `module`'s parameters that
+    require gradients are trained.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def train(self) -> Sequence[Tensor]: ...
+
+    @property
+    def judge(self) -> Sequence[Tensor]: ...
+
+    def errors(self, samples: Tensor) -> Tensor:
+        """[streams, 2]: by stream, the sum of squared errors and the sum of squares of what is to be predicted."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Held-out losses before and after, loss on the last training batch, steps done, and the curve (step, held-out loss)."""
+
+    initial: float
+    final: float
+    train: float | None
+    steps: int
+    history: tuple[tuple[int, float], ...]
+
+
+def fit(problem: Problem, options: Options, saved: Path | None = None, report: Report | None = None) -> Fitted:
+    """Trains until the steps are done or the held-out loss stands still; leaves the weights that were best held out.
+
+    `saved` is where the state goes while it runs, and what it goes on from; it is gone at the end. Raises `UserError` where the
+    loss is no number any more.
+    """
+    parameters = [weight for weight in problem.module.parameters() if weight.requires_grad]
+    state = _State(parameters, 2 + options.steps // options.eval_every)
+    optimizer = _optimizer(parameters, options)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, options.steps))
+    first = 0
+    if saved is not None and saved.exists():
+        first = load_training(saved, state, optimizer, schedule)
+    else:
+        state.note(0, held_out_loss(problem, options))
+    writer = _event_writer(options, problem.name)
+    units, train_loss = _units(problem, options), None
+    begun = told = kept = time.monotonic()
+
+    def tell(step: int) -> None:
+        left = (time.monotonic() - begun) / max(step - first, 1) * (options.steps - step)
+        if report is not None:
+            report(Progress(problem.name, step, options.steps, train_loss, state.last, left))
+
+    tell(first)
+    done = first
+    for step in range(first, options.steps):
+        if state.stood_still(options.patience):
+            break
+        optimizer.zero_grad(set_to_none=True)
+        samples = batch(problem.train, options.batch, options.seed, step)
+        with _precision(options):
+            errors = problem.errors(samples)
+        # Each stream against its own mean square: neither drowns the other.
+        loss = (errors[:, 0] / (units * len(samples))).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        done = step + 1
+        now = time.monotonic()
+        if done % options.eval_every == 0 or done == options.steps:
+            train_loss = loss.item()
+            if not math.isfinite(train_loss):
+                raise UserError(f"{problem.name}: the loss is no number after {done} steps; choose a lower learning rate.")
+            state.note(done, held_out_loss(problem, options))
+            if writer is not None:
+                writer.add_scalar("loss/train", train_loss, done)
+                writer.add_scalar("loss/held out", state.last, done)
+            if saved is not None and (now - kept > SAVE_EVERY or kept == begun):
+                save_training(saved, state, optimizer, schedule, done)
+                kept = time.monotonic()
+            tell(done)
+        elif now - told > REPORT_EVERY:
+            train_loss = loss.item()
+            tell(done)
+            told = now
+    state.restore_best()
+    if writer is not None:
+        writer.close()
+    if saved is not None:
+        saved.unlink(missing_ok=True)
+    history = state.curve
+    return Fitted(history[0][1], min(loss for _, loss in history), train_loss, done, history)
+
+
+@torch.no_grad()
+def held_out_loss(problem: Problem, options: Options) -> float:
+    """Squared error on the held-out images relative to the mean square of what is to be predicted, mean over streams."""
+    return _relative(_total(problem, problem.judge, options))
+
+
+@torch.no_grad()
+def _total(problem: Problem, groups: Sequence[Tensor], options: Options) -> Tensor:
+    """Sums of `errors` over all samples of `groups`, float64 [streams, 2] on the CPU."""
+    total: Tensor | None = None
+    for group in groups:
+        for samples in group.split(4 * options.batch):
+            with _precision(options):
+                errors = problem.errors(samples).double().cpu()
+            total = errors if total is None else total + errors
+    if total is None:
+        raise UserError(f"There is nothing to judge {problem.name} by: record more images.")
+    return total
+
+
+def _relative(total: Tensor) -> float:
+    return (total[:, 0] / total[:, 1].clamp(min=1e-30)).mean().item()
+
+
+def _units(problem: Problem, options: Options) -> Tensor:
+    """Mean square of what is to be predicted, by stream and sample, from the first batches."""
+    samples = [part for group in problem.train for part in group.split(options.batch)[:4]][:8]
+    total = _total(problem, samples, options)[:, 1] / sum(map(len, samples))
+    device = next(problem.module.parameters()).device
+    return total.clamp(min=1e-30).float().to(device)
+
+
+def batch(groups: Sequence[Tensor], size: int, seed: int, step: int) -> Tensor:
+    """The samples of one step: every pass over all of them has its own order, and no batch mixes groups."""
+    per_pass = sum(max(1, len(group) // size) for group in groups)
+    turn, place = divmod(step, per_pass)
+    generator = torch.Generator().manual_seed(hash((seed, turn)))
+    parts: list[Tensor] = []
+    for group in groups:
+        order = group[torch.randperm(len(group), generator=generator)]
+        parts += order.split(size)[: max(1, len(group) // size)]
+    return parts[int(torch.randperm(per_pass, generator=generator)[place])]
+
+
+class _State(nn.Module):
+    """What is saved in the middle: the parameters, the best so far, and the curve. Losses that fail the saved dtype's rounding
+    are no matter here: what is written is judged again."""
+
+    def __init__(self, parameters: list[nn.Parameter], evaluations: int):
+        super().__init__()
+        self.current = nn.ParameterList(parameters)
+        for number, weight in enumerate(parameters):
+            self.register_buffer(f"best{number}", weight.detach().clone())
+        self.steps: Tensor
+        self.losses: Tensor
+        self.register_buffer("steps", torch.full((evaluations,), -1))
+        self.register_buffer("losses", torch.full((evaluations,), math.nan, dtype=torch.float64))
+
+    @property
+    def curve(self) -> tuple[tuple[int, float], ...]:
+        known = int((self.steps >= 0).sum())
+        return tuple(zip(self.steps[:known].tolist(), self.losses[:known].tolist(), strict=True))
+
+    @property
+    def last(self) -> float:
+        return self.curve[-1][1]
+
+    def note(self, step: int, loss: float) -> None:
+        """A held-out loss; the weights are kept where it is the least so far."""
+        if all(loss < before for _, before in self.curve):
+            for number, weight in enumerate(self.current):
+                self.get_buffer(f"best{number}").copy_(weight.detach())
+        place = len(self.curve)
+        self.steps[place], self.losses[place] = step, loss
+
+    def stood_still(self, patience: int) -> bool:
+        losses = [loss for _, loss in self.curve]
+        return len(losses) > patience and min(losses[-patience:]) > (1 - LEAST_GAIN) * min(losses[:-patience])
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        for number, weight in enumerate(self.current):
+            weight.copy_(self.get_buffer(f"best{number}"))
+
+
+def _optimizer(parameters: list[nn.Parameter], options: Options) -> torch.optim.Optimizer:
+    if options.optimizer == "adafactor":
+        return torch.optim.Adafactor(parameters, lr=options.learning_rate, weight_decay=0.0)
+    return torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the learning rate at `step`: up over the first tenth, then down along a cosine to zero."""
+    warm = max(1, steps // 10)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _precision(options: Options):
+    return torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=options.mixed_precision)
+
+
+def _event_writer(options: Options, name: str) -> Any:
+    if options.tensorboard is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("Event files need the package tensorboard: install it, or leave that option out.") from error
+    return SummaryWriter(str(options.tensorboard / name))

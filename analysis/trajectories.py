@@ -5,6 +5,7 @@ velocity_error(dense, pruned, points)            # both at the dense run's x_t
 relative_error(latents, other_latents)
 
 samples = Trajectories.of(dense, points)         # single images and steps, in memory …
+samples = Trajectories.open(store)               # … or recorded, each read when it is asked for
 point, velocity = samples.batch(torch.tensor([3, 14]))
 """
 
@@ -17,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..flux.sampling import euler
+from .hidden_states import HiddenStates, ShardSlices
 
 #: velocity = model(x, sigma, context, vector, guidance); `flux.model.Flux` is one.
 Model = Callable[..., Tensor]
@@ -82,8 +85,8 @@ class Trajectories:
     """
 
     def __init__(self, parts: Sequence[Mapping[str, Any]], shapes: Sequence[tuple], images: Sequence[Tensor]):
-        """`parts` hold `x`, `sigma`, `velocity` [n, ...] and `context`, `vector`, `guidance` [m, ...], of which sample i takes
-        row `of[i]`; `shapes` tell which parts go together."""
+        """`parts` hold `x`, `sigma`, `velocity`, `context` and, where there are such, `vector` and `guidance`, each [n, ...];
+        `shapes` tell which parts go together, `images` [n] the image of each sample."""
         self.parts = parts
         self.image = torch.cat([image.long() for image in images])
         self._place = [(number, row) for number, image in enumerate(images) for row in range(len(image))]
@@ -97,6 +100,23 @@ class Trajectories:
         return len(self.image)
 
     @classmethod
+    def open(cls, store: HiddenStates) -> Trajectories:
+        """What was recorded; raises `UserError` where that is nothing, or edits of reference pictures."""
+        shards = [shard for shard in store.manifest.shards if shard.kind == "trajectories"]
+        if not shards:
+            raise UserError(
+                f"{store.folder} holds no trajectories: record some first (Record Hidden States with what = trajectories, or "
+                "`flux-poke record --hidden-states DIR --what trajectories`)."
+            )
+        parts = [ShardSlices(store.folder / shard.file) for shard in shards]
+        if any(name.startswith("reference") for part in parts for name in part):
+            raise UserError(
+                f"{store.folder} holds edits of reference pictures, which cannot be trained on: record without them."
+            )
+        shapes = [(part.shape("x")[1:], part.shape("context")[1:]) for part in parts]
+        return cls(parts, shapes, [torch.tensor([capture.image for capture in shard.captures]) for shard in shards])
+
+    @classmethod
     @torch.no_grad()
     def of(cls, dense: Model, points: Sequence[Point], first_image: int = 0) -> Trajectories:
         """Of points whose row i is the same image in all of them; the velocities are computed now."""
@@ -106,7 +126,7 @@ class Trajectories:
             part |= {
                 name: value for name, value in (("vector", point.vector), ("guidance", point.guidance)) if value is not None
             }
-            parts.append({**part, "of": torch.arange(len(point.x))})
+            parts.append(part)
         shapes = [(point.x.shape[1:], point.context.shape[1:]) for point in points]
         return cls(parts, shapes, [torch.arange(first_image, first_image + len(point.x)) for point in points])
 
@@ -115,12 +135,8 @@ class Trajectories:
         found: dict[str, list[Tensor]] = {}
         for sample in samples.tolist():
             number, row = self._place[sample]
-            part = self.parts[number]
-            shared = int(part["of"][row : row + 1])
-            for name in ("x", "sigma", "velocity", "context", "vector", "guidance"):
-                if name in part:
-                    at = shared if name in ("context", "vector", "guidance") else row
-                    found.setdefault(name, []).append(part[name][at : at + 1])
+            for name, values in self.parts[number].items():
+                found.setdefault(name, []).append(values[row : row + 1])
         together = {name: torch.cat(rows).float() for name, rows in found.items()}
         velocity = together.pop("velocity")
         return Point(**together), velocity

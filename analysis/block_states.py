@@ -34,6 +34,9 @@ class State:
     vec: Tensor
     pe: Tensor
 
+    def to(self, device: torch.device | str) -> State:
+        return State(self.img.to(device), self.txt.to(device), self.vec.to(device), self.pe.to(device))
+
 
 class BlockStates:
     """States by sample (one image at one step) and place.
@@ -96,22 +99,25 @@ class BlockStates:
 
     def batch(self, samples: Tensor, place: int) -> State:
         """Samples of one group at `place`, float32; raises `UserError` where that place was not recorded."""
+        img, txt = self.tokens(samples, place)
+        vec, pe = [], []
+        for sample in samples.tolist():
+            file, row = self._of[sample]
+            vec.append(file[f"{place}-vec" if f"{place}-vec" in file else "vec"][row : row + 1])
+            positions = file[f"{place}-pe" if f"{place}-pe" in file else "pe"][:]
+            pe.append(positions.reshape(-1, 1, *positions.shape[-4:])[:1])
+        return State(img, txt, torch.cat(vec).float(), torch.cat(pe).float())
+
+    def tokens(self, samples: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        """img and txt of `batch`."""
         if place not in self.places:
             raise UserError(
                 f"{self.folder} holds the states at {_listed(self.places)}, but {place} is needed (what enters block {place}, "
                 f"or leaves block {place - 1}): record more blocks, or choose other layers."
             )
-        rows: dict[str, list[Tensor]] = {"img": [], "txt": [], "vec": [], "pe": []}
-        for sample in samples.tolist():
-            file, row = self._of[sample]
-            for name, found in rows.items():
-                key = f"{place}-{name}" if f"{place}-{name}" in file else name
-                if name == "pe":
-                    pe = file[key][:]
-                    found.append(pe.reshape(-1, 1, *pe.shape[-4:])[:1])
-                else:
-                    found.append(file[key][row : row + 1])
-        return State(**{name: torch.cat(found).float() for name, found in rows.items()})
+        places = [self._of[sample] for sample in samples.tolist()]
+        img, txt = (torch.cat([file[f"{place}-{name}"][row : row + 1] for file, row in places]) for name in ("img", "txt"))
+        return img.float(), txt.float()
 
 
 def _places(file: ShardSlices) -> set[int]:

@@ -7,10 +7,11 @@
             with run.watching(model, step):                          # hooks only at the steps that were drawn for it
                 model(x, sigma, context, vector)
 
-A recorded call is one shard, written at once. Kind `blocks`: `{k}-img` and `{k}-txt` [rows, tokens, hidden] for every place k that
-is recorded, `vec` [rows, hidden], and `pe` [tokens, head dim / 2, 2, 2] float32, the rotations of text and image tokens. Place k
-is what enters block k; single blocks count on from the double ones, and the last place is what leaves the last block. Kind
-`trajectories`: `x`, `sigma`, `context`, `vector`, `guidance`, `velocity` [rows, …], and `reference0`, … of an edit.
+A recorded call is one shard, written at once. Kind `blocks`: `{k}-img` and `{k}-txt` [rows, tokens, hidden] for every place
+k that is recorded, `vec` [rows, hidden], and `pe` [tokens, head dim / 2, 2, 2] float32, the rotations of text and image
+tokens. Place k is what enters block k; single blocks count on from the double ones, and the last place is what leaves the
+last block. Kind `trajectories`: `x`, `sigma`, `context`, `vector`, `guidance`, `velocity` [rows, …], and `reference0`, … of
+an edit.
 
 Works on `flux.model.Flux` and on ComfyUI's modules, whose blocks add to their input in place: everything is copied before
 the block runs.

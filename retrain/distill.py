@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ..analysis.hidden_states import held_out
 from ..analysis.trajectories import Trajectories
 from ..flux.model import Flux
-from .loop import fit, held_out_loss
+from .loop import Loss, fit, held_out_loss, squared
 from .options import Options, Report
 from .trainable import mlp_parameters, rounded
 
@@ -54,7 +54,7 @@ class VelocityProblem:
         point, expected = self.samples.batch(samples)
         point, expected = point.to(self.options.device, torch.float32), expected.to(self.options.device)
         found = point.velocity(self.module).float()
-        return torch.stack(((found - expected).square().sum(), expected.square().sum()))[None]
+        return squared(found, expected)[None]
 
 
 def distill(
@@ -79,17 +79,16 @@ def distill(
     problem = VelocityProblem(flux, samples, options)
     weights = dict(flux.named_parameters())
     start = {key: rounded(weights[key].detach(), options.dtype) for key in keys}
-    before, steps = held_out_loss(problem, options), 0
+    before = _loss_with(problem, start, options)  # as it would be saved
     if options.just_evaluate:
-        return Distilled(start, before, before, steps)
-    steps = fit(problem, options, saved, report).steps
+        return Distilled(start, before.relative, before.relative, 0)
+    steps = fit(problem, before, options, saved, report).steps
     trained = {key: rounded(weights[key].detach(), options.dtype) for key in keys}
-    if (after := _loss_with(problem, trained, options)) < (at_start := _loss_with(problem, start, options)):
-        return Distilled(trained, before, after, steps)
-    return Distilled(start, before, at_start, steps)
+    if (after := _loss_with(problem, trained, options)).relative < before.relative:
+        return Distilled(trained, before.relative, after.relative, steps)
+    return Distilled(start, before.relative, before.relative, steps)
 
 
-def _loss_with(problem: VelocityProblem, tensors: Mapping[str, Tensor], options: Options) -> float:
-    """What the model will do with the tensors as they are saved."""
+def _loss_with(problem: VelocityProblem, tensors: Mapping[str, Tensor], options: Options) -> Loss:
     problem.module.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, strict=False)
     return held_out_loss(problem, options)

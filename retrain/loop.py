@@ -1,7 +1,7 @@
 """The training loop, one for all kinds of data.
 
     fitted = fit(problem, options, Path("3.training.safetensors"), report)
-    fitted.initial, fitted.final                     # held-out losses; the module now holds the best weights
+    fitted.curve                                     # held-out losses by step; the module now holds the best weights
 
 A problem is a module, samples in groups that can be batched, and the squared errors of some of them. Batches depend on the
 seed and the step alone, and the state is saved at evaluations: a killed training goes on, bit for bit on a CPU.
@@ -49,23 +49,47 @@ class Problem(Protocol):
     def judge(self) -> Sequence[Tensor]: ...
 
     def errors(self, samples: Tensor) -> Tensor:
-        """[streams, 2]: by stream, the sum of squared errors and the sum of squares of what is to be predicted."""
+        """[streams, 3]: by stream, the sum of squared errors, the sum of squares of what is to be predicted, and of how many
+        numbers."""
         ...
+
+
+def squared(found: Tensor, expected: Tensor) -> Tensor:
+    """One stream of `Problem.errors` [3]: squared error, squares, how many."""
+    found, expected = found.float(), expected.float()
+    count = torch.tensor(float(expected.numel()), device=expected.device)
+    return torch.stack(((found - expected).square().sum(), expected.square().sum(), count))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Squared errors: `relative` to the mean square of what is to be predicted, mean over streams; `mse` over all numbers,
+    as the original flux-poke has it; `streams` are the relative ones."""
+
+    relative: float
+    mse: float
+    streams: tuple[float, ...]
+
+    @classmethod
+    def of(cls, errors: Tensor) -> Loss:
+        """From sums [streams, 3] as `Problem.errors` gives them."""
+        streams = (errors[:, 0] / errors[:, 1].clamp(min=1e-30)).tolist()
+        return cls(sum(streams) / len(streams), (errors[:, 0].sum() / errors[:, 2].sum()).item(), tuple(streams))
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """Held-out losses before and after, loss on the last training batch, steps done, and the curve (step, held-out loss)."""
+    """Loss on the last training batch, steps done, and the curve (step, relative held-out loss)."""
 
-    initial: float
-    final: float
-    train: float | None
+    train: Loss | None
     steps: int
-    history: tuple[tuple[int, float], ...]
+    curve: tuple[tuple[int, float], ...]
 
 
-def fit(problem: Problem, options: Options, saved: Path | None = None, report: Report | None = None) -> Fitted:
+def fit(problem: Problem, initial: Loss, options: Options, saved: Path | None = None, report: Report | None = None) -> Fitted:
     """Trains until the steps are done or the held-out loss stands still; leaves the weights that were best held out.
+
+    `initial` is the held-out loss as it is.
 
     `saved` is where the state goes while it runs, and what it goes on from; it is gone at the end. Raises `UserError` where the
     loss is no number any more.
@@ -78,15 +102,16 @@ def fit(problem: Problem, options: Options, saved: Path | None = None, report: R
     if saved is not None and saved.exists():
         first = load_training(saved, state, optimizer, schedule)
     else:
-        state.note(0, held_out_loss(problem, options))
+        state.note(0, initial.relative)
     writer = _event_writer(options, problem.name)
-    units, train_loss = _units(problem, options), None
+    units, train = _units(problem, options), None
     begun = told = kept = time.monotonic()
 
     def tell(step: int) -> None:
         left = (time.monotonic() - begun) / max(step - first, 1) * (options.steps - step)
         if report is not None:
-            report(Progress(problem.name, step, options.steps, train_loss, state.last, left))
+            relative = None if train is None else train.relative
+            report(Progress(problem.name, step, options.steps, relative, state.last, left))
 
     tell(first)
     done = first
@@ -98,7 +123,7 @@ def fit(problem: Problem, options: Options, saved: Path | None = None, report: R
         with _precision(options):
             errors = problem.errors(samples)
         # Each stream against its own mean square: neither drowns the other.
-        loss = (errors[:, 0] / (units * len(samples))).mean()
+        loss = (errors[:, 0] / (errors[:, 2] * units)).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -106,19 +131,19 @@ def fit(problem: Problem, options: Options, saved: Path | None = None, report: R
         done = step + 1
         now = time.monotonic()
         if done % options.eval_every == 0 or done == options.steps:
-            train_loss = loss.item()
-            if not math.isfinite(train_loss):
+            train = Loss.of(errors.detach())
+            if not math.isfinite(train.relative):
                 raise UserError(f"{problem.name}: the loss is no number after {done} steps; choose a lower learning rate.")
-            state.note(done, held_out_loss(problem, options))
+            state.note(done, held_out_loss(problem, options).relative)
             if writer is not None:
-                writer.add_scalar("loss/train", train_loss, done)
+                writer.add_scalar("loss/train", train.relative, done)
                 writer.add_scalar("loss/held out", state.last, done)
             if saved is not None and (now - kept > SAVE_EVERY or kept == begun):
                 save_training(saved, state, optimizer, schedule, done)
                 kept = time.monotonic()
             tell(done)
         elif now - told > REPORT_EVERY:
-            train_loss = loss.item()
+            train = Loss.of(errors.detach())
             tell(done)
             told = now
     state.restore_best()
@@ -126,19 +151,18 @@ def fit(problem: Problem, options: Options, saved: Path | None = None, report: R
         writer.close()
     if saved is not None:
         saved.unlink(missing_ok=True)
-    history = state.curve
-    return Fitted(history[0][1], min(loss for _, loss in history), train_loss, done, history)
+    return Fitted(train, done, state.curve)
 
 
 @torch.no_grad()
-def held_out_loss(problem: Problem, options: Options) -> float:
-    """Squared error on the held-out images relative to the mean square of what is to be predicted, mean over streams."""
-    return _relative(_total(problem, problem.judge, options))
+def held_out_loss(problem: Problem, options: Options) -> Loss:
+    """On the images that are not trained on."""
+    return Loss.of(_total(problem, problem.judge, options))
 
 
 @torch.no_grad()
 def _total(problem: Problem, groups: Sequence[Tensor], options: Options) -> Tensor:
-    """Sums of `errors` over all samples of `groups`, float64 [streams, 2] on the CPU."""
+    """Sums of `errors` over all samples of `groups`, float64 [streams, 3] on the CPU."""
     total: Tensor | None = None
     for group in groups:
         for samples in group.split(4 * options.batch):
@@ -150,16 +174,11 @@ def _total(problem: Problem, groups: Sequence[Tensor], options: Options) -> Tens
     return total
 
 
-def _relative(total: Tensor) -> float:
-    return (total[:, 0] / total[:, 1].clamp(min=1e-30)).mean().item()
-
-
 def _units(problem: Problem, options: Options) -> Tensor:
-    """Mean square of what is to be predicted, by stream and sample, from the first batches."""
-    samples = [part for group in problem.train for part in group.split(options.batch)[:4]][:8]
-    total = _total(problem, samples, options)[:, 1] / sum(map(len, samples))
-    device = next(problem.module.parameters()).device
-    return total.clamp(min=1e-30).float().to(device)
+    """Mean square of what is to be predicted, by stream, from a few batches."""
+    samples = [part for group in problem.train for part in group.split(options.batch)[:4]][:4]
+    total = _total(problem, samples, options)
+    return (total[:, 1] / total[:, 2]).clamp(min=1e-30).float().to(next(problem.module.parameters()).device)
 
 
 def batch(groups: Sequence[Tensor], size: int, seed: int, step: int) -> Tensor:

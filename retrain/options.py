@@ -31,6 +31,8 @@ class Progress:
     train_loss: float | None
     held_out_loss: float
     seconds_left: float
+    layers_done: int = 0
+    layers: int = 1
 
 
 #: Told at every evaluation and a few times a second in between; an exception from it cancels, and finished layers stay.

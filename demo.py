@@ -2,36 +2,51 @@
 
     summary = run_demo(Path("flux_poke_demo"), seed=0)
 
-Leaves internals, pictures and `summary.json` in one folder. Prompts and seeds of the drawings that are measured are
-not those that were recorded.
+Records it, cuts half of its MLP neurons in several ways, and measures every variant against the dense model. Prompts and
+seeds of the drawings that are measured are not those that were recorded. All that is made lies in one folder: internals,
+rows, plans, pruned checkpoints, pictures and `summary.json`.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from .analysis.internals import Internals
-from .analysis.recording import InternalsRecorder
+from .analysis.hidden_states import HiddenStates
+from .analysis.record import RowsTo, record_prompts
 from .analysis.report import internals_figure
+from .analysis.row_recording import RowChoice
+from .analysis.trajectories import relative_error, trajectory, velocity_error
 from .files import write_text
-from .flux.checkpoint import Checkpoint
-from .flux.fingerprint import Fingerprint
+from .flux.model import Flux
+from .flux.sampling import FluxTimer
 from .flux.tiny import FOLDER, STEPS, TinyFlux
 from .flux.tiny.data import digit_accuracy
 from .flux.tiny.words import digit_prompts
+from .pruning.budget import BudgetCurve, by_budget
+from .pruning.checkpoint import save_pruned
+from .pruning.dense import Dense
+from .pruning.plan import PruningPlan, by_count
+from .pruning.repair import Repairs
+from .pruning.scores import rank
+from .pruning.surgery import Cut
 
 #: Told what is being done, and how far all of it is (0..1).
 Progress = Callable[[str, float], None]
 
 RECORDED, MEASURED = 120, 200
+#: Velocities are compared on the first of the measured images, all else on all of them.
+COMPARED = 50
 
 
 @dataclass(frozen=True)
@@ -57,54 +72,120 @@ def run_demo(out: Path, seed: int = 0, progress: Progress | None = None) -> dict
     started = time.perf_counter()
     say = progress or (lambda *_: None)
     out.mkdir(parents=True, exist_ok=True)
+    checkpoint, internals_file, rows_folder = FOLDER / "flux.safetensors", out / "internals.safetensors", out / "hidden_states"
 
-    say("loading the tiny FLUX", 0.0)
-    tiny = TinyFlux.load()
-    checkpoint = Checkpoint(FOLDER / "flux.safetensors")
-
-    say(f"drawing {RECORDED} digits and recording every neuron", 0.05)
-    recorder = InternalsRecorder(checkpoint.layout.sites)
-    recorded = [digit_prompts(number % 10)[number // 10 % 13] for number in range(RECORDED)]
-    with recorder.watching(tiny.flux):
-        tiny.sample(recorded, tiny.noise(RECORDED, 10_000 + 1_000 * seed))
-    internals = Internals.new("flux1", Fingerprint.of_checkpoint(checkpoint), recorder.results(), steps=STEPS)
-    internals.save(out / "internals.safetensors")
+    say(f"drawing {RECORDED} digits, recording every neuron", 0.0)
+    prompts = [digit_prompts(number % 10)[number // 10 % 13] for number in range(RECORDED)]
+    # what an earlier run left: its recordings would be added to
+    internals_file.unlink(missing_ok=True)
+    shutil.rmtree(rows_folder, ignore_errors=True)
+    internals = record_prompts(
+        checkpoint,
+        prompts,
+        internals_file,
+        seed=10_000 + 1_000 * seed,
+        batch=40,
+        rows=RowsTo(rows_folder, RowChoice(rows=24, steps=6, seed=seed)),
+    )
+    rows = HiddenStates.open(rows_folder)
     internals_figure(internals).savefig(out / "internals.png", dpi=110)
 
-    say(f"drawing {MEASURED} others to measure", 0.5)
-    prompts = [digit_prompts(number % 10)[13 + number // 10 % 13] for number in range(MEASURED)]
-    digits = [number % 10 for number in range(MEASURED)]
-    begun = time.perf_counter()
-    images = tiny.autoencoder.decode(tiny.sample(prompts, tiny.noise(MEASURED, 20_000 + 1_000 * seed)))
-    sheet(images[:50], 10).save(out / "dense.png")
+    say("drawing others to measure on", 0.2)
+    exam = Exam.of(TinyFlux.load(), seed)
+    dense = Dense.open(checkpoint)
+    variants = [exam.measured("dense", dense.tensors, PruningPlan.keeping_all(dense), "none", checkpoint.stat().st_size)]
 
-    dense = Variant(
-        name="dense",
-        score="none",
-        repair="none",
-        neurons_kept=checkpoint.layout.neurons,
-        neurons=checkpoint.layout.neurons,
-        parameters=sum(tensor.numel() for tensor in checkpoint.values()),
-        bytes=checkpoint.path.stat().st_size,
-        velocity_error=0.0,
-        latent_error=0.0,
-        psnr=None,
-        digit_accuracy=digit_accuracy(images, digits),
-        seconds=round(time.perf_counter() - begun, 2),
-    )
+    half = dict.fromkeys(("img_cut", "txt_cut", "single_cut"), dense.layout.sites[0].width // 2)
+    frequency = rank("frequency", dense, internals)
+    fluctuation = rank("fluctuation", dense, internals)
+    say("ranking neurons by what cutting them costs", 0.3)
+    obs = rank("obs", dense, rows=rows)
+    curve = BudgetCurve.of(dense.layout, obs, rows.amplification, multiple=16)
+    budget = by_budget(dense, obs, curve, "obs", share=0.5)
+    curve.figure(budget).savefig(out / "budget.png", dpi=110)
+    recipes: dict[str, tuple[PruningPlan, str]] = {
+        "frequency-none": (by_count(dense, frequency, "frequency", **half), "none"),
+        "fluctuation-bias": (by_count(dense, fluctuation, "fluctuation", **half), "bias"),
+        "obs-affine": (by_count(dense, obs, "obs", **half), "affine"),
+        "budget-obs-affine": (budget, "affine"),
+    }
+    for number, (name, (plan, repair)) in enumerate(recipes.items()):
+        say(f"cutting half of the neurons: {name}", 0.4 + 0.6 * number / len(recipes))
+        begun = time.perf_counter()
+        plan.save(out / f"{name}.plan.safetensors")
+        cut = Cut(dense, plan, Repairs(dense, plan, repair, internals, rows, out / "repairs"))
+        file = out / f"{name}.safetensors"
+        save_pruned(file, cut)
+        variants.append(exam.measured(name, cut, plan, repair, file.stat().st_size, time.perf_counter() - begun))
+    variants_figure(variants, exam).savefig(out / "variants.png", dpi=110)
+
     summary = {
-        "family": "flux1",
+        "family": dense.layout.family,
         "seed": seed,
         "seconds": round(time.perf_counter() - started, 2),
-        "variants": [asdict(dense)],
+        "variants": [asdict(variant) for variant in variants],
     }
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     say("done", 1.0)
     return summary
 
 
-def sheet(images: Tensor, columns: int) -> Image.Image:
-    """Images [count, 3, height, width] in 0..1 as one picture, `columns` a row."""
-    rows = [torch.cat(list(row), dim=-1) for row in images.split(columns) if len(row) == columns]
-    pixels = torch.cat(rows, dim=-2).mul(255).round().byte().permute(1, 2, 0)
-    return Image.fromarray(pixels.numpy())
+class Exam:
+    """Drawings of the dense model that no recording saw, and how near a changed model comes to them."""
+
+    def __init__(self, tiny: TinyFlux, prompts: list[str], digits: list[int], noise: Tensor):
+        self.tiny, self.prompts, self.digits, self.noise = tiny, prompts, digits, noise
+        points, self.latents = trajectory(tiny.flux, noise, FluxTimer(STEPS).sigmas(), *tiny.words(prompts))
+        self.points = [point[:COMPARED] for point in points]
+        self.images: dict[str, Tensor] = {"dense": tiny.autoencoder.decode(self.latents)}
+
+    @classmethod
+    def of(cls, tiny: TinyFlux, seed: int) -> Exam:
+        digits = [number % 10 for number in range(MEASURED)]
+        prompts = [digit_prompts(digit)[13 + number // 10 % 13] for number, digit in enumerate(digits)]
+        return cls(tiny, prompts, digits, tiny.noise(MEASURED, 500_000 + 1_000 * seed))
+
+    def measured(
+        self, name: str, tensors: Mapping[str, Tensor], plan: PruningPlan, repair: str, size: int, seconds: float = 0.0
+    ) -> Variant:
+        """How the model with these tensors does."""
+        kept, neurons = plan.neurons
+        velocity, latent, psnr = 0.0, 0.0, None
+        if name != "dense":
+            changed = TinyFlux(Flux.load(tensors, torch.float32), self.tiny.words, self.tiny.autoencoder)
+            velocity = velocity_error(changed.flux, self.points)
+            latents = changed.sample(self.prompts, self.noise)
+            latent = relative_error(self.latents, latents)
+            self.images[name] = self.tiny.autoencoder.decode(latents)
+            mse = (self.images[name] - self.images["dense"]).square().mean((1, 2, 3))
+            psnr = (-10 * mse.log10()).mean().item()
+        return Variant(
+            name=name,
+            score=plan.score,
+            repair=repair,
+            neurons_kept=kept,
+            neurons=neurons,
+            parameters=sum(tensors[key].numel() for key in tensors),
+            bytes=size,
+            velocity_error=velocity,
+            latent_error=latent,
+            psnr=psnr,
+            digit_accuracy=digit_accuracy(self.images[name], self.digits),
+            seconds=round(seconds, 2),
+        )
+
+
+def variants_figure(variants: list[Variant], exam: Exam) -> Figure:
+    """The same ten drawings by every variant, one row each, with what was measured beside them."""
+    figure = Figure(figsize=(11, 0.95 * len(variants) + 0.5), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(len(variants), 2, width_ratios=(10, 5), squeeze=False)
+    for variant, (picture, text) in zip(variants, rows, strict=True):
+        picture.imshow(np.concatenate(list(exam.images[variant.name][:10].permute(0, 2, 3, 1).numpy()), axis=1))
+        facts = f"{variant.parameters / 1e6:.2f} M parameters, {variant.digit_accuracy:.1%} read right"
+        if variant.psnr is not None:
+            facts += f"\nvelocity error {variant.velocity_error:.4f}, {variant.psnr:.1f} dB"
+        text.text(0, 0.5, f"{variant.name}\n{facts}", va="center", fontsize=10)
+        picture.axis("off")
+        text.axis("off")
+    return figure

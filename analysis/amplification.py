@@ -1,7 +1,7 @@
 """How much a small error at one MLP's output moves the final velocity.
 
     probe = AmplificationProbe(layout.sites)
-    probe.measure(model, lambda: point.velocity(model))      # at as many points of dense trajectories as one likes
+    probe.measure(model, lambda: point.run(model))           # at as many points of dense trajectories as one likes
     store.add_amplification(probe.results())
 
 A site's amplification is |change of the velocity|² / |velocity|², divided by the energy (mean |noise|² per token) of the
@@ -57,6 +57,7 @@ class AmplificationProbe:
 
 def _noise(generator: torch.Generator, added: list[Tensor]):
     """A hook that adds noise to a module's output, and its mean energy per token to `added`.
+
     What a cut leaves is no white noise: it lies where the output itself varies. So every token gets the deviation from the
     mean of a token drawn at random, with a random sign: noise with the output's own covariance.
     """

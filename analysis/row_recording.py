@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..flux.layout import Layout, Site
 from .hidden_states import HiddenStates, Limit
+from .hooks import hooks_heard
 from .recording import TokenMask
 
 #: Rows in memory before they are written, in the middle of a run if need be.
@@ -144,6 +145,7 @@ class RowRun:
             return
         call = _Call(self, step, mask or TokenMask(), images)
         with ExitStack() as hooks:
+            hooks.enter_context(hooks_heard())
             for site in self.recorder.sites:
                 hooks.callback(model.get_submodule(site.up).register_forward_pre_hook(call.hook(site, "x")).remove)
                 if site.down_column:

@@ -1,7 +1,7 @@
 """Where a dense model goes from noise to image, and how far a changed one strays from it there.
 
-points, latents = trajectory(model, noise, sigmas, context, vector)
-velocity_error(dense, pruned, points)            # both at the dense run's x_t
+points, latents = trajectory(dense, noise, sigmas, context, vector)
+velocity_error(pruned, points)                   # at the dense run's x_t
 relative_error(latents, other_latents)
 
 samples = Trajectories.of(dense, points)         # single images and steps, in memory …
@@ -28,15 +28,22 @@ Model = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Point:
-    """One call of a FLUX: latents x [batch, ...], sigma [batch], and what it is told."""
+    """One call of a FLUX: latents x [batch, ...], sigma [batch], what it is told, and the velocity that came of it."""
 
     x: Tensor
     sigma: Tensor
     context: Tensor
-    vector: Tensor | None = None
-    guidance: Tensor | None = None
+    vector: Tensor | None
+    guidance: Tensor | None
+    velocity: Tensor
 
-    def velocity(self, model: Model) -> Tensor:
+    def __getitem__(self, images: slice) -> Point:
+        """The same for some images of the batch."""
+        parts = (self.x, self.sigma, self.context, self.vector, self.guidance, self.velocity)
+        return Point(*(None if part is None else part[images] for part in parts))  # type: ignore[arg-type]
+
+    def run(self, model: Model) -> Tensor:
+        """The velocity of another model there."""
         return model(self.x, self.sigma, self.context, self.vector, self.guidance)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Point:
@@ -53,20 +60,19 @@ def trajectory(
     points: list[Point] = []
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        points.append(Point(x, sigma, context, vector, guidance))
-        return points[-1].velocity(model)
+        points.append(Point(x, sigma, context, vector, guidance, model(x, sigma, context, vector, guidance)))
+        return points[-1].velocity
 
     return points, euler(velocity, noise, sigmas)
 
 
 @torch.no_grad()
-def velocity_error(dense: Model, changed: Model, points: Sequence[Point]) -> float:
-    """Sum over all points of |difference to the dense velocity|², divided by the sum of |dense velocity|²."""
+def velocity_error(model: Model, points: Sequence[Point]) -> float:
+    """Sum over all points of |difference to the velocity there|², divided by the sum of |velocity|²."""
     difference, energy = 0.0, 0.0
     for point in points:
-        expected = point.velocity(dense).double()
-        difference += (point.velocity(changed).double() - expected).square().sum().item()
-        energy += expected.square().sum().item()
+        difference += (point.run(model).double() - point.velocity.double()).square().sum().item()
+        energy += point.velocity.double().square().sum().item()
     return difference / energy
 
 

@@ -1,10 +1,11 @@
 """What pruning saves and what it costs, at FLUX.1-dev's width: ratios within one run.
 
-    uv run python benchmarks/prune.py [--device cpu] [--dtype bfloat16] [--repeats 9] [--rows 4096] [--only blocks|site|load]
+    uv run python benchmarks/prune.py [--device cpu] [--dtype float32] [--repeats 9] [--rows 4096] [--only blocks|site|load]
 
 blocks  one double and one single block (hidden 3072, 1024 image + 256 text tokens, random weights), cut by 25, 50 and 75 %,
-        against the dense ones. They take turns, so that a busy machine slows all of them; a ratio is the median over turns. The
-        ideal ratio is that of the products' operations (torch's FlopCounterMode), attention and all other products included.
+        against dense ones. They take turns; a ratio is the median over turns. On a CPU it is of one thread's processor time,
+        which a busy machine does not lengthen. The ideal ratio is that of the operations of all products (torch's
+        FlopCounterMode), those of attention included.
 site    seconds to rank, plan and repair one single block's MLP of 12,288 neurons, from `--rows` rows of random features (repair
         in earnest wants 5 times the width; what grows with rows is the first line and the judging).
 load    a pruned file read through this package, against a dense file of the same size read by safetensors alone.
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,16 +44,18 @@ from torch.utils.flop_counter import FlopCounterMode
 CUTS = (0.25, 0.5, 0.75)
 
 
-def in_turns(calls: dict[str, Callable[[], object]], repeats: int, synchronize: Callable[[], object]) -> dict[str, list[float]]:
-    """Seconds of every call, `repeats` times, one after the other; a first round is not counted."""
+def in_turns(
+    calls: dict[str, Callable[[], object]], repeats: int, synchronize: Callable[[], object], clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds of every call by `clock`, `repeats` times, one after the other; a first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
-            begun = time.perf_counter()
+            begun = clock()
             call()
             synchronize()
             if turn:
-                seconds[name].append(time.perf_counter() - begun)
+                seconds[name].append(clock() - begun)
     return seconds
 
 
@@ -88,8 +92,8 @@ def measure_blocks(device: torch.device, dtype: torch.dtype, repeats: int) -> No
             operations[cut] = counter.get_total_flops()
             part = pair.double_blocks if kind == "double" else pair.single_blocks
             memory[cut] = sum(weight.numel() for weight in part.parameters())
-        calls = {str(cut): (lambda cut=cut: call(cut)) for cut in blocks}
-        seconds = in_turns(calls, repeats, synchronize)
+        calls: dict[str, Callable[[], object]] = {str(cut): partial(call, cut) for cut in blocks}
+        seconds = in_turns(calls, repeats, synchronize, time.perf_counter if device.type == "cuda" else time.process_time)
         for cut in CUTS:
             found, ideal = ratio(seconds[str(cut)], seconds["0.0"]), operations[cut] / operations[0.0]
             share = (1 - found) / (1 - ideal)
@@ -158,7 +162,7 @@ def measure_load(repeats: int) -> None:
             with safe_open(same, framework="pt") as file:
                 return [file.get_tensor(key).clone() for key in file.keys()]
 
-        seconds = in_turns({"pruned": read_pruned, "dense": read_dense}, repeats, lambda: None)
+        seconds = in_turns({"pruned": read_pruned, "dense": read_dense}, repeats, lambda: None, time.perf_counter)
         found = ratio(seconds["pruned"], seconds["dense"])
         print(f"loading {pruned.stat().st_size / 1e6:,.0f} MB: pruned / dense of the same size {found:.3f}")
 
@@ -166,16 +170,19 @@ def measure_load(repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU, as ComfyUI has it")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--only", choices=("blocks", "site", "load"))
     given = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device(given.device)
-    print(f"torch {torch.__version__}, {device}, {given.dtype}, {torch.get_num_threads()} threads")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    dtype = given.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    print(f"torch {torch.__version__}, {device}, {dtype}, {torch.get_num_threads()} threads")
     if given.only in (None, "blocks"):
-        measure_blocks(device, getattr(torch, given.dtype), given.repeats)
+        measure_blocks(device, getattr(torch, dtype), given.repeats)
     if given.only in (None, "site"):
         measure_site(device, given.rows)
     if given.only in (None, "load"):

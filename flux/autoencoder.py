@@ -44,7 +44,8 @@ class Autoencoder(nn.Module):
         """An autoencoder in float32 with the given weights, in whatever precision they are stored."""
         model = cls()
         model.load_state_dict({key: tensor.float() for key, tensor in tensors.items()})
-        return model.eval().requires_grad_(False)
+        # Convolutions on a CPU take half the time in this order.
+        return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def encode(self, images: Tensor) -> Tensor:
         return self.taesd_encoder(images)

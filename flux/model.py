@@ -283,8 +283,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, pe: Tensor) -> Tensor:
-    pairs = x.to(pe.dtype).unflatten(-1, (-1, 1, 2))
-    return (pe[..., 0] * pairs[..., 0] + pe[..., 1] * pairs[..., 1]).flatten(-2).to(x.dtype)
+    """x with each pair of its last dimension turned by `pe`; as complex numbers, which is one pass over x."""
+    turn = torch.complex(pe[..., 0, 0], pe[..., 1, 0])
+    pairs = torch.view_as_complex(x.to(pe.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
 def rotations(position: Tensor, dim: int, theta: int) -> Tensor:

@@ -58,6 +58,11 @@ class PruningPlan:
     predicted: Mapping[str, float] = field(default_factory=dict)
     velocity_error: float | None = None
 
+    @classmethod
+    def keeping_all(cls, dense: Dense) -> PruningPlan:
+        """The plan that cuts nothing."""
+        return cls(dense.layout.family, dense.fingerprint, {}, _widths(dense.layout), "none", "keeps everything")
+
     @property
     def cut(self) -> dict[str, int]:
         """By site, how many neurons go."""

@@ -4,9 +4,9 @@ points, latents = trajectory(dense, noise, sigmas, context, vector)
 velocity_error(pruned, points)                   # at the dense run's x_t
 relative_error(latents, other_latents)
 
-samples = Trajectories.of(dense, points)         # single images and steps, in memory …
+samples = Trajectories.of(points)                # single images and steps, in memory …
 samples = Trajectories.open(store)               # … or recorded, each read when it is asked for
-point, velocity = samples.batch(torch.tensor([3, 14]))
+point = samples.batch(torch.tensor([3, 14]))
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Point:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Point:
         """On `device`, numbers in `dtype`."""
-        values = (self.x, self.sigma, self.context, self.vector, self.guidance)
-        return Point(*(None if value is None else value.to(device, dtype) for value in values))  # type: ignore[arg-type]
+        parts = (self.x, self.sigma, self.context, self.vector, self.guidance, self.velocity)
+        return Point(*(None if part is None else part.to(device, dtype) for part in parts))  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def relative_error(expected: Tensor, found: Tensor) -> float:
 
 
 class Trajectories:
-    """Samples (point of one image and step, dense velocity there), each read when it is asked for.
+    """Points of one image and step, each read when it is asked for.
 
     Attributes:
         image: [samples] number of the image each belongs to, int64.
@@ -123,26 +123,17 @@ class Trajectories:
         return cls(parts, shapes, [torch.tensor([capture.image for capture in shard.captures]) for shard in shards])
 
     @classmethod
-    @torch.no_grad()
-    def of(cls, dense: Model, points: Sequence[Point], first_image: int = 0) -> Trajectories:
-        """Of points whose row i is the same image in all of them; the velocities are computed now."""
-        parts = []
-        for point in points:
-            part = {"x": point.x, "sigma": point.sigma, "context": point.context, "velocity": point.velocity(dense)}
-            part |= {
-                name: value for name, value in (("vector", point.vector), ("guidance", point.guidance)) if value is not None
-            }
-            parts.append(part)
+    def of(cls, points: Sequence[Point], first_image: int = 0) -> Trajectories:
+        """Of points whose row i is the same image in all of them."""
+        parts = [{name: value for name, value in vars(point).items() if value is not None} for point in points]
         shapes = [(point.x.shape[1:], point.context.shape[1:]) for point in points]
         return cls(parts, shapes, [torch.arange(first_image, first_image + len(point.x)) for point in points])
 
-    def batch(self, samples: Tensor) -> tuple[Point, Tensor]:
-        """The samples of one group as a point and the dense velocity, float32."""
-        found: dict[str, list[Tensor]] = {}
+    def batch(self, samples: Tensor) -> Point:
+        """The samples of one group together, float32."""
+        found: dict[str, list[Tensor]] = {"vector": [], "guidance": []}
         for sample in samples.tolist():
             number, row = self._place[sample]
             for name, values in self.parts[number].items():
                 found.setdefault(name, []).append(values[row : row + 1])
-        together = {name: torch.cat(rows).float() for name, rows in found.items()}
-        velocity = together.pop("velocity")
-        return Point(**together), velocity
+        return Point(**{name: torch.cat(rows).float() if rows else None for name, rows in found.items()})  # type: ignore[arg-type]

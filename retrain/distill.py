@@ -1,6 +1,6 @@
 """The whole model at once: every kept MLP weight, against the dense model's velocity.
 
-    samples = Trajectories.of(dense, points)         # or recorded ones: Trajectories.open(store)
+    samples = Trajectories.of(points)                # or recorded ones: Trajectories.open(store)
     distilled = distill(cut, samples, Options(steps=200, learning_rate=5e-4, batch=32))
     distilled.before, distilled.after                # relative velocity error on images it was not trained on
     Flux.load({**cut, **distilled.tensors})
@@ -51,10 +51,8 @@ class VelocityProblem:
         self.judge = [part for group in samples.groups if len(part := group[~chosen[group]])]
 
     def errors(self, samples: Tensor) -> Tensor:
-        point, expected = self.samples.batch(samples)
-        point, expected = point.to(self.options.device, torch.float32), expected.to(self.options.device)
-        found = point.velocity(self.module).float()
-        return squared(found, expected)[None]
+        point = self.samples.batch(samples).to(self.options.device, torch.float32)
+        return squared(point.run(self.module), point.velocity)[None]
 
 
 def distill(

@@ -97,10 +97,10 @@ def test_trajectories_are_what_the_model_was_told_and_answered(store, flux, inpu
     (captures,) = (shard.captures for shard in HiddenStates.open(store.folder).manifest.shards)
     step = captures[0].step
     given = inputs(flux, batch=2, seed=step)
-    point, velocity = samples.batch(torch.tensor([1, 0]))
+    point = samples.batch(torch.tensor([1, 0]))
     for name in ("x", "sigma", "context", "vector"):
         torch.testing.assert_close(getattr(point, name), given[name][[1, 0]])
-    torch.testing.assert_close(velocity, flux(**given)[[1, 0]])
+    torch.testing.assert_close(point.velocity, flux(**given)[[1, 0]])
     assert [(c.image, c.prompt, c.seed, c.sigma) for c in captures] == [(0, "a", 7, SIGMAS[step]), (1, "b", 8, SIGMAS[step])]
 
 
@@ -109,7 +109,7 @@ def test_rows_without_an_image_are_left_out(store, flux, inputs):
     samples = Trajectories.open(store)
     assert samples.image.tolist() == [0, 1, 0, 1]
     step = store.manifest.shards[0].captures[0].step
-    point, _ = samples.batch(torch.tensor([0, 1]))
+    point = samples.batch(torch.tensor([0, 1]))
     torch.testing.assert_close(point.x, inputs(flux, batch=4, seed=step)["x"][2:])
 
 

@@ -11,6 +11,7 @@ row of a file counts as an image of its own there.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -83,6 +84,12 @@ class BlockStates:
                 "`flux-poke record --hidden-states DIR --what blocks`)."
             )
         return cls(folder, files, images, fingerprint)
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal; changes whenever files are added."""
+        files = [(file.path.name, file.path.stat().st_size) for file in self.files]
+        return hashlib.sha256(f"{files}".encode()).hexdigest()
 
     def require(self, fingerprint: Fingerprint, hidden: int, what: str) -> None:
         """Raises `UserError` where the states are of another model than the one with `fingerprint`, called `what`."""

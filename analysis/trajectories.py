@@ -37,7 +37,7 @@ class Point:
     guidance: Tensor | None
     velocity: Tensor
 
-    def __getitem__(self, images: slice) -> Point:
+    def __getitem__(self, images: slice | list[int]) -> Point:
         """The same for some images of the batch."""
         parts = (self.x, self.sigma, self.context, self.vector, self.guidance, self.velocity)
         return Point(*(None if part is None else part[images] for part in parts))  # type: ignore[arg-type]

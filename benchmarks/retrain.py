@@ -84,14 +84,13 @@ def main() -> None:
         for place in choose_layers(given.layers, dense.layout):
             theirs, seconds = originals_recipe(dense, plan, states, place)
             begun = time.process_time()
-            (ours,) = retrain_layers(dense, plan, states, str(place), folder / "layers", Options(save_dtype="float32"))
+            (ours,) = retrain_layers(dense, plan, states, str(place), folder / "layers", Options())
             own = time.process_time() - begun
             print(
                 f"{blocks_of(dense.layout)[place].name:<12}{ours.relative_cut:>10.2e}"
                 f"{theirs.relative:>10.2e}{theirs.mse:>8.4f}{seconds:>6.1f}"
                 f"{ours.relative_final:>10.2e}{ours.final_loss:>8.4f}{own:>6.1f}"
                 f"{ours.relative_final / theirs.relative:>10.3f}{ours.final_loss / theirs.mse:>7.3f}{own / seconds:>7.3f}"
-                f"  steps {ours.steps} start {ours.relative_start:.2e}",
                 flush=True,
             )
 

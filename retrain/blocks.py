@@ -11,7 +11,7 @@ after the *last* block of the chain.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from ..analysis.block_states import BlockStates, State
 from ..analysis.blocks import blocks_of
-from ..analysis.hidden_states import Rows, held_out
+from ..analysis.hidden_states import Rows
 from ..errors import UserError
 from ..flux.layout import Layout, Site, read_layout
 from ..flux.model import DoubleBlock, Modulation, SingleBlock
 from ..pruning.surgery import shape_of
 from ..pruning.weights import full_precision
-from .loop import squared
+from .loop import samples_of, split_images, squared
 from .options import Options
 
 
@@ -117,8 +117,8 @@ class BlockProblem:
     def __init__(self, name: str, chain: Chain, states: BlockStates, options: Options, before: Sequence[Chain] = ()):
         self.name, self.module, self.states, self.options, self.before = name, chain, states, options, tuple(before)
         self.first = before[0].places.start if before else chain.places.start
-        self.images = held_out(states.image.unique(), options.eval_share)
-        self.train, self.judge = (self._samples(images) for images in self.images)
+        self.images = split_images(states.image, options)
+        self.train, self.judge = (samples_of(images, states.image, states.groups) for images in self.images)
 
     def errors(self, samples: Tensor) -> Tensor:
         expected = self.states.tokens(samples, self.module.places.stop)
@@ -139,10 +139,6 @@ class BlockProblem:
         for group in groups:
             for samples in group.split(4 * self.options.batch):
                 yield samples, self.state(samples)
-
-    def _samples(self, images: Set[int]) -> list[Tensor]:
-        chosen = torch.isin(self.states.image, torch.tensor(sorted(images)))
-        return [part for group in self.states.groups if len(part := group[chosen[group]])]
 
 
 def _block_name(site: Site) -> str:

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..analysis.hidden_states import held_out
 from ..analysis.trajectories import Trajectories
 from ..flux.model import Flux
-from .loop import Loss, fit, held_out_loss, squared
+from .loop import Loss, fit, held_out_loss, samples_of, split_images, squared
 from .options import Options, Report
 from .trainable import mlp_parameters, rounded
 
@@ -45,10 +44,8 @@ class VelocityProblem:
 
     def __init__(self, flux: Flux, samples: Trajectories, options: Options):
         self.name, self.module, self.samples, self.options = "the whole model", flux, samples, options
-        fit_images, _ = held_out(samples.image.unique(), options.eval_share)
-        chosen = torch.isin(samples.image, torch.tensor(sorted(fit_images)))
-        self.train = [part for group in samples.groups if len(part := group[chosen[group]])]
-        self.judge = [part for group in samples.groups if len(part := group[~chosen[group]])]
+        self.images = split_images(samples.image, options)
+        self.train, self.judge = (samples_of(images, samples.image, samples.groups) for images in self.images)
 
     def errors(self, samples: Tensor) -> Tensor:
         point = self.samples.batch(samples).to(self.options.device, torch.float32)

@@ -1,6 +1,7 @@
 """`retrained_layers/`: a folder with one file per retrained block, which runs take the place of the dense ones.
 
-    write_layer(folder, layer)                       # 3.safetensors, layer_stats.yaml, layer_stats.png
+    write_layer(folder, layer)                       # 3.safetensors, layer_stats.yaml
+    draw_stats(folder)                               # layer_stats.png
     layers = RetrainedLayers.open(folder, dense, first=0, last=18)
     replaced = Replaced(dense, layers)
     model = Flux.load(replaced)
@@ -90,7 +91,7 @@ class Layer:
 
 
 def write_layer(folder: str | os.PathLike[str], layer: Layer) -> None:
-    """Writes the layer's file, then the stats and the picture of all layers in the folder."""
+    """Writes the layer's file, then the stats of all layers in the folder."""
     folder = Path(folder)
     dtype = getattr(torch, layer.stats.save_dtype)
     tensors: dict[str, Tensor] = {}
@@ -111,16 +112,27 @@ def write_layer(folder: str | os.PathLike[str], layer: Layer) -> None:
         write_stats(folder)
 
 
-def write_stats(folder: Path) -> None:
-    """`layer_stats.yaml` and its picture, from the headers of the layers in `folder`: neither can fall behind them."""
+def read_stats(folder: Path) -> list[LayerStats]:
+    """Of all layers in `folder` that this program trained, from their headers."""
     headers = [read_header(path) for path in layer_files(folder).values()]
-    stats = [LayerStats(**json.loads(header["stats"])) for header in headers if "stats" in header]
-    if not stats:
-        return
-    content = {f"layer{layer.layer}": asdict(layer) for layer in stats}
+    return [LayerStats(**json.loads(header["stats"])) for header in headers if "stats" in header]
+
+
+def write_stats(folder: Path) -> None:
+    """`layer_stats.yaml`, made anew from the layers, so that it cannot fall behind them."""
+    content = {f"layer{layer.layer}": asdict(layer) for layer in read_stats(folder)}
     write_text(folder / STATS, yaml.safe_dump(content, sort_keys=False))
-    with replacing(folder / PICTURE) as new:
+
+
+def draw_stats(folder: str | os.PathLike[str]) -> Path | None:
+    """The picture of all layers in the folder; None where there are none."""
+    stats = read_stats(Path(folder))
+    if not stats:
+        return None
+    path = Path(folder) / PICTURE
+    with replacing(path) as new:
         stats_figure(stats).savefig(new, dpi=110)
+    return path
 
 
 def stats_figure(stats: list[LayerStats]) -> Figure:

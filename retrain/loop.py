@@ -10,6 +10,7 @@ seed and the step alone, and the state is saved at evaluations: a killed trainin
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +53,27 @@ class Problem(Protocol):
         """[streams, 3]: by stream, the sum of squared errors, the sum of squares of what is to be predicted, and of how many
         numbers."""
         ...
+
+
+def split_images(image: Tensor, options: Options) -> tuple[set[int], set[int]]:
+    """Image numbers to train on and to judge by, out of those of all samples, drawn by the seed.
+
+    Prompts often come in turns: every fifth image could be of one kind, which the others would teach nothing about. Raises
+    `UserError` for fewer than two images.
+    """
+    numbers = image.unique().tolist()
+    if len(numbers) < 2:
+        raise UserError(
+            f"The recording is of {len(numbers)} image; at least 2 are needed, one of them to judge by. Record more images."
+        )
+    judged = set(random.Random(options.seed).sample(numbers, max(1, round(options.eval_share * len(numbers)))))
+    return set(numbers) - judged, judged
+
+
+def samples_of(images: set[int], image: Tensor, groups: Sequence[Tensor]) -> list[Tensor]:
+    """The samples of each group whose image is one of `images`; `image` [samples]."""
+    chosen = torch.isin(image, torch.tensor(sorted(images)))
+    return [part for group in groups if len(part := group[chosen[group]])]
 
 
 def squared(found: Tensor, expected: Tensor) -> Tensor:
@@ -125,7 +147,6 @@ def fit(problem: Problem, initial: Loss, options: Options, saved: Path | None = 
         # Each stream against its own mean square: neither drowns the other.
         loss = (errors[:, 0] / (errors[:, 2] * units)).mean()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         done = step + 1
@@ -138,7 +159,7 @@ def fit(problem: Problem, initial: Loss, options: Options, saved: Path | None = 
             if writer is not None:
                 writer.add_scalar("loss/train", train.relative, done)
                 writer.add_scalar("loss/held out", state.last, done)
-            if saved is not None and (now - kept > SAVE_EVERY or kept == begun):
+            if saved is not None and now - kept >= SAVE_EVERY:
                 save_training(saved, state, optimizer, schedule, done)
                 kept = time.monotonic()
             tell(done)
@@ -237,7 +258,7 @@ class _State(nn.Module):
 def _optimizer(parameters: list[nn.Parameter], options: Options) -> torch.optim.Optimizer:
     if options.optimizer == "adafactor":
         return torch.optim.Adafactor(parameters, lr=options.learning_rate, weight_decay=0.0)
-    return torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
+    return torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
 
 
 def _rate(step: int, steps: int) -> float:

@@ -58,10 +58,10 @@ class Options:
     """
 
     method: Method = "both"
-    steps: int = 400
+    steps: int = 40
     learning_rate: float = 1e-3
     batch: int = 8
-    eval_every: int = 50
+    eval_every: int = 20
     patience: int = 4
     eval_share: float = 0.2
     seed: int = 0

@@ -10,16 +10,15 @@ what linear2 makes of the attention; the loss is relative to that output's mean 
 
 from __future__ import annotations
 
-from collections.abc import Set
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..analysis.hidden_states import HiddenStates, held_out
+from ..analysis.hidden_states import HiddenStates
 from ..pruning.weights import SiteWeights
-from .loop import squared
+from .loop import samples_of, split_images, squared
 from .options import Options
 
 #: Rows that count as one sample of a batch.
@@ -66,12 +65,13 @@ class RowProblem:
     def __init__(self, dense: SiteWeights, weights: SiteWeights, store: HiddenStates, options: Options):
         self.name, self.options = weights.site.name, options
         self.dense, self.module = Neurons(dense).requires_grad_(False), Neurons(weights)
-        self.images = held_out(store.images(self.name), options.eval_share)
         parts = list(store.rows(self.name))
         self.x = torch.cat([part.x for part in parts])
         self.attn = torch.cat([part.attn for part in parts if part.attn is not None]) if parts[0].attn is not None else None
         self.image = torch.cat([part.image for part in parts])
-        self.train, self.judge = ([self._of(images)] for images in self.images)
+        self.images = split_images(self.image, options)
+        everything = [torch.arange(len(self.image))]
+        self.train, self.judge = (samples_of(images, self.image, everything) for images in self.images)
 
     def errors(self, samples: Tensor) -> Tensor:
         device = self.module.up.device
@@ -80,6 +80,3 @@ class RowProblem:
         with torch.no_grad():
             expected = self.dense(x, attn)
         return squared(self.module(x, attn), expected)[None]
-
-    def _of(self, images: Set[int]) -> Tensor:
-        return torch.isin(self.image, torch.tensor(sorted(images))).nonzero().squeeze(1)

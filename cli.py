@@ -45,12 +45,23 @@ def demo(
 
     with progress_bar() as update:
         summary = run_demo(out, seed, update)
-    columns = ("name", "neurons_kept", "parameters", "bytes", "velocity_error", "latent_error", "psnr", "digit_accuracy")
-    table(columns, [[variant[column] for column in columns] for variant in summary["variants"]])
+    columns = ("variant", "neurons", "weights", "MB", "velocity error", "latent error", "PSNR", "read right")
+    table(
+        columns,
+        [
+            [
+                v["name"], v["neurons_kept"], v["parameters"], v["bytes"] / 1e6, v["velocity_error"], v["latent_error"],
+                v["psnr"], f"{v['digit_accuracy']:.1%}",
+            ]
+            for v in summary["variants"]
+        ],
+    )  # fmt: skip
     typer.echo(
-        f"{summary['seconds']} s. Look at {out / 'internals.png'} (what every neuron did) and {out / 'dense.png'} (the digits);"
+        f"{summary['seconds']:.0f} s. Look at variants.png (what each model draws), internals.png (what every neuron did) and "
+        f"budget.png (memory against error) in {out}.\n"
+        f"Next: flux-poke internals show {out / 'internals.safetensors'}\n"
+        f"      flux-poke inspect {out / 'budget-obs-affine.safetensors'}"
     )
-    typer.echo(f"flux-poke internals show {out / 'internals.safetensors'} prints the numbers.")
 
 
 @app.command()
@@ -171,7 +182,8 @@ def animate(
     chosen = choose_frames(find_previews(folder), order, block_type, max_blocks)
     path = out or folder / f"blocks.{format_}"
     with progress_bar() as update:
-        write_animation(path, captioned_frames(_counted(chosen, update), font_size), fps)
+        frames = captioned_frames(chosen, font_size, lambda done, of, _: update(f"frame {done} of {of}", done / of))
+        write_animation(path, frames, fps)
     typer.echo(f"{path}: {len(chosen)} frames")
 
 
@@ -256,12 +268,6 @@ def capture(
             found = capture_everywhere(servers, requests, output_dir, update)
     for one in found:
         typer.echo(f"{one.generation_id}  {one.folder}  {one.request.prompt}")
-
-
-def _counted(items: list, update: Callable[[str, float], None]) -> Iterator:
-    for number, item in enumerate(items, start=1):
-        yield item
-        update(f"frame {number} of {len(items)}", number / len(items))
 
 
 @app.command()
@@ -366,10 +372,11 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
 
 def table(columns: tuple[str, ...], rows: list[list[object]]) -> None:
     """Prints a table; numbers short."""
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
-    printed = Table(*(column.replace("_", " ") for column in columns))
+    printed = Table(*(column.replace("_", " ") for column in columns), box=SIMPLE)
     for row in rows:
         printed.add_row(*(_short(value) for value in row))
     Console().print(printed)

@@ -75,7 +75,7 @@ def run_demo(out: Path, seed: int = 0, progress: Progress | None = None) -> dict
     checkpoint, internals_file, rows_folder = FOLDER / "flux.safetensors", out / "internals.safetensors", out / "hidden_states"
 
     say(f"drawing {RECORDED} digits, recording every neuron", 0.0)
-    prompts = [digit_prompts(number % 10)[number // 10 % 13] for number in range(RECORDED)]
+    prompts = [digit_prompt(number, 0) for number in range(RECORDED)]
     # what an earlier run left: its recordings would be added to
     internals_file.unlink(missing_ok=True)
     shutil.rmtree(rows_folder, ignore_errors=True)
@@ -85,7 +85,7 @@ def run_demo(out: Path, seed: int = 0, progress: Progress | None = None) -> dict
         internals_file,
         seed=10_000 + 1_000 * seed,
         batch=40,
-        rows=RowsTo(rows_folder, RowChoice(rows=24, steps=6, seed=seed)),
+        rows=RowsTo(rows_folder, RowChoice(rows=24, steps=8, seed=seed)),
     )
     rows = HiddenStates.open(rows_folder)
     internals_figure(internals).savefig(out / "internals.png", dpi=110)
@@ -95,18 +95,18 @@ def run_demo(out: Path, seed: int = 0, progress: Progress | None = None) -> dict
     dense = Dense.open(checkpoint)
     variants = [exam.measured("dense", dense.tensors, PruningPlan.keeping_all(dense), "none", checkpoint.stat().st_size)]
 
-    half = dict.fromkeys(("img_cut", "txt_cut", "single_cut"), dense.layout.sites[0].width // 2)
+    half = (dense.layout.sites[0].width // 2,) * 3  # of img, txt and single
     frequency = rank("frequency", dense, internals)
     fluctuation = rank("fluctuation", dense, internals)
     say("ranking neurons by what cutting them costs", 0.3)
     obs = rank("obs", dense, rows=rows)
-    curve = BudgetCurve.of(dense.layout, obs, rows.amplification, multiple=16)
+    curve = BudgetCurve.of(dense.layout, obs, rows.amplification, multiple=32)
     budget = by_budget(dense, obs, curve, "obs", share=0.5)
     curve.figure(budget).savefig(out / "budget.png", dpi=110)
     recipes: dict[str, tuple[PruningPlan, str]] = {
-        "frequency-none": (by_count(dense, frequency, "frequency", **half), "none"),
-        "fluctuation-bias": (by_count(dense, fluctuation, "fluctuation", **half), "bias"),
-        "obs-affine": (by_count(dense, obs, "obs", **half), "affine"),
+        "frequency-none": (by_count(dense, frequency, "frequency", *half), "none"),
+        "fluctuation-bias": (by_count(dense, fluctuation, "fluctuation", *half), "bias"),
+        "obs-affine": (by_count(dense, obs, "obs", *half), "affine"),
         "budget-obs-affine": (budget, "affine"),
     }
     for number, (name, (plan, repair)) in enumerate(recipes.items()):
@@ -142,7 +142,7 @@ class Exam:
     @classmethod
     def of(cls, tiny: TinyFlux, seed: int) -> Exam:
         digits = [number % 10 for number in range(MEASURED)]
-        prompts = [digit_prompts(digit)[13 + number // 10 % 13] for number, digit in enumerate(digits)]
+        prompts = [digit_prompt(number, 1) for number in range(MEASURED)]
         return cls(tiny, prompts, digits, tiny.noise(MEASURED, 500_000 + 1_000 * seed))
 
     def measured(
@@ -175,9 +175,15 @@ class Exam:
         )
 
 
+def digit_prompt(number: int, half: int) -> str:
+    """A prompt for the digit `number` % 10. Both halves use every template, words and numerals, but never the same prompt."""
+    template = number // 10 % 13
+    return digit_prompts(number % 10)[2 * template + (template + half) % 2]
+
+
 def variants_figure(variants: list[Variant], exam: Exam) -> Figure:
     """The same ten drawings by every variant, one row each, with what was measured beside them."""
-    figure = Figure(figsize=(11, 0.95 * len(variants) + 0.5), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(11, 0.85 * len(variants) + 0.2), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     rows = figure.subplots(len(variants), 2, width_ratios=(10, 5), squeeze=False)
     for variant, (picture, text) in zip(variants, rows, strict=True):

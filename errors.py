@@ -8,3 +8,6 @@ without a traceback, ComfyUI shows it on the node.
 
 class UserError(ValueError):
     """What was given cannot be used; the message says why and what to do."""
+
+    # ComfyUI shows it in front of the sentence, and calls modules in custom_nodes by their path.
+    __module__ = "flux_poke.errors"

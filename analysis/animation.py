@@ -20,6 +20,7 @@ from PIL import Image
 from ..errors import UserError
 from ..files import replacing
 from .blocks import Kind
+from .generation import Progress
 from .previews import Tap
 from .sheets import captioned
 
@@ -54,15 +55,21 @@ def choose_frames(
     return sorted(chosen)
 
 
-def captioned_frames(previews: Iterable[tuple[Tap, Path]], font_size: int = 24) -> Iterator[Image.Image]:
+def captioned_frames(
+    previews: Sequence[tuple[Tap, Path]], font_size: int = 24, progress: Progress | None = None
+) -> Iterator[Image.Image]:
     """Each preview read and captioned "Step 3 · double block 7"; `font_size` 0 leaves captions out."""
-    for tap, path in previews:
+    widest = max((tap.title for tap, _ in previews), key=len, default="")
+    for done, (tap, path) in enumerate(previews, start=1):
         try:
             with Image.open(path) as image:
                 frame = image.convert("RGB")
         except OSError as error:
             raise UserError(f"{path} cannot be read as an image ({error}): delete it or decode the previews again.") from error
-        yield captioned(frame, tap.title, font_size) if font_size else frame
+        frame = captioned(frame, tap.title, font_size, widest) if font_size else frame
+        if progress is not None:
+            progress(done, len(previews), frame)
+        yield frame
 
 
 def write_animation(path: str | os.PathLike[str], frames: Iterable[Image.Image], fps: float = 2.0) -> None:

@@ -82,8 +82,14 @@ def write_generations(
         captions: whether previews carry their step and block.
         in_pictures: what goes into PNG text chunks beside the generation (ComfyUI's `workflow` and `prompt`), so that
             a picture that is dragged in restores the graph; None = nothing at all goes into pictures, EXIF neither.
-        progress: raise from it to stop; what was written so far stays.
+        progress: told of every preview as it is written; raise from it to stop, what was written so far stays.
+
+    Raises `UserError` where nothing was tapped, or the run drew another number of images than there are finals.
     """
+    if taps.images != len(finals):
+        raise UserError(
+            f"The tapped run drew {taps.images} images, and {len(finals)} came as its result: expected the latents of that run."
+        )
     folders = [Path(out) / generation.generation_id for generation in generations]
     for folder, generation, final in zip(folders, generations, finals, strict=True):
         write_text(folder / "metadata.json", generation.to_json() + "\n")
@@ -100,14 +106,15 @@ def write_generations(
     steps, blocks = len(taps.steps), len({tap.block for tap in taps})
     small: list[dict[Tap, Image.Image]] = [{} for _ in generations]
     total = len(taps) * len(generations)
+    widest = max((tap.title for tap in taps), key=len)
     for done, frame in enumerate(decode_taps(taps, decode, batch, view), start=1):
-        image = captioned(frame.image, frame.tap.title) if captions else frame.image
+        image = captioned(frame.image, frame.tap.title, widest=widest) if captions else frame.image
         path = folders[frame.number] / preview_path(frame.tap)
         save_jpeg(path, image, None if in_pictures is None else generations[frame.number])
         cell = cell_size(steps, blocks, frame.image)
         small[frame.number][frame.tap] = frame.image.resize(cell, Image.Resampling.LANCZOS)
         if progress is not None:
-            progress(done, total, frame.image)
+            progress(done, total, image)
 
     sigmas = {step: taps.sigma(step) for step in taps.steps}
     for number, (folder, one) in enumerate(zip(folders, generations, strict=True)):

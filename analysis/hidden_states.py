@@ -39,7 +39,7 @@ from ..flux.fingerprint import Fingerprint
 FORMAT = "flux-poke hidden states 1"
 MANIFEST = "manifest.json"
 
-Kind = Literal["rows", "blocks", "trajectories"]
+Kind = Literal["rows", "lens", "blocks", "trajectories"]
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """The tuned lens: for each block, the affine map that best foretells the last block's image tokens from its own.
 
     recorder = LensRecorder(layout, tokens=64)       # the same sampled tokens after every block
-    with recorder.watching(model, moment, image=7):
+    with recorder.watching(model, x, sigma, images):
         model(x, sigma, context, vector)
-    recorder.save(folder)                            # one more shard lens-*.safetensors; any number of runs may add theirs
+    recorder.save(store)                             # one more shard in hidden_states/; any number of runs may add theirs
 
     lens = fit_lens(LensRows(folder))                # closed form; errors on images that the fit has not seen
     lens.save("lens.safetensors")
     lens.errors[Block("double", 3)]                  # 0 = the rest of the model is an affine map, 1 = no better than a constant
+
+A shard of kind `lens` holds, by block, its tokens [rows, hidden], and `image` and `sigma` [rows].
 
 A block's prediction goes through its map before the final layer (Belrose et al. 2023, arXiv 2303.08112). Where the error
 hardly falls from one block to the next, that block adds nothing an affine map could not: it is replaceable.
@@ -17,11 +19,9 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -33,9 +33,9 @@ from ..files import write_safetensors
 from ..flux.checkpoint import open_safetensors
 from ..flux.layout import Layout
 from .blocks import Block, Rows, blocks_of, watching_image_tokens
+from .hidden_states import HiddenStates, Limit
 
 FORMAT = "flux-poke lens 1"
-ROWS_FORMAT = "flux-poke lens rows 1"
 
 #: Ridge strengths to choose from, relative to the mean variance of a hidden unit.
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -151,44 +151,31 @@ class LensRecorder:
         self._images.append(images.cpu().repeat_interleave(len(chosen)))
         self._sigmas.append(sigma[rows].float().cpu().repeat_interleave(len(chosen)))
 
-    def save(self, folder: str | os.PathLike[str]) -> Path | None:
-        """Writes what was recorded since the last `save` as one more shard; its path, None where there was nothing."""
+    def save(self, store: HiddenStates, limit: Limit | None = None) -> bool:
+        """Adds what was recorded since the last `save` as one more shard; False where `limit` leaves no room for it."""
         if not self._images:
-            return None
+            return True
         tensors = {block.name: torch.cat(states) for block, states in self._states.items()}
         tensors["image"], tensors["sigma"] = torch.cat(self._images), torch.cat(self._sigmas)
-        path = Path(folder) / f"lens-{secrets.token_hex(4)}.safetensors"
-        write_safetensors(path, tensors, {"format": ROWS_FORMAT, "family": self.layout.family})
         for parts in (*self._states.values(), self._images, self._sigmas):
             parts.clear()
-        return path
+        return store.append("lens", tensors, limit)
 
 
 class LensRows(Mapping[Block, Tensor]):
     """All lens rows of a folder: each block's tokens [rows, hidden], read when asked for; `images` [rows] tells whose.
 
-    Raises `UserError` where the folder holds none, or shards of different models.
+    Raises `UserError` where the folder holds none.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
-        paths = sorted(Path(folder).glob("lens-*.safetensors"))
+        store = HiddenStates.open(folder)
+        paths = [store.folder / shard.file for shard in store.manifest.shards if shard.kind == "lens"]
         if not paths:
-            raise UserError(
-                f"{folder} holds no lens rows (lens-*.safetensors): record hidden states with what = lens rows first."
-            )
+            raise UserError(f"{folder} holds no lens rows: use Record Hidden States with what = lens rows first.")
+        self.family = store.manifest.family
         self._files = [open_safetensors(path) for path in paths]
-        shapes = {}
-        for path, file in zip(paths, self._files, strict=True):
-            metadata = file.metadata() or {}
-            if metadata.get("format") != ROWS_FORMAT:
-                raise UserError(f"{path} holds no lens rows: expected '{ROWS_FORMAT}', found '{metadata.get('format')}'.")
-            names = sorted(set(file.keys()) - {"image", "sigma"})
-            shapes[metadata["family"], tuple(names), file.get_slice(names[0]).get_shape()[1]] = path
-        if len(shapes) > 1:
-            first, second, *_ = shapes.values()
-            raise UserError(f"{first} and {second} are of different models: fit a lens to the rows of one model at a time.")
-        ((self.family, found, _),) = shapes
-        self._blocks = sorted(Block.named(name) for name in found)
+        self._blocks = sorted(Block.named(name) for name in set(self._files[0].keys()) - {"image", "sigma"})
         self.images = self._read("image")
 
     def _read(self, key: str) -> Tensor:

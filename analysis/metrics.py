@@ -55,6 +55,10 @@ class Comparison:
     psnr: float
     ssim: float
 
+    @property
+    def text(self) -> str:
+        return f"relative MSE {self.relative_mse:.3g} · PSNR {self.psnr:.2f} dB · SSIM {self.ssim:.4f}"
+
 
 def compare(variant: Tensor, reference: Tensor, name: str = "", peak: float | None = None) -> Comparison:
     """The measures of `variant` against `reference`, both [batch, channels, height, width], over the whole batch.
@@ -115,7 +119,7 @@ def side_by_side(variant: Tensor, reference: Tensor, name: str = "", heading: st
 
     Latents are shown by their first three channels. At most `MOST_ROWS` rows.
     """
-    row = compare(variant, reference, name)
+    numbers = compare(variant, reference, name).text
     shown = [_pictures(images[:MOST_ROWS]) for images in (reference, variant)]
     differences = (variant - reference)[:MOST_ROWS].float().abs().mean(1).cpu().numpy()
     most = float(np.quantile(differences, 0.995)) or 1.0
@@ -126,7 +130,6 @@ def side_by_side(variant: Tensor, reference: Tensor, name: str = "", heading: st
     cell = round(width * scale), round(height * scale)
     text, line = font(15), 22
     titles = (heading, name or "variant", f"difference, white = {most:.3g}")
-    numbers = f"relative MSE {row.relative_mse:.3g} · PSNR {row.psnr:.2f} dB · SSIM {row.ssim:.4f}"
     column = max(cell[0], *(round(text.getlength(title)) for title in titles)) + 4 * GAP
     size = (
         max(3 * column, round(text.getlength(numbers))) + 2 * MARGIN,

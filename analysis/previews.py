@@ -185,6 +185,12 @@ class BlockTaps:
             )
 
     @property
+    def images(self) -> int:
+        """How many images were drawn at once; raises `UserError` where nothing was tapped."""
+        self.check_not_empty()
+        return len(next(iter(self._steps.values())).sigma)
+
+    @property
     def steps(self) -> tuple[int, ...]:
         return tuple(sorted(self._steps))
 

@@ -109,10 +109,14 @@ class RowRecorder:
     @contextmanager
     def run(self, sigmas: Sequence[float] | Tensor, images: int = 1) -> Iterator[RowRun]:
         """One sampling run of `images` images along `sigmas` (all of them); written when it ends well."""
-        levels = sigmas.tolist() if isinstance(sigmas, Tensor) else list(sigmas)
-        run = RowRun(self, levels, self.store.new_images(images), images)
+        run = self.begin(sigmas, images)
         yield run
         run.flush()
+
+    def begin(self, sigmas: Sequence[float] | Tensor, images: int = 1) -> RowRun:
+        """As `run`, where the end is known elsewhere: `flush` it when it ended well."""
+        levels = sigmas.tolist() if isinstance(sigmas, Tensor) else list(sigmas)
+        return RowRun(self, levels, self.store.new_images(images), images)
 
 
 class RowRun:

@@ -7,7 +7,7 @@ captioned(frame.image, frame.tap.title)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -59,10 +59,13 @@ def heat_map(values: np.ndarray) -> Image.Image:
     return Image.fromarray(np.asarray(matplotlib.colormaps["inferno"](values.clip(0, 1), bytes=True))[..., :3])
 
 
-def captioned(image: Image.Image, caption: str, font_size: int = 24) -> Image.Image:
-    """The image with a caption on a dark strip below it, enlarged by whole factors until the caption fits."""
+def captioned(image: Image.Image, caption: str, font_size: int = 24, widest: str = "") -> Image.Image:
+    """The image with a caption on a dark strip below it, enlarged by whole factors until the caption fits.
+
+    With `widest`, the longest caption of all, images of one size stay of one size.
+    """
     text = font(font_size)
-    needed = text.getlength(caption) + font_size
+    needed = max(text.getlength(caption), text.getlength(widest)) + font_size
     factor = -(-int(needed) // image.width)
     if factor > 1:
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
@@ -71,6 +74,16 @@ def captioned(image: Image.Image, caption: str, font_size: int = 24) -> Image.Im
     out.paste(image.convert("RGB"))
     ImageDraw.Draw(out).text((out.width / 2, image.height + strip / 2), caption, GROUND, text, anchor="mm")
     return out
+
+
+def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures one below the other."""
+    whole = Image.new("RGB", (max(one.width for one in pictures), sum(one.height for one in pictures)), GROUND)
+    top = 0
+    for one in pictures:
+        whole.paste(one, (0, top))
+        top += one.height
+    return whole
 
 
 @cache

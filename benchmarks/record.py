@@ -92,7 +92,7 @@ def main() -> None:
 
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, {given.dtype}, torch {torch.__version__}")
     for kind, run in runs.items():
-        seconds = {way: [] for way in ways}
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
         for repeat in range(given.repeats + 2):
             for way, watching in ways.items():
                 with watching():

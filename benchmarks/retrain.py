@@ -90,7 +90,7 @@ def main() -> None:
                 f"{blocks_of(dense.layout)[place].name:<12}{ours.relative_cut:>10.2e}"
                 f"{theirs.relative:>10.2e}{theirs.mse:>8.4f}{seconds:>6.1f}"
                 f"{ours.relative_final:>10.2e}{ours.final_loss:>8.4f}{own:>6.1f}"
-                f"{ours.relative_final / theirs.relative:>10.3f}{ours.final_loss / theirs.mse:>7.3f}{own / seconds:>7.3f}"
+                f"{ours.relative_final / theirs.relative:>10.3f}{ours.final_loss / theirs.mse:>7.3f}{own / seconds:>7.3f}",
                 flush=True,
             )
 

@@ -45,7 +45,8 @@ class Autoencoder(nn.Module):
         model = cls()
         model.load_state_dict({key: tensor.float() for key, tensor in tensors.items()})
         # Convolutions on a CPU take half the time in this order.
-        return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model.eval().requires_grad_(False)
 
     def encode(self, images: Tensor) -> Tensor:
         return self.taesd_encoder(images)

@@ -105,17 +105,18 @@ def capture(client: ComfyClient, request: CaptureRequest, out: Path, progress: P
     found = result.files("flux_poke")
     if not found:
         raise UserError(f"The workflow in {WORKFLOWS} wrote no generation: it must end in Decode Block Previews.")
-    generation = found[0]
-    folder = out / generation["generation_id"]
-    for name in generation["files"]:
-        path = folder / name
-        if folder.resolve() not in path.resolve().parents or out.resolve() not in folder.resolve().parents:
-            raise UserError(f"The server names a file outside of its generation's folder: {name}.")
-        where = Path(generation["subfolder"], name)
-        content = client.fetch({"filename": where.name, "subfolder": where.parent.as_posix(), "type": "output"})
-        with replacing(path) as new:
-            new.write_bytes(content)
-    return Captured(request, generation["generation_id"], folder)
+    for written in found:  # by Decode Block Previews, and by whatever adds to its folder
+        folder = out / written["generation_id"]
+        for name in written["files"]:
+            path = folder / name
+            if folder.resolve() not in path.resolve().parents or out.resolve() not in folder.resolve().parents:
+                raise UserError(f"The server names a file outside of its generation's folder: {name}.")
+            where = Path(written["subfolder"], name)
+            content = client.fetch({"filename": where.name, "subfolder": where.parent.as_posix(), "type": "output"})
+            with replacing(path) as new:
+                new.write_bytes(content)
+    generation_id = found[0]["generation_id"]
+    return Captured(request, generation_id, out / generation_id)
 
 
 def capture_everywhere(

@@ -4,11 +4,41 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .compare import Compare
+from .hidden_states import RecordHiddenStates
 from .prompts import Counter, Prompts
+from .prune import (
+    LoadPrunedCheckpoint,
+    LoadPrunedFlux,
+    LoadPrunedLora,
+    PlanByBudget,
+    PlanByCount,
+    PlanByThreshold,
+    SavePrunedFlux,
+)
 from .record import InternalsReport, RecordInternals
+from .see import AnimateBlockPreviews, DecodeBlockPreviews, TapBlocks
 from .tiny import LoadTinyFlux
 
 
 class FluxPokeExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadTinyFlux, RecordInternals, InternalsReport, Prompts, Counter]
+        return [
+            LoadTinyFlux,
+            RecordInternals,
+            InternalsReport,
+            RecordHiddenStates,
+            PlanByCount,
+            PlanByThreshold,
+            PlanByBudget,
+            LoadPrunedFlux,
+            SavePrunedFlux,
+            LoadPrunedCheckpoint,
+            LoadPrunedLora,
+            TapBlocks,
+            DecodeBlockPreviews,
+            AnimateBlockPreviews,
+            Compare,
+            Prompts,
+            Counter,
+        ]

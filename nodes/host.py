@@ -6,9 +6,10 @@ model that was passed in, and every other clone of it, is never touched.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,11 @@ import torch
 from comfy.cli_args import args as host_options
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
+from PIL import Image
 from server import PromptServer
 from torch import Tensor, nn
 
+from ..analysis.decoding import Decode, to_picture
 from ..analysis.recording import TokenMask
 from ..errors import UserError
 from ..flux.fingerprint import Fingerprint, row_scale
@@ -36,25 +39,34 @@ CATEGORY = "flux-poke"
 FOLDER = "flux_poke"
 
 
+def output_folder() -> Path:
+    """`<ComfyUI output>/flux_poke`, which every node writes to."""
+    return (Path(folder_paths.get_output_directory()) / FOLDER).resolve()
+
+
 def output_path(name: str, suffix: str = "") -> Path:
     """The file or folder called `name` in `<ComfyUI output>/flux_poke`; `suffix` is added where it lacks one.
 
     Raises `UserError` where the name would leave that folder (`..`, absolute, through a symlink).
     """
-    root = (Path(folder_paths.get_output_directory()) / FOLDER).resolve()
-    path = root / name.strip()
-    if suffix and path.suffix != suffix:
-        path = path.with_name(path.name + suffix)
-    if not name.strip() or path.is_symlink() or root not in path.resolve().parents:
-        raise UserError(f"'{name}' is no name inside {root}: expected a plain file name, such as 'internals{suffix}'.")
-    return path
+    return inside(output_folder(), name, suffix)
 
 
 def input_path(name: str) -> Path:
     """The file called `name` in ComfyUI's input folder; raises `UserError` where the name would leave it."""
-    root = Path(folder_paths.get_input_directory()).resolve()
-    path = (root / name.strip()).resolve()
-    if root not in path.parents:
+    return inside(Path(folder_paths.get_input_directory()), name)
+
+
+def inside(root: Path, name: str, suffix: str = "") -> Path:
+    """The file or folder called `name` in `root`; `suffix` is added where it lacks one.
+
+    Raises `UserError` where the name would leave `root` (`..`, absolute, through a symlink).
+    """
+    root = root.resolve()
+    path = root / name.strip()
+    if suffix and path.suffix != suffix:
+        path = path.with_name(path.name + suffix)
+    if not name.strip() or path.is_symlink() or root not in path.resolve().parents:
         raise UserError(f"'{name}' is no name inside {root}: expected a plain file name.")
     return path
 
@@ -72,12 +84,88 @@ def say(node_id: str | None, text: str) -> None:
         PromptServer.instance.send_progress_text(text, node_id)
 
 
+def metadata_enabled() -> bool:
+    """Whether files may say how they came about (--disable-metadata)."""
+    return not host_options.disable_metadata
+
+
 def graph_metadata(hidden: Any) -> dict[str, str]:
     """The graph that is running, as the host would put it into a picture; empty with --disable-metadata."""
-    if host_options.disable_metadata:
+    if not metadata_enabled():
         return {}
     found = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
     return {key: json.dumps(found[key]) for key in ("prompt", "workflow") if found.get(key) is not None}
+
+
+def graph_value(hidden: Any, names: Collection[str], default: str = "") -> str:
+    """The text of the nearest input upstream of this node that is called one of `names`; negative prompts are left out.
+
+    What is only known while the graph runs (a text that comes out of another node) is not found.
+    """
+    graph: Mapping[str, Any] = hidden.prompt or {}
+    waiting, seen = [hidden.unique_id], {hidden.unique_id}
+    while waiting:
+        inputs = graph.get(waiting.pop(0), {}).get("inputs", {})
+        for name in names:
+            if isinstance(inputs.get(name), str):
+                return inputs[name]
+        sources = [value[0] for name, value in inputs.items() if isinstance(value, list) and name != "negative"]
+        waiting += [source for source in dict.fromkeys(sources) if source not in seen]
+        seen |= set(sources)
+    return default
+
+
+def output_file(path: Path) -> dict[str, str]:
+    """A file in ComfyUI's output folder as its API names it: what a node's `ui` lists, and what /view serves."""
+    folder = path.parent.relative_to(Path(folder_paths.get_output_directory()).resolve())
+    return {"filename": path.name, "subfolder": folder.as_posix(), "type": "output"}
+
+
+def temporary_folder() -> Path:
+    """A folder that the host empties whenever it starts."""
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+class PictureProgress:
+    """Progress on the node that runs, with the newest picture; raises where the user has pressed Cancel."""
+
+    def __init__(self) -> None:
+        self._bar = comfy.utils.ProgressBar(1)
+
+    def __call__(self, done: int, total: int, picture: Image.Image) -> None:
+        self._bar.update_absolute(done, total, ("JPEG", picture, 512))
+
+    def end(self, picture: Image.Image) -> None:
+        """Shows `picture` in full: the page prefers the last one of these to the pictures that a node gives."""
+        self._bar.update_absolute(self._bar.total, preview=("JPEG", picture, max(picture.size)))
+
+
+def count_progress() -> Callable[[int, int, Image.Image], None]:
+    """As `PictureProgress`, without the pictures."""
+    bar = comfy.utils.ProgressBar(1)
+    return lambda done, total, picture: bar.update_absolute(done, total)
+
+
+def decoder(vae: Any) -> Decode:
+    """The VAE as a function of latents; it decodes as many at a time as memory allows."""
+    return lambda latents: vae.decode(latents).movedim(-1, 1)
+
+
+def batch_of(value: Any) -> Tensor:
+    """An IMAGE or a LATENT as [batch, channels, height, width]."""
+    return value["samples"] if isinstance(value, Mapping) else value[..., :3].movedim(-1, 1)
+
+
+def to_pictures(image: Tensor) -> list[Image.Image]:
+    """An IMAGE [batch, height, width, channels] as pictures."""
+    return [to_picture(one[..., :3].movedim(-1, 0)) for one in image]
+
+
+def to_images(pictures: Iterable[Image.Image]) -> Tensor:
+    """Pictures of one size as the host's IMAGE [batch, height, width, 3] float."""
+    return torch.cat([to_image(np.array(picture.convert("RGB"))) for picture in pictures])
 
 
 def to_image(pixels: np.ndarray) -> Tensor:
@@ -111,7 +199,7 @@ def fingerprint(model: ModelPatcher) -> Fingerprint:
         return stored[index].cpu()
 
     def scale(key: str, index: int) -> float:
-        quantised = weight(key)
+        quantised: Any = weight(key)
         return row_scale(quantised._params.scale, index, key) if hasattr(quantised, "_qdata") else 1.0
 
     return Fingerprint.of({canonical_key(key): shape for key, shape in shapes.items()}, row, scale)
@@ -125,17 +213,45 @@ class ModelCall:
         model: the transformer, with the checkpoint's module names.
         x: latents [batch, channels, height, width], as the sampler holds them.
         sigma: noise levels [batch].
+        sigmas: noise levels of the whole run [steps + 1].
         context: text [batch, words, width].
         conditional: for each row of the batch; False for those of the negative prompt (CFG).
+        images: how many images are drawn; the batch has so many rows for each prompt.
         references: latents of reference pictures, whose tokens follow those of the image.
+        guidance: what distilled guidance is told, where it is told anything.
+        seed: the sampler's.
+        again: makes the same call once more, unwatched; the denoised latents.
     """
 
     model: nn.Module
     x: Tensor
     sigma: Tensor
+    sigmas: Tensor
     context: Tensor
     conditional: tuple[bool, ...]
+    images: int
     references: tuple[Tensor, ...]
+    guidance: float | None
+    seed: int | None
+    again: Callable[[], Tensor]
+
+    def velocity(self) -> Tensor:
+        """Runs the model once more on the same input: noise minus image, as x."""
+        sigma = self.sigma.view(-1, *(1,) * (self.x.ndim - 1))
+        return (self.x - self.again()) / sigma
+
+    @property
+    def step(self) -> int:
+        """Which of the run's steps this is, from 0."""
+        return max(int((self.sigmas[:-1] >= self.sigma.max().to(self.sigmas.device)).sum()) - 1, 0)
+
+    @property
+    def positive_rows(self) -> slice | None:
+        """The rows of the first positive prompt, one for each image; None where the call is for negative ones alone (CFG)."""
+        if True not in self.conditional:
+            return None
+        first = self.conditional.index(True)
+        return slice(first, first + self.images)
 
     def mask(self, layout: Layout, ignore_padding: bool, positive_only: bool) -> TokenMask:
         """Which tokens count: reference tokens and padding left out by `ignore_padding`, negative rows by `positive_only`.
@@ -180,25 +296,28 @@ class SamplingWatcher(Protocol):
 
 def sampling_clone(model: ModelPatcher, start: Callable[[], SamplingWatcher]) -> ModelPatcher:
     """A clone of MODEL whose every sampling run is watched by what `start()` returns; `model` itself is left alone."""
-    running: list[SamplingWatcher] = []
+    running: list[tuple[SamplingWatcher, int | None]] = []
 
     def around_sampling(executor, *args, **kwargs):
         watcher = start()
-        running.append(watcher)
+        run = watcher, inspect.signature(executor.original).bind(*args, **kwargs).arguments.get("seed")
+        running.append(run)
         try:
             result = executor(*args, **kwargs)
         except BaseException:  # an interrupt is no Exception on every version of the host
             watcher.abandon()
             raise
         finally:
-            running.remove(watcher)
+            running.remove(run)
         watcher.finish()
         return result
 
     def around_call(executor, *args, **kwargs):
         if not running:  # a call outside of sampling, such as a test of memory
             return executor(*args, **kwargs)
-        with running[-1].watching(_model_call(executor.class_obj.diffusion_model, *args, **kwargs)):
+        watcher, seed = running[-1]
+        call = _model_call(executor.class_obj.diffusion_model, seed, lambda: executor(*args, **kwargs), *args, **kwargs)
+        with watcher.watching(call):
             return executor(*args, **kwargs)
 
     clone = model.clone()
@@ -208,9 +327,34 @@ def sampling_clone(model: ModelPatcher, start: Callable[[], SamplingWatcher]) ->
 
 
 def _model_call(
-    model: nn.Module, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conditions
+    model: nn.Module,
+    seed: int | None,
+    again: Callable[[], Tensor],
+    x,
+    t,
+    c_concat=None,
+    c_crossattn=None,
+    control=None,
+    transformer_options=None,
+    *,
+    guidance=None,
+    ref_latents=None,
+    **conditions,
 ) -> ModelCall:
     """The arguments of BaseModel.apply_model, named."""
-    parts = (transformer_options or {}).get("cond_or_uncond") or [0]
-    conditional = tuple(part == 0 for part in parts for _ in range(len(x) // len(parts)))
-    return ModelCall(model, x, t, c_crossattn, conditional, tuple(conditions.get("ref_latents") or ()))
+    options = transformer_options
+    parts = options.get("cond_or_uncond") or [0]
+    images = len(x) // len(parts)
+    return ModelCall(
+        model=model,
+        x=x,
+        sigma=t,
+        sigmas=options["sample_sigmas"],
+        context=c_crossattn,
+        conditional=tuple(part == 0 for part in parts for _ in range(images)),
+        images=images,
+        references=tuple(ref_latents or ()),
+        guidance=None if guidance is None else guidance.flatten()[0].item(),
+        seed=seed,
+        again=again,
+    )

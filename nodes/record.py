@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..analysis.internals import Internals, add_to_file, check_file
 from ..analysis.recording import InternalsRecorder
-from ..analysis.report import figure_pixels, internals_figure, internals_table
+from ..analysis.report import figure_pixels, internals_figure, internals_table, internals_title
 from ..errors import UserError
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import Layout
@@ -140,5 +140,5 @@ class InternalsReport(io.ComfyNode):
             )
         recorded = Internals.load(path)
         image, text = host.to_image(figure_pixels(internals_figure(recorded))), internals_table(recorded)
-        host.say(cls.hidden.unique_id, text)
+        host.say(cls.hidden.unique_id, internals_title(recorded))
         return io.NodeOutput(image, text, ui=ui.PreviewImage(image, cls=cls))

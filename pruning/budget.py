@@ -14,18 +14,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from ..errors import UserError
 from ..flux.layout import Layout, Site
 from .dense import Dense
 from .plan import PruningPlan, from_rankings
 from .scores import Ranking
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -98,12 +97,11 @@ class BudgetCurve:
 
     def figure(self, plan: PruningPlan | None = None, bytes_per_parameter: int = 2) -> Figure:
         """Memory saved (GB at `bytes_per_parameter`) against predicted error; `plan` is marked on it."""
-        from matplotlib.figure import Figure
-
         saved = torch.tensor([0.0, *(step.parameters for step in self.steps)], dtype=torch.float64).cumsum(0)
         error = torch.tensor([0.0, *(step.error for step in self.steps)], dtype=torch.float64).cumsum(0)
         size, unit = (1e9, "GB") if saved[-1] * bytes_per_parameter >= 1e8 else (1e6, "MB")
-        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure = Figure(figsize=(8, 5), layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
         axes = figure.subplots()
         memory = saved * bytes_per_parameter / size
         axes.plot(memory[1:], error[1:], color="tab:blue")

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -237,6 +239,23 @@ def from_rankings(
     return PruningPlan(
         dense.layout.family, dense.fingerprint, kept, widths, score, made, predicted_errors(rankings, kept), velocity_error
     )
+
+
+def plan_figure(plan: PruningPlan) -> Figure:
+    """Kept and cut neurons of every MLP, side by side."""
+    names = sorted(plan.widths, key=site_order)
+    cut = [plan.cut.get(name, 0) for name in names]
+    kept = [plan.widths[name] - gone for name, gone in zip(names, cut, strict=True)]
+    figure = Figure(figsize=(8, max(3.0, 0.17 * len(names) + 1.4)), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.barh(names, kept, color="#4c5b8c", label="kept")
+    axes.barh(names, cut, left=kept, color="#d9d4c8", label="cut")
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=max(5, min(9, 400 / len(names))))
+    axes.set(title=f"{plan.neurons[0]:,} of {plan.neurons[1]:,} neurons kept", xlabel="neurons")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
+    return figure
 
 
 def sites_in(layout: Layout, double: Layers = None, single: Layers = None) -> tuple[Site, ...]:

@@ -58,14 +58,16 @@ def record(in_process, tmp_path):
     return run
 
 
-def sample(model, cfg: float = 1.0, sampler: str = "euler", references: bool = False, callback=None) -> torch.Tensor:
+def sample(
+    model, cfg: float = 1.0, sampler: str = "euler", references: bool = False, callback=None, **condition
+) -> torch.Tensor:
     import comfy.sample
 
     channels = model.model.diffusion_model.params.in_channels
     side = 4 if channels == 128 else 8  # 16 image tokens either way
     generator = torch.Generator().manual_seed(1)
     context = torch.randn(1, WORDS, 64, generator=generator)
-    extra = {"pooled_output": torch.randn(1, 64, generator=generator)}
+    extra = {"pooled_output": torch.randn(1, 64, generator=generator), **condition}
     if references:
         extra["reference_latents"] = [torch.randn(1, channels, side, side, generator=generator)]
     noise = torch.randn(2, channels, side, side, generator=generator)
@@ -73,6 +75,23 @@ def sample(model, cfg: float = 1.0, sampler: str = "euler", references: bool = F
         model, noise, STEPS, cfg, sampler, "simple", [[context, extra]], [[-context, dict(extra)]], torch.zeros_like(noise),
         seed=0, callback=callback, disable_pbar=True,
     )  # fmt: skip
+
+
+@pytest.fixture
+def tap(in_process):
+    """`model` with every block tapped, and where its predictions go."""
+    from flux_poke.analysis.blocks import choose_blocks
+    from flux_poke.analysis.previews import BlockTaps, StepChoice, TapRecorder
+    from flux_poke.nodes import host
+    from flux_poke.nodes.see import TappedRun, TappingRun
+
+    def watched(model, steps="all"):
+        layout = host.flux_layout(model)
+        recorder = TapRecorder(layout, choose_blocks("all", layout), StepChoice.parse(steps))
+        tapped = TappedRun(BlockTaps(model.get_model_object("model_sampling").calculate_denoised), layout)
+        return host.sampling_clone(model, lambda: TappingRun(recorder, tapped, None)), tapped
+
+    return watched
 
 
 def tokens(internals) -> dict[str, int]:
@@ -131,6 +150,63 @@ def test_the_model_is_untouched_after_a_run_and_after_a_failure(load, record):
     with pytest.raises(Stopped):
         record(model, callback=stop, name="stopped")
     assert traces(model) == before
+
+
+@pytest.mark.parametrize("references", [False, True], ids=["", "references"])
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize("family", [FLUX1, FLUX2], ids=["flux1", "flux2"])
+def test_the_last_blocks_prediction_is_the_models_own_to_the_bit(load, tap, family, cfg, references):
+    from flux_poke.analysis.previews import Tap
+
+    model, own = load(family), []
+
+    def keep(result):
+        own.append(result["cond_denoised"].clone())
+        return result["denoised"]
+
+    asked = model.clone()
+    asked.set_model_sampler_post_cfg_function(keep)
+    watched, tapped = tap(asked)
+    drawn, taps = sample(watched, cfg=cfg, references=references), tapped.taps
+    last = max(entry.block for entry in taps)
+    assert (last.name, taps.steps, len(taps), taps.images) == ("single-1", (0, 1, 2), 9, 2)
+    for step, expected in enumerate(own):
+        assert torch.equal(taps.latent(Tap(step, last)), expected)
+    assert not torch.equal(taps.latent(Tap(0, min(entry.block for entry in taps))), own[0])
+    assert torch.equal(drawn, sample(model, cfg=cfg, references=references))
+    assert tapped.seed == 0
+    assert tapped.timesteps == pytest.approx(sigmas_of(model))
+
+
+def sigmas_of(model) -> list[float]:
+    import comfy.samplers
+
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS).tolist()
+
+
+def test_taps_leave_no_trace_and_a_run_that_fails_leaves_no_predictions(load, tap):
+    model = load(FLUX2)
+    sample(model)
+    before = traces(model)
+    watched, tapped = tap(model, steps="0, 2")
+    sample(watched, sampler="heun")
+    assert tapped.taps.steps == (0, 2)
+    assert traces(model) == before
+
+    def stop(*_):
+        assert len(tapped.taps) == 3  # those of the step that has just ended, and none of the run before
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(watched, callback=stop)
+    assert len(tapped.taps) == 0
+    assert traces(model) == before
+
+
+def test_guidance_is_that_of_the_prompt(load, tap):
+    watched, tapped = tap(load(FLUX1))
+    sample(watched, guidance=2.25)
+    assert (tapped.guidance, tapped.layout.guidance) == (2.25, True)
 
 
 def test_a_lora_does_not_make_it_another_model(load, in_process):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from flux_poke.analysis.blocks import Block, blocks_of, choose_blocks
-from flux_poke.analysis.lens import ROWS_FORMAT, Lens, LensRecorder, LensRows, fit_lens
+from flux_poke.analysis.hidden_states import HiddenStates, Limit
+from flux_poke.analysis.lens import Lens, LensRecorder, LensRows, fit_lens
 from flux_poke.analysis.previews import BlockTaps, Moment, Tap, TapRecorder
 from flux_poke.errors import UserError
-from flux_poke.files import write_safetensors
+from flux_poke.flux.fingerprint import Fingerprint
 from flux_poke.flux.model import Flux
 from flux_poke.flux.tiny.training import tiny_layout
 from sklearn.linear_model import Ridge
@@ -29,10 +30,14 @@ def call(flux: Flux, batch: int = 2):
     return x, sigma, torch.randn(batch, 5, 32), torch.randn(batch, 32)
 
 
-def rows_of(folder, states: dict[str, Tensor], images: Tensor, family: str = "flux1", name: str = "lens-a") -> LensRows:
-    tensors = {**states, "image": images, "sigma": torch.zeros(len(images))}
-    write_safetensors(folder / f"{name}.safetensors", tensors, {"format": ROWS_FORMAT, "family": family})
-    return LensRows(folder)
+@pytest.fixture
+def store(tmp_path, flux) -> HiddenStates:
+    return HiddenStates.for_model(tmp_path / "hidden", "flux1", Fingerprint.of_tensors(flux.state_dict()))
+
+
+def rows_of(store: HiddenStates, states: dict[str, Tensor], images: Tensor) -> LensRows:
+    store.append("lens", {**states, "image": images, "sigma": torch.zeros(len(images))})
+    return LensRows(store.folder)
 
 
 def related(images: int = 20, tokens: int = 10, hidden: int = 8, noise: float = 0.0) -> tuple[dict[str, Tensor], Tensor]:
@@ -44,7 +49,7 @@ def related(images: int = 20, tokens: int = 10, hidden: int = 8, noise: float = 
     return {"double-0": h, "single-1": y}, torch.arange(images).repeat_interleave(tokens)
 
 
-def test_rows_are_the_same_tokens_after_every_block(flux, tmp_path):
+def test_rows_are_the_same_tokens_after_every_block(flux, store):
     x, sigma, context, vector = call(flux)
     states: dict[str, Tensor] = {}
     for index, block in enumerate(flux.double_blocks):
@@ -54,8 +59,8 @@ def test_rows_are_the_same_tokens_after_every_block(flux, tmp_path):
     recorder = LensRecorder(LAYOUT, tokens=3)
     with recorder.watching(flux, x, sigma, torch.tensor([7, 8])):
         flux(x, sigma, context, vector)
-    recorder.save(tmp_path)
-    rows = LensRows(tmp_path)
+    assert recorder.save(store)
+    rows = LensRows(store.folder)
     assert rows.images.tolist() == [7, 7, 7, 8, 8, 8]
     places = [
         [
@@ -69,30 +74,34 @@ def test_rows_are_the_same_tokens_after_every_block(flux, tmp_path):
     assert len(set(places[0][:3])) == 3
 
 
-def test_runs_add_shards(flux, tmp_path):
+def test_runs_add_shards_until_there_is_no_room(flux, store):
     recorder = LensRecorder(LAYOUT, tokens=4)
     for image in range(2):
         x, sigma, context, vector = call(flux, batch=1)
         with recorder.watching(flux, x, sigma, torch.tensor([image])):
             flux(x, sigma, context, vector)
-        recorder.save(tmp_path)
-    assert recorder.save(tmp_path) is None
-    rows = LensRows(tmp_path)
+        assert recorder.save(store)
+    assert recorder.save(store)  # nothing new
+    x, sigma, context, vector = call(flux, batch=1)
+    with recorder.watching(flux, x, sigma, torch.tensor([2])):
+        flux(x, sigma, context, vector)
+    assert not recorder.save(store, Limit(1e-9))
+    rows = LensRows(store.folder)
     assert sorted(rows.images.tolist()) == [0] * 4 + [1] * 4
     assert {rows[block].shape for block in rows} == {(8, 128)}
 
 
-def test_an_affine_relation_is_found_and_holds_on_new_images(tmp_path):
+def test_an_affine_relation_is_found_and_holds_on_new_images(store):
     states, images = related()
-    lens = fit_lens(rows_of(tmp_path, states, images))
+    lens = fit_lens(rows_of(store, states, images))
     assert lens.errors[FIRST] < 1e-4
     assert lens.raw_errors[FIRST] > 0.5
     torch.testing.assert_close(lens(FIRST, states["double-0"]), states["single-1"], rtol=0.02, atol=0.05)
 
 
-def test_the_fit_is_ridge_regression_of_the_distance_to_the_last_block(tmp_path):
+def test_the_fit_is_ridge_regression_of_the_distance_to_the_last_block(store):
     states, images = related(noise=0.3)
-    lens = fit_lens(rows_of(tmp_path, states, images))
+    lens = fit_lens(rows_of(store, states, images))
     x, y = states["double-0"].double().numpy(), states["single-1"].double().numpy()
     held_out = torch.randperm(20, generator=torch.Generator().manual_seed(0))[:4]
     new = torch.isin(images, held_out).numpy()
@@ -105,10 +114,10 @@ def test_the_fit_is_ridge_regression_of_the_distance_to_the_last_block(tmp_path)
     assert lens.errors[FIRST] == pytest.approx(min(found), rel=0.01)
 
 
-def test_noise_is_not_foretold(tmp_path):
+def test_noise_is_not_foretold(store):
     generator = torch.Generator().manual_seed(2)
     states = {name: torch.randn(200, 8, generator=generator) for name in ("double-0", "single-1")}
-    lens = fit_lens(rows_of(tmp_path, states, torch.arange(20).repeat_interleave(10)))
+    lens = fit_lens(rows_of(store, states, torch.arange(20).repeat_interleave(10)))
     assert 0.9 < lens.errors[FIRST] < 1.3
 
 
@@ -134,29 +143,28 @@ def test_a_lens_that_foretells_the_last_block_makes_every_prediction_the_last_on
     assert torch.equal(taps.latent(Tap(0, LAST)), x - 0.5 * velocity)
 
 
-def test_a_file_gives_back_the_lens(tmp_path):
+def test_a_file_gives_back_the_lens(store, tmp_path):
     states, images = related(noise=0.3)
-    lens = fit_lens(rows_of(tmp_path, states, images))
+    lens = fit_lens(rows_of(store, states, images))
     lens.save(tmp_path / "lens.safetensors")
     again = Lens.load(tmp_path / "lens.safetensors")
     assert (again.errors, again.raw_errors, again.rows, again.images) == (lens.errors, lens.raw_errors, 200, 20)
     assert torch.equal(again(FIRST, states["double-0"]), lens(FIRST, states["double-0"]))
 
 
-def test_other_files_and_rows_are_refused(tmp_path):
+def test_other_files_and_folders_are_refused(store):
     with pytest.raises(UserError, match="holds no lens rows"):
-        LensRows(tmp_path)
-    states, images = related()
-    rows_of(tmp_path, states, images)
+        LensRows(store.folder)
+    with pytest.raises(UserError, match="holds no hidden states"):
+        LensRows(store.folder.parent)
+    rows_of(store, *related())
     with pytest.raises(UserError, match="is no lens"):
-        Lens.load(tmp_path / "lens-a.safetensors")
-    with pytest.raises(UserError, match="different models"):
-        rows_of(tmp_path, states, images, family="flux2", name="lens-b")
+        Lens.load(store.folder / "lens-00000.safetensors")
 
 
-def test_a_lens_of_another_model_and_rows_of_one_image_are_refused(tmp_path):
+def test_a_lens_of_another_model_and_rows_of_one_image_are_refused(store):
     states, images = related()
-    with pytest.raises(UserError, match="of 2 blocks of width 8"):
-        fit_lens(rows_of(tmp_path, states, images)).check_fits(LAYOUT)
     with pytest.raises(UserError, match="at least 2 images"):
-        fit_lens(rows_of(tmp_path, states, torch.zeros_like(images)))
+        fit_lens(rows_of(store, states, torch.zeros_like(images)))
+    with pytest.raises(UserError, match="of 2 blocks of width 8"):
+        fit_lens(rows_of(store, states, images)).check_fits(LAYOUT)

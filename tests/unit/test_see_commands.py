@@ -7,10 +7,12 @@ import csv
 import numpy as np
 import pytest
 import torch
-from flux_poke.analysis.lens import ROWS_FORMAT, Lens
+from flux_poke.analysis.hidden_states import HiddenStates
+from flux_poke.analysis.lens import Lens
 from flux_poke.cli import app
 from flux_poke.errors import UserError
-from flux_poke.files import write_safetensors
+from flux_poke.flux.fingerprint import Fingerprint
+from flux_poke.flux.tiny import TinyFlux
 from PIL import Image, ImageSequence
 from typer.testing import CliRunner
 
@@ -60,7 +62,8 @@ def test_compare_writes_a_row_for_each_variant_and_draws_one(tmp_path):
 def test_lens_fit_writes_the_lens_and_its_picture(tmp_path):
     h = torch.randn(120, 8, generator=torch.Generator().manual_seed(0))
     rows = {"double-0": h, "single-0": 2 * h + 1, "image": torch.arange(12).repeat_interleave(10), "sigma": torch.ones(120)}
-    write_safetensors(tmp_path / "rows" / "lens-0.safetensors", rows, {"format": ROWS_FORMAT, "family": "flux1"})
+    fingerprint = Fingerprint.of_tensors(TinyFlux.load().flux.state_dict())
+    HiddenStates.for_model(tmp_path / "rows", "flux1", fingerprint).append("lens", rows)
     output = run("lens", "fit", tmp_path / "rows", "--out", tmp_path / "lens.safetensors", "--picture", tmp_path / "lens.png")
     assert "120 tokens of 12 images" in output
     (error,) = Lens.load(tmp_path / "lens.safetensors").errors.values()

@@ -16,8 +16,11 @@ import pytest
 from flux_poke.headless.client import ComfyClient
 from flux_poke.headless.server import ComfyServer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
+
+#: What the pack's folder in custom_nodes is called.
+PACK = "flux-poke-under-test"
 
 
 class Host:
@@ -29,8 +32,8 @@ class Host:
         for kind in ("diffusion_models", "loras", "vae"):
             (base / "models" / kind).mkdir(parents=True)
         (base / "input").mkdir()
-        # any name will do for the folder, so it gets one that is no Python identifier
-        (base / "custom_nodes" / "flux poke-under.test").symlink_to(ROOT)
+        # a name that is no Python identifier; with a space or a dot in it ComfyUI would not find the pack's help pages
+        (base / "custom_nodes" / PACK).symlink_to(ROOT)
 
     @property
     def output(self) -> Path:

@@ -1,0 +1,57 @@
+"""Compare: numbers and a picture of how far images or latents are from a reference."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..analysis.metrics import compare, comparison_table, side_by_side, write_comparisons
+from ..analysis.sheets import stacked
+from . import host
+
+ImageOrLatent = [io.Image, io.Latent]
+
+
+class Compare(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FluxPokeCompare",
+            display_name="Compare",
+            category=host.CATEGORY,
+            description="Relative MSE, PSNR and SSIM of images or latents against a reference, and where they differ.",
+            is_output_node=True,
+            inputs=[
+                io.MultiType.Input(
+                    "reference", ImageOrLatent, tooltip="What to compare with: the dense model's images or latents."
+                ),
+                io.MultiType.Input("variant", ImageOrLatent, tooltip="What to compare, of the same kind, size and number."),
+                *(
+                    io.MultiType.Input(
+                        f"variant_{n}", ImageOrLatent, optional=True, tooltip="One more, to compare with the same."
+                    )
+                    for n in (2, 3, 4)
+                ),
+                io.String.Input("names", default="", tooltip="What to call the variants, separated by commas."),
+                io.String.Input(
+                    "file",
+                    default="",
+                    tooltip="Write the table under this name in output/flux_poke, as .csv or .json; empty = do not.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="text"), io.Image.Output(display_name="image")],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        )
+
+    @classmethod
+    def execute(cls, reference, names: str, file: str, **variants) -> io.NodeOutput:
+        goal = host.batch_of(reference)
+        given = {name: host.batch_of(variant) for name, variant in sorted(variants.items()) if variant is not None}
+        titles = [title.strip() for title in names.split(",")] if names.strip() else []
+        titles += [name.replace("_", " ") for name in given][len(titles) :]
+        rows = [compare(images, goal, title) for title, images in zip(titles, given.values(), strict=False)]
+        if file.strip():
+            write_comparisons(host.output_path(file), rows)
+        host.say(cls.hidden.unique_id, "\n".join(f"{row.name}: {row.text}" for row in rows))
+        pictures = [side_by_side(images, goal, title) for title, images in zip(titles, given.values(), strict=False)]
+        image = host.to_images([stacked(pictures)])
+        return io.NodeOutput(comparison_table(rows), image, ui=ui.PreviewImage(image, cls=cls))

@@ -1,0 +1,163 @@
+"""Record Hidden States: samples of what every MLP reads, for repair and retraining, or what every block gives, for a lens."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+
+import torch
+from comfy_api.latest import io
+
+from ..analysis.amplification import AmplificationProbe
+from ..analysis.hidden_states import HiddenStates, Limit
+from ..analysis.lens import LensRecorder
+from ..analysis.row_recording import RowChoice, RowRecorder, RowRun, estimated_bytes, select_sites
+from ..flux.layout import Layout
+from . import host
+from .prune import DEFAULT_FOLDER
+
+
+class RecordHiddenStates(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FluxPokeRecordHiddenStates",
+            display_name="Record Hidden States",
+            category=host.CATEGORY,
+            description="Samples token rows of what every MLP of a FLUX reads while you generate: all that repair needs. Also "
+            "measures how much an error at each MLP moves the picture, for plans by budget. Or samples what a lens is fitted "
+            "on.",
+            inputs=[
+                io.Model.Input("model", tooltip="The FLUX to watch: FLUX.1, FLUX.2 or Chroma. It is not changed."),
+                io.String.Input(
+                    "folder", default=DEFAULT_FOLDER, tooltip="Folder in output/flux_poke; each finished run adds to it."
+                ),
+                io.Combo.Input(
+                    "what",
+                    options=["rows", "lens rows"],
+                    optional=True,
+                    tooltip="rows: what MLPs read, for plans and repair. lens rows: the same image tokens after every block, "
+                    "for `flux-poke lens fit`.",
+                ),
+                io.Combo.Input(
+                    "streams", options=["all", "img", "txt", "single"], tooltip="Which MLPs: image, text, single blocks."
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    tooltip="Steps per image, drawn at random; 0 = 5 % of them, at least one.",
+                ),
+                io.Int.Input("rows", default=64, min=1, max=65536, tooltip="Tokens per MLP, image and step."),
+                io.Float.Input(
+                    "max_gb", default=20.0, min=0.001, max=100000.0, step=0.1, tooltip="Disk space the rows may take."
+                ),
+                io.Combo.Input(
+                    "when_full", options=["thin", "stop"], tooltip="At max_gb: halve every image's share, or take no more."
+                ),
+                io.Float.Input(
+                    "sigma_from", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Only steps of at least this noise level."
+                ),
+                io.Float.Input(
+                    "sigma_to", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Only steps of at most this noise level."
+                ),
+                io.Int.Input(
+                    "probe_steps",
+                    default=4,
+                    min=0,
+                    max=1000,
+                    tooltip="At how many steps of the first run the amplification of every MLP is measured, which plans by "
+                    "budget weigh errors with. Each takes one more model call for every MLP (77 for FLUX.1).",
+                ),
+                io.Int.Input("sample_seed", default=0, min=0, max=2**31 - 1, tooltip="Of the drawn steps and tokens."),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The same model, watched: connect it to the sampler.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, folder, streams, steps, rows, max_gb, when_full, sigma_from, sigma_to, probe_steps, sample_seed, what="rows"
+    ) -> io.NodeOutput:
+        layout = host.flux_layout(model)
+        wanted = ("img", "txt", "single") if streams == "all" else (streams,)
+        sites = select_sites(layout, streams=wanted)
+        choice = RowChoice(rows, steps or None, (sigma_from, sigma_to), sample_seed)
+        store = HiddenStates.for_model(host.output_path(folder), layout.family, host.fingerprint(model))
+        limit, node_id = Limit(max_gb, when_full), cls.hidden.unique_id
+        if what == "lens rows":
+            return io.NodeOutput(host.sampling_clone(model, lambda: LensRun(store, layout, choice, limit, node_id)))
+        recorder = RowRecorder(sites, store, choice, limit)
+        size = estimated_bytes(sites, layout.hidden, choice, 20, 100)
+        host.say(node_id, f"At most {size / 1e9:.3g} GB for 100 images of 20 steps")
+        return io.NodeOutput(host.sampling_clone(model, lambda: RowsRun(recorder, layout, probe_steps, node_id)))
+
+
+class RowsRun:
+    """One sampling run whose rows are recorded; a `host.SamplingWatcher`."""
+
+    def __init__(self, recorder: RowRecorder, layout: Layout, probe_steps: int, node_id: str | None):
+        self.recorder, self.layout, self.node_id = recorder, layout, node_id
+        self.probe = AmplificationProbe(recorder.sites)
+        self.probe_steps = 0 if recorder.store.amplification else probe_steps
+        self.run: RowRun | None = None
+
+    @contextmanager
+    def watching(self, call: host.ModelCall):
+        if self.run is None:
+            self.run = self.recorder.begin(call.sigmas, call.images)
+        steps = len(call.sigmas) - 1
+        if call.step in {number * steps // self.probe_steps for number in range(self.probe_steps)} and call.positive_rows:
+            self.probe.measure(call.model, call.velocity)  # before the hooks: its calls are not to be recorded
+        with ExitStack() as hooks:
+            if call.positive_rows is not None:
+                mask = call.mask(self.layout, ignore_padding=True, positive_only=True)
+                images = [row % call.images for row in range(len(call.x))]
+                hooks.enter_context(self.run.watching(call.model, call.step, mask, images))
+            yield
+
+    def finish(self) -> None:
+        if self.run is None:
+            return
+        self.run.flush()
+        store = self.recorder.store
+        store.add_amplification(self.probe.results())
+        full = ": full, nothing more is taken" if self.recorder.full else ""
+        host.say(self.node_id, f"{store.folder.name}: {store.manifest.images} images, {store.bytes('rows') / 1e9:.3g} GB{full}")
+
+    def abandon(self) -> None:
+        host.say(self.node_id, "The run did not finish: its rows were left out.")
+
+
+class LensRun:
+    """One sampling run whose tokens are recorded after every block; a `host.SamplingWatcher`."""
+
+    def __init__(self, store: HiddenStates, layout: Layout, choice: RowChoice, limit: Limit, node_id: str | None):
+        self.store, self.layout, self.choice, self.limit, self.node_id = store, layout, choice, limit, node_id
+        self.recorder: LensRecorder | None = None
+        self.images = torch.empty(0, dtype=torch.int64)
+        self.steps: frozenset[int] = frozenset()
+
+    @contextmanager
+    def watching(self, call: host.ModelCall):
+        if self.recorder is None:
+            first = self.store.new_images(call.images)
+            self.recorder = LensRecorder(self.layout, self.choice.rows, seed=self.choice.seed + first)
+            self.images = torch.arange(first, first + call.images)
+            self.steps = self.choice.drawn_steps(call.sigmas.tolist(), first)
+        if call.step not in self.steps or call.positive_rows is None:
+            yield
+            return
+        with self.recorder.watching(call.model, call.x, call.sigma, self.images, call.positive_rows):
+            yield
+
+    def finish(self) -> None:
+        full = "" if self.recorder is None or self.recorder.save(self.store, self.limit) else ": full, nothing more is taken"
+        store = self.store
+        host.say(
+            self.node_id,
+            f"{store.folder.name}: {store.manifest.images} images, lens rows of {store.bytes('lens') / 1e9:.3g} GB{full}",
+        )
+
+    def abandon(self) -> None:
+        host.say(self.node_id, "The run did not finish: its rows were left out.")

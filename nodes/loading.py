@@ -1,0 +1,150 @@
+"""Loading a FLUX of any MLP widths through ComfyUI's own detection and memory management.
+
+    model = load_flux(cut, "default")                # a MODEL whose layers have the widths of the tensors
+
+ComfyUI builds its model at the dense widths; each of its linear layers here takes the width of what is loaded into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.ops
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..flux.tiny import FOLDER as TINY_FOLDER
+
+#: What the loaders offer beside the files in models/diffusion_models.
+TINY = "tiny FLUX (ships with the pack)"
+WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2")
+
+
+def checkpoint_names() -> list[str]:
+    """What a loader can be asked for."""
+    return [*folder_paths.get_filename_list("diffusion_models"), TINY]
+
+
+def checkpoint_path(name: str) -> str:
+    """The file of a name from `checkpoint_names`."""
+    if name == TINY:
+        return str(TINY_FOLDER / "flux.safetensors")
+    return folder_paths.get_full_path_or_raise("diffusion_models", name)
+
+
+def checkpoint_folder() -> Path:
+    """Where checkpoints are saved: models/diffusion_models (ComfyUI also looks in others, such as the older models/unet)."""
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths("diffusion_models")]
+    return next((folder for folder in folders if folder.name == "diffusion_models"), folders[-1])
+
+
+def load_flux(tensors: Mapping[str, Tensor], weight_dtype: str, metadata: Mapping[str, str] | None = None) -> ModelPatcher:
+    """A MODEL from a FLUX's tensors (canonical keys), each read when it is needed; `weight_dtype` as UNETLoader's.
+
+    Raises `UserError` where ComfyUI does not know the model.
+    """
+
+    def load(disable_dynamic: bool = False) -> ModelPatcher:
+        return _load(dict(tensors), weight_dtype, dict(metadata or {}), disable_dynamic)
+
+    model = load()
+    # torch.compile and hooked conditioning ask for the model anew.
+    model.cached_patcher_init = (load, ())
+    return model
+
+
+def _load(state: dict[str, Tensor], weight_dtype: str, metadata: dict[str, str], disable_dynamic: bool) -> ModelPatcher:
+    # ComfyUI leaves these to itself where the operations are its own; here they are not.
+    state, metadata = comfy.utils.convert_old_quants(state, "", metadata=metadata)
+    options: dict[str, Any] = {}
+    if weight_dtype != "default":
+        options["dtype"] = torch.float8_e5m2 if weight_dtype == "fp8_e5m2" else torch.float8_e4m3fn
+        options["fp8_optimizations"] = weight_dtype.endswith("fast")
+    options["custom_operations"] = _operations(state, metadata, options)
+    model = comfy.sd.load_diffusion_model_state_dict(state, options, metadata=metadata, **_dynamic(disable_dynamic))
+    if model is None:
+        raise UserError(
+            "ComfyUI does not recognise this FLUX: update ComfyUI, or check that the file loads in Load Diffusion Model."
+        )
+    for block in model.model.diffusion_model.single_blocks:
+        block.mlp_hidden_dim = block.mlp_hidden_dim_first = block.linear1.out_features - 3 * block.linear1.in_features
+    return model
+
+
+def _operations(state: dict[str, Tensor], metadata: dict[str, str], options: dict[str, Any]) -> type:
+    """The operations that ComfyUI would choose, with linear layers of any width."""
+    device = comfy.model_management.get_torch_device()
+    config = comfy.model_detection.model_config_from_unet(state, "", metadata=metadata)
+    if config is None:
+        raise UserError(
+            "ComfyUI does not recognise this FLUX: update ComfyUI, or check that the file loads in Load Diffusion Model."
+        )
+    supported = list(config.supported_inference_dtypes)
+    quantised = getattr(config, "quant_config", None) is not None
+    stored = options.get("dtype") or comfy.model_management.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(state),
+        supported_dtypes=supported,
+        weight_dtype=None if quantised else comfy.utils.weight_dtype(state),
+    )
+    computed = comfy.model_management.unet_manual_cast(None if quantised else stored, device, supported)
+    chosen = comfy.ops.pick_operations(
+        stored, computed, load_device=device, fp8_optimizations=options.get("fp8_optimizations", False), model_config=config
+    )
+    return of_any_width(chosen)
+
+
+def of_any_width(operations: type) -> type:
+    """ComfyUI operations whose linear layers take their width from what is loaded."""
+
+    class Linear(operations.Linear):  # type: ignore[name-defined]
+        in_features: int
+        out_features: int
+
+        def _load_from_state_dict(self, state_dict, prefix, *rest):
+            weight = state_dict.get(f"{prefix}weight")
+            if weight is not None and weight.shape != (self.out_features, self.in_features):
+                self.out_features, self.in_features = weight.shape
+                self._orig_shape = tuple(weight.shape)
+                for name in ("weight", "bias"):
+                    old = getattr(self, name, None)
+                    if old is not None:
+                        shape = weight.shape if name == "weight" else weight.shape[:1]
+                        setattr(self, name, nn.Parameter(torch.empty(shape, dtype=old.dtype, device=old.device), False))
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    return type("AnyWidth", (operations,), {"Linear": Linear})
+
+
+def _dynamic(disable: bool) -> dict[str, bool]:
+    """Older hosts do not know the option."""
+    return {"disable_dynamic": True} if disable else {}
+
+
+def read_tensors(path: str) -> dict[str, Tensor]:
+    """All tensors of a file, as ComfyUI reads files."""
+    return comfy.utils.load_torch_file(path, safe_load=True)
+
+
+def load_lora(model: ModelPatcher, tensors: Mapping[str, Tensor], strength: float) -> ModelPatcher:
+    """A clone of MODEL with a LoRA on it."""
+    return comfy.sd.load_lora_for_models(model, None, dict(tensors), strength, 0.0)[0]
+
+
+def step_progress() -> Callable[[str, int, int], None]:
+    """Progress of work in named steps on the node that runs; raises where the user has pressed Cancel."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def update(name: str, done: int, total: int) -> None:
+        bar.update_absolute(done, total)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    return update

@@ -1,0 +1,425 @@
+"""Plans of what to cut, and loading and saving the smaller FLUX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..analysis.hidden_states import HiddenStates
+from ..analysis.internals import Internals
+from ..analysis.report import figure_pixels
+from ..errors import UserError
+from ..flux.layout import Layout
+from ..pruning.budget import BudgetCurve, by_budget, protected_sites
+from ..pruning.checkpoint import Pruned, save_pruned
+from ..pruning.dense import Dense
+from ..pruning.lora import convert_lora
+from ..pruning.plan import PruningPlan, by_count, by_threshold, plan_figure
+from ..pruning.refit import Fold, RepairReport
+from ..pruning.repair import Repairs
+from ..pruning.scores import SCORES, rank
+from ..pruning.surgery import Cut
+from . import host, loading
+from .record import DEFAULT_FILE, InternalsType
+
+PlanType = io.Custom("PRUNING_PLAN")
+DEFAULT_FOLDER = "hidden_states"
+PRUNED = "flux_poke.pruned"
+REPAIRS = ("none", "bias", "affine")
+
+
+def _checkpoint_input() -> io.Input:
+    return io.Combo.Input(
+        "unet_name",
+        options=loading.checkpoint_names(),
+        tooltip="The dense FLUX that was recorded.",
+    )
+
+
+def _weight_dtype_input() -> io.Input:
+    return io.Combo.Input("weight_dtype", options=list(loading.WEIGHT_DTYPES), tooltip="As in Load Diffusion Model.")
+
+
+def _recordings() -> list[io.Input]:
+    return [
+        io.String.Input(
+            "hidden_states",
+            default=DEFAULT_FOLDER,
+            tooltip="Folder in output/flux_poke that Record Hidden States filled; for the score obs and affine repair.",
+        ),
+        io.String.Input("file", default=DEFAULT_FILE, tooltip="Internals in output/flux_poke, where nothing is connected."),
+        InternalsType.Input("internals", optional=True, tooltip="From Record Internals; or leave open and name the file."),
+    ]
+
+
+def _ranges() -> list[io.Input]:
+    """First and last layers; -1 as the last one stands for the model's last."""
+    return [
+        io.Int.Input("first_layer", default=0, min=0, max=255, tooltip="First double block that may be cut."),
+        io.Int.Input("last_layer", default=-1, min=-1, max=255, tooltip="Last double block that may be cut; -1 = all."),
+        io.Int.Input("first_single", default=0, min=0, max=255, tooltip="First single block that may be cut."),
+        io.Int.Input("last_single", default=-1, min=-1, max=255, tooltip="Last single block that may be cut; -1 = all."),
+    ]
+
+
+def _range(first: int, last: int, depth: int) -> tuple[int, int]:
+    return first, depth - 1 if last < 0 else last
+
+
+def _plan_outputs() -> list[io.Output]:
+    return [
+        PlanType.Output(display_name="plan", tooltip="What to keep; nothing is cut yet."),
+        io.String.Output(display_name="text"),
+        io.Image.Output(display_name="image"),
+    ]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """A dense checkpoint and what was recorded of it, opened only where it is asked for."""
+
+    dense: Dense
+    file: Path
+    folder: Path
+
+    @classmethod
+    def of(cls, unet_name: str, hidden_states: str, file: str, internals: Path | None) -> Sources:
+        dense = Dense.open(loading.checkpoint_path(unet_name))
+        return cls(dense, internals or host.output_path(file, ".safetensors"), host.output_path(hidden_states))
+
+    @property
+    def internals(self) -> Internals:
+        return Internals.load(self.file)
+
+    @property
+    def rows(self) -> HiddenStates:
+        return HiddenStates.open(self.folder)
+
+    def ranked(self, score: str):
+        needs_rows = score == "obs"
+        return rank(
+            score,
+            self.dense,
+            None if needs_rows else self.internals,
+            self.rows if needs_rows else None,
+            progress=loading.step_progress(),
+        )
+
+    def repairs(self, plan: PruningPlan, method: str, fold: bool = False) -> Repairs:
+        """The plan's repairs, computed, and kept in output/flux_poke/repairs for the next time."""
+        found = Repairs(
+            self.dense,
+            plan,
+            method,
+            self.internals if method == "bias" else None,
+            self.rows if method == "affine" else None,
+            host.output_path("repairs"),
+            fold,
+        )
+        found.compute(loading.step_progress())
+        return found
+
+
+def _planned(plan: PruningPlan, name: str, node: type[io.ComfyNode], figure=None) -> io.NodeOutput:
+    """Saves a plan, and shows its table and picture on the node."""
+    path = host.output_path(name, ".safetensors")
+    plan.save(path)
+    text = plan.table()
+    image = host.to_image(figure_pixels(figure if figure is not None else plan_figure(plan)))
+    host.say(node.hidden.unique_id, text)
+    return io.NodeOutput(plan, text, image, ui=ui.PreviewImage(image, cls=node))
+
+
+def _save_as() -> io.Input:
+    return io.String.Input("save_as", default="plan.safetensors", tooltip="The plan is also written to output/flux_poke.")
+
+
+class PlanByCount(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        def cut(stream: str) -> io.Input:
+            return io.Int.Input(f"{stream}_cut", default=0, min=0, max=65535, tooltip=f"Neurons to cut from each {stream} MLP.")
+
+        return io.Schema(
+            node_id="FluxPokePlanByCount",
+            display_name="Plan Pruning by Count",
+            category=host.CATEGORY,
+            description="Cuts the same number of neurons from every MLP of a kind: those that matter least by the score.",
+            is_output_node=True,
+            inputs=[
+                _checkpoint_input(),
+                cut("img"),
+                cut("txt"),
+                cut("single"),
+                io.Combo.Input(
+                    "score",
+                    options=list(SCORES),
+                    default="fluctuation",
+                    tooltip="frequency: as the original. fluctuation: goes with bias repair. obs: with affine, needs rows.",
+                ),
+                *_ranges(),
+                _save_as(),
+                *_recordings(),
+            ],
+            outputs=_plan_outputs(),
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **kwargs) -> float:
+        return float("nan")  # recordings grow while the inputs stay
+
+    @classmethod
+    def execute(
+        cls, unet_name, img_cut, txt_cut, single_cut, score, first_layer, last_layer, first_single, last_single, save_as,
+        hidden_states, file, internals=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        sources = Sources.of(unet_name, hidden_states, file, internals)
+        layout = sources.dense.layout
+        double = _range(first_layer, last_layer, layout.depth)
+        single = _range(first_single, last_single, layout.depth_single)
+        rankings = sources.ranked(score)
+        plan = by_count(sources.dense, rankings, score, img_cut, txt_cut, single_cut, double, single)
+        return _planned(plan, save_as, cls)
+
+
+class PlanByThreshold(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        def threshold(stream: str) -> io.Input:
+            return io.Float.Input(
+                f"{stream}_threshold", default=0.0, min=0.0, max=1e15, step=0.001, tooltip=f"{stream} neurons below it are cut."
+            )
+
+        return io.Schema(
+            node_id="FluxPokePlanByThreshold",
+            display_name="Plan Pruning by Threshold",
+            category=host.CATEGORY,
+            description="Keeps the neurons that fired at least so often, as the original flux-poke did.",
+            is_output_node=True,
+            inputs=[
+                _checkpoint_input(),
+                threshold("img"),
+                threshold("txt"),
+                threshold("single"),
+                io.Combo.Input(
+                    "on",
+                    options=["counts", "rate"],
+                    tooltip="counts: how often in all, grows with every recording. rate: share of tokens, 0 to 1.",
+                ),
+                *_ranges(),
+                _save_as(),
+                *_recordings()[1:],
+            ],
+            outputs=_plan_outputs(),
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **kwargs) -> float:
+        return float("nan")
+
+    @classmethod
+    def execute(
+        cls, unet_name, img_threshold, txt_threshold, single_threshold, on, first_layer, last_layer, first_single, last_single,
+        save_as, file, internals=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        sources = Sources.of(unet_name, DEFAULT_FOLDER, file, internals)
+        layout = sources.dense.layout
+        double = _range(first_layer, last_layer, layout.depth)
+        single = _range(first_single, last_single, layout.depth_single)
+        limits = img_threshold, txt_threshold, single_threshold
+        return _planned(by_threshold(sources.dense, sources.internals, *limits, on, double, single), save_as, cls)
+
+
+class PlanByBudget(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FluxPokePlanByBudget",
+            display_name="Plan Pruning by Budget",
+            category=host.CATEGORY,
+            description="Spreads one budget over all MLPs so that the picture suffers least, and shows memory saved against "
+            "predicted error before anything is cut.",
+            is_output_node=True,
+            inputs=[
+                _checkpoint_input(),
+                io.Combo.Input("budget", options=["share of neurons", "gigabytes"], tooltip="What the amount is."),
+                io.Float.Input(
+                    "amount",
+                    default=0.5,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.01,
+                    tooltip="Share of all MLP neurons to cut (0 to 1), or GB to save at 16 bits a weight.",
+                ),
+                io.Combo.Input(
+                    "score",
+                    options=["obs", "fluctuation", "magnitude"],
+                    tooltip="obs is the best, with affine repair; needs rows.",
+                ),
+                io.Int.Input(
+                    "multiple", default=64, min=1, max=4096, tooltip="Widths are multiples of this, which suits the hardware."
+                ),
+                io.String.Input("protect", default="", tooltip="Layers to leave whole, such as 'double-18, single-0'."),
+                _save_as(),
+                *_recordings(),
+            ],
+            outputs=_plan_outputs(),
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **kwargs) -> float:
+        return float("nan")
+
+    @classmethod
+    def execute(
+        cls, unet_name, budget, amount, score, multiple, protect, save_as, hidden_states, file, internals=None
+    ) -> io.NodeOutput:
+        sources = Sources.of(unet_name, hidden_states, file, internals)
+        rankings = sources.ranked(score)
+        amplification = sources.rows.amplification if score == "obs" else None
+        protected = protected_sites(sources.dense.layout, protect)
+        curve = BudgetCurve.of(sources.dense.layout, rankings, amplification, multiple, protected)
+        share, gigabytes = (amount, None) if budget == "share of neurons" else (None, amount)
+        plan = by_budget(sources.dense, rankings, curve, score, share, gigabytes)
+        return _planned(plan, save_as, cls, curve.figure(plan))
+
+
+class LoadPrunedFlux(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FluxPokeLoadPrunedFlux",
+            display_name="Load Pruned FLUX",
+            category=host.CATEGORY,
+            description="Loads a FLUX without the neurons that a plan cuts, and repairs the rest. The file is not changed.",
+            inputs=[
+                _checkpoint_input(),
+                _weight_dtype_input(),
+                PlanType.Input("plan", tooltip="From a Plan Pruning node."),
+                io.Combo.Input(
+                    "repair",
+                    options=list(REPAIRS),
+                    default="affine",
+                    tooltip="none: cut alone. bias: from internals. affine: from hidden states, best by far; computed once.",
+                ),
+                *_recordings(),
+            ],
+            outputs=[io.Model.Output(), io.String.Output(display_name="masked_count")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, unet_name, weight_dtype, plan, repair, hidden_states, file, internals=None) -> io.NodeOutput:
+        sources = Sources.of(unet_name, hidden_states, file, internals)
+        repairs = sources.repairs(plan, repair)
+        model = loading.load_flux(Cut(sources.dense, plan, repairs), weight_dtype, sources.dense.metadata)
+        folds = {name: repairs[name].fold for name in repairs}
+        model.set_attachments(PRUNED, PrunedModel(sources.dense.layout, plan, folds, repairs.report))
+        host.say(cls.hidden.unique_id, plan.table())
+        return io.NodeOutput(model, plan.masked_count)
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """What a pruned MODEL carries with it, for LoRAs to follow."""
+
+    layout: Layout
+    plan: PruningPlan
+    folds: Mapping[str, Fold]
+    report: Mapping[str, RepairReport]
+
+
+class SavePrunedFlux(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FluxPokeSavePrunedFlux",
+            display_name="Save Pruned FLUX",
+            category=host.CATEGORY,
+            description="Writes the pruned and repaired FLUX to models/diffusion_models: a file that needs no other.",
+            is_output_node=True,
+            inputs=[
+                _checkpoint_input(),
+                PlanType.Input("plan", tooltip="From a Plan Pruning node."),
+                io.Combo.Input("repair", options=list(REPAIRS), default="affine", tooltip="As in Load Pruned FLUX."),
+                io.String.Input("save_as", default="flux-pruned.safetensors", tooltip="Name in models/diffusion_models."),
+                io.Boolean.Input(
+                    "fold",
+                    default=False,
+                    tooltip="Also store what LoRAs need to follow affine repair: a larger file.",
+                ),
+                *_recordings(),
+            ],
+            outputs=[io.String.Output(display_name="unet_name")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, unet_name, plan, repair, save_as, fold, hidden_states, file, internals=None) -> io.NodeOutput:
+        path = host.inside(loading.checkpoint_folder(), save_as, ".safetensors")
+        sources = Sources.of(unet_name, hidden_states, file, internals)
+        if path.resolve() == Path(loading.checkpoint_path(unet_name)).resolve():
+            raise UserError(f"'{save_as}' is the dense model itself: choose another name, it is needed for other plans.")
+        save_pruned(path, Cut(sources.dense, plan, sources.repairs(plan, repair, fold)), fold, loading.step_progress())
+        host.say(cls.hidden.unique_id, f"{path.name}: {path.stat().st_size / 1e9:.3g} GB, {plan.masked_count} neurons cut")
+        return io.NodeOutput(path.name)
+
+
+class LoadPrunedCheckpoint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FluxPokeLoadPrunedCheckpoint",
+            display_name="Load Pruned Checkpoint",
+            category=host.CATEGORY,
+            description="Loads a file that Save Pruned FLUX or `flux-poke prune` wrote. Needs nothing else.",
+            inputs=[
+                io.Combo.Input("unet_name", options=loading.checkpoint_names(), tooltip="A pruned file."),
+                _weight_dtype_input(),
+            ],
+            outputs=[io.Model.Output(), io.String.Output(display_name="masked_count")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, unet_name: str, weight_dtype: str) -> io.NodeOutput:
+        pruned = Pruned.open(loading.checkpoint_path(unet_name))
+        model = loading.load_flux(pruned.tensors, weight_dtype, pruned.metadata)
+        model.set_attachments(PRUNED, PrunedModel(pruned.layout, pruned.plan, pruned.folds, pruned.report))
+        host.say(cls.hidden.unique_id, pruned.plan.table())
+        return io.NodeOutput(model, pruned.plan.masked_count)
+
+
+class LoadPrunedLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FluxPokeLoadPrunedLora",
+            display_name="Load LoRA (pruned FLUX)",
+            category=host.CATEGORY,
+            description="Makes a LoRA of the dense model fit the pruned one, and tells what became of each of its layers.",
+            inputs=[
+                io.Model.Input("model", tooltip="From Load Pruned FLUX or Load Pruned Checkpoint."),
+                io.Combo.Input("lora_name", options=folder_paths.get_filename_list("loras"), tooltip="From models/loras."),
+                io.Float.Input("strength", default=1.0, min=-100.0, max=100.0, step=0.01, tooltip="How strongly it acts."),
+            ],
+            outputs=[io.Model.Output(), io.String.Output(display_name="text")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, lora_name: str, strength: float) -> io.NodeOutput:
+        pruned = model.get_attachment(PRUNED)
+        if pruned is None:
+            raise UserError("This model was not pruned by Flux Poke: use the ordinary Load LoRA for it.")
+        lora = loading.read_tensors(folder_paths.get_full_path_or_raise("loras", lora_name))
+        converted = convert_lora(lora, pruned.layout, pruned.plan, pruned.folds, pruned.report)
+        host.say(cls.hidden.unique_id, converted.table())
+        return io.NodeOutput(loading.load_lora(model, converted.tensors, strength), converted.table())

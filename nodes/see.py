@@ -1,0 +1,288 @@
+"""Tap Blocks, Decode Block Previews and Animate Block Previews."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from comfy_api.latest import io
+from comfy_execution.graph import ExecutionBlocker
+from PIL import Image
+
+from ..analysis.animation import FORMATS, captioned_frames, choose_frames, write_animation
+from ..analysis.blocks import choose_blocks
+from ..analysis.generation import Generation, find_previews, generation_files, write_generations
+from ..analysis.lens import Lens
+from ..analysis.previews import BlockTaps, Moment, StepChoice, TapRecorder
+from ..analysis.sheets import stacked
+from ..flux.layout import FAMILY_NAMES, Layout
+from . import host
+
+BlockTapsType = io.Custom("BLOCK_TAPS")
+
+#: Inputs of loaders and text encoders that say what is drawn with and what.
+MODEL_NAMES = ("unet_name", "ckpt_name", "model_name")
+TEXTS = ("text", "t5xxl", "prompt")
+
+
+@dataclass
+class TappedRun:
+    """What goes from Tap Blocks to Decode Block Previews: predictions, and how they came about, of the latest sampling run."""
+
+    taps: BlockTaps
+    layout: Layout
+    timesteps: tuple[float, ...] = field(default=(), init=False)
+    guidance: float | None = field(default=None, init=False)
+    seed: int | None = field(default=None, init=False)
+
+    def generation(self, hidden: Any, prompt: str | None, final: Image.Image) -> Generation:
+        """How `final` came about; model and prompt are read from the graph, unless a prompt is given."""
+        return Generation(
+            model=host.graph_value(hidden, MODEL_NAMES, FAMILY_NAMES[self.layout.family]),
+            prompt=host.graph_value(hidden, TEXTS) if prompt is None else prompt,
+            width=final.width,
+            height=final.height,
+            seed=self.seed,
+            timesteps=self.timesteps,
+            guidance=self.guidance if self.layout.guidance else None,
+        )
+
+
+class TapBlocks(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FluxPokeTapBlocks",
+            display_name="Tap Blocks",
+            category=host.CATEGORY,
+            description="Keeps what the image would be if the model ended after each block, at each step. "
+            "What is drawn is the same with and without.",
+            inputs=[
+                io.Model.Input("model", tooltip="The FLUX to watch: FLUX.1, FLUX.2 or Chroma. It is not changed."),
+                io.String.Input("blocks", default="all", tooltip='"all", or a list such as "double, single 0, single 30-37".'),
+                io.String.Input(
+                    "at_steps", default="all", tooltip='"all", "every 5", or a list such as "0, 4, 10-12"; the first step is 0.'
+                ),
+                io.String.Input(
+                    "lens",
+                    default="",
+                    tooltip="A tuned lens in output/flux_poke, from `flux-poke lens fit`; empty = tokens as they are.",
+                ),
+                io.Float.Input(
+                    "memory_gb",
+                    default=1.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.5,
+                    tooltip="Predictions beyond this wait on disk. At 1024x1024, one block at one step takes 0.0005 GB.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The same model, watched: connect it to the sampler."),
+                BlockTapsType.Output(display_name="block_taps", tooltip="For Decode Block Previews."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, blocks: str, at_steps: str, lens: str, memory_gb: float) -> io.NodeOutput:
+        layout = host.flux_layout(model)
+        tuned = Lens.load(host.output_path(lens, ".safetensors")) if lens.strip() else None
+        if tuned is not None:
+            tuned.check_fits(layout)
+        recorder = TapRecorder(layout, choose_blocks(blocks, layout), StepChoice.parse(at_steps), tuned)
+        taps = BlockTaps(
+            denoise=model.get_model_object("model_sampling").calculate_denoised,
+            to_autoencoder=model.get_model_object("latent_format").process_out,
+            memory_limit=int(memory_gb * 1e9),
+            folder=host.temporary_folder(),
+        )
+        tapped, node_id = TappedRun(taps, layout), cls.hidden.unique_id
+        return io.NodeOutput(host.sampling_clone(model, lambda: TappingRun(recorder, tapped, node_id)), tapped)
+
+
+class TappingRun:
+    """One sampling run being tapped; a `host.SamplingWatcher`."""
+
+    def __init__(self, recorder: TapRecorder, tapped: TappedRun, node_id: str | None):
+        self.recorder, self.tapped, self.node_id = recorder, tapped, node_id
+        tapped.taps.clear()
+
+    @contextmanager
+    def watching(self, call: host.ModelCall):
+        rows, tapped = call.positive_rows, self.tapped
+        if rows is None:
+            yield
+            return
+        tapped.timesteps, tapped.guidance, tapped.seed = tuple(call.sigmas.tolist()), call.guidance, call.seed
+        with self.recorder.watching(call.model, Moment.at(call.x, call.sigma, call.sigmas, rows), tapped.taps):
+            yield
+
+    def finish(self) -> None:
+        taps = self.tapped.taps
+        host.say(self.node_id, f"{len(taps)} block predictions at {len(taps.steps)} of {len(self.tapped.timesteps) - 1} steps")
+
+    def abandon(self) -> None:
+        self.tapped.taps.clear()
+        host.say(self.node_id, "The run did not finish: no block predictions are kept.")
+
+
+class DecodeBlockPreviews(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FluxPokeDecodeBlockPreviews",
+            display_name="Decode Block Previews",
+            category=host.CATEGORY,
+            description="Decodes what every block predicted to pictures, in output/flux_poke/<generation id>, "
+            "and draws them as sheets and in numbers.",
+            is_output_node=True,
+            inputs=[
+                BlockTapsType.Input("block_taps", tooltip="From Tap Blocks."),
+                io.Vae.Input("vae", tooltip="The model's autoencoder."),
+                io.Latent.Input(
+                    "after", tooltip="The sampler's latents: previews are decoded after it, and compared with them."
+                ),
+                io.Combo.Input(
+                    "view",
+                    options=["x0", "euler"],
+                    default="x0",
+                    tooltip="x0: what the block takes the finished image for. euler: where one step by it would lead, "
+                    "which is noise early on.",
+                ),
+                io.Boolean.Input("captions", default=False, tooltip="Write step and block below each preview."),
+                io.Boolean.Input(
+                    "decode", default=True, tooltip="Off: write the predictions' latents in the place of pictures."
+                ),
+                io.Boolean.Input(
+                    "metadata",
+                    default=True,
+                    tooltip="Write how the image came about into the pictures, and this graph into the sheets "
+                    "(never with --disable-metadata).",
+                ),
+                io.Int.Input(
+                    "largest",
+                    default=512,
+                    min=64,
+                    max=8192,
+                    tooltip="Longest side of the pictures in `images`, which are held in memory; files are of full size.",
+                ),
+                io.String.Input(
+                    "prompt",
+                    optional=True,
+                    force_input=True,
+                    tooltip="What to write down as the prompt; by default the nearest text in the graph.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="All previews: by step, double blocks, single blocks."),
+                io.Image.Output(display_name="sheet", tooltip="All previews at a glance: steps across, blocks down."),
+                io.Image.Output(display_name="differences", tooltip="How far each preview is from the final image."),
+                io.Image.Output(display_name="chart", tooltip="Change, direction and error along the blocks."),
+                io.String.Output(
+                    display_name="folder",
+                    is_output_list=True,
+                    tooltip="Names of the folders in output/flux_poke, one for each image of the batch.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        )
+
+    @classmethod
+    def execute(
+        cls, block_taps: TappedRun, vae, after, view, captions, decode, metadata, largest: int, prompt: str | None = None
+    ) -> io.NodeOutput:
+        decoder = host.decoder(vae)
+        finals = host.to_pictures(decoder(after["samples"]).movedim(1, -1))
+        show, previews = host.PictureProgress(), []
+
+        def progress(done: int, total: int, picture: Image.Image) -> None:
+            show(done, total, picture)
+            smaller = picture.copy()
+            smaller.thumbnail((largest, largest), Image.Resampling.LANCZOS)
+            previews.append(smaller)
+
+        folders = write_generations(
+            host.output_folder(),
+            [block_taps.generation(cls.hidden, prompt, final) for final in finals],
+            block_taps.taps,
+            decoder if decode else None,
+            finals,
+            view=view,
+            captions=captions,
+            in_pictures=host.graph_metadata(cls.hidden) if metadata and host.metadata_enabled() else None,
+            progress=progress,
+        )
+        names = [folder.name for folder in folders]
+        host.say(cls.hidden.unique_id, f"{len(block_taps.taps)} predictions in flux_poke/{', '.join(names)}")
+        written = [
+            {"generation_id": folder.name, "subfolder": f"{host.FOLDER}/{folder.name}", "files": generation_files(folder)}
+            for folder in folders
+        ]
+        shown = "sheet.png" if decode else "contributions.png"
+        ui = {"flux_poke": written, "images": [host.output_file(folder / shown) for folder in folders]}
+
+        def drawn(name: str):
+            return host.to_images(Image.open(folder / name) for folder in folders)
+
+        chart = drawn("contributions.png")
+        if not decode:
+            nothing = ExecutionBlocker(None)
+            return io.NodeOutput(nothing, nothing, nothing, chart, [nothing], ui=ui)
+        in_order = [preview for number in range(len(folders)) for preview in previews[number :: len(folders)]]
+        show.end(stacked([Image.open(folder / shown) for folder in folders]))
+        return io.NodeOutput(host.to_images(in_order), drawn("sheet.png"), drawn("differences.png"), chart, names, ui=ui)
+
+
+class AnimateBlockPreviews(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FluxPokeAnimateBlockPreviews",
+            display_name="Animate Block Previews",
+            category=host.CATEGORY,
+            description="Makes a film of decoded block previews: blocks.mp4, .gif or .webp in their folder.",
+            is_output_node=True,
+            inputs=[
+                io.String.Input(
+                    "folder",
+                    default="",
+                    tooltip="From Decode Block Previews, or the name of a folder in output/flux_poke that holds "
+                    "decoded/step_*/double_block_*.jpg.",
+                ),
+                io.Combo.Input("format", options=list(FORMATS), default="mp4", tooltip="What kind of file."),
+                io.Float.Input("fps", default=2.0, min=0.1, max=60.0, step=0.5, tooltip="Frames per second."),
+                io.Combo.Input(
+                    "order",
+                    options=["step", "block"],
+                    default="step",
+                    tooltip="step: all blocks of a step, then the next. block: one block through all steps, then the next.",
+                ),
+                io.Combo.Input("block_type", options=["all", "double", "single"], default="all", tooltip="Which blocks."),
+                io.Int.Input(
+                    "max_blocks", default=0, min=0, max=1000, tooltip="At most so many blocks of each type; 0 = all of them."
+                ),
+                io.Int.Input(
+                    "font_size",
+                    default=24,
+                    min=0,
+                    max=200,
+                    tooltip="Of the captions; 0 leaves them out (as for previews that were decoded with captions).",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="file", tooltip="Its name in ComfyUI's output folder.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, folder: str, format: str, fps: float, order, block_type, max_blocks: int, font_size: int) -> io.NodeOutput:
+        path = host.output_path(folder) / f"blocks.{format}"
+        kind = None if block_type == "all" else block_type
+        frames = choose_frames(find_previews(path.parent), order, kind, max_blocks or None)
+        write_animation(path, captioned_frames(frames, font_size, host.count_progress()), fps)
+        file = host.output_file(path)
+        name = f"{file['subfolder']}/{path.name}"
+        host.say(cls.hidden.unique_id, f"{len(frames)} frames in {name}")
+        written = {"generation_id": path.parent.name, "subfolder": file["subfolder"], "files": [path.name]}
+        return io.NodeOutput(name, ui={"images": [file], "animated": (True,), "flux_poke": [written]})

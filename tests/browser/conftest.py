@@ -1,0 +1,120 @@
+"""Chromium on a real ComfyUI that has this pack.
+
+Skipped where there is no ComfyUI (see ../conftest.py), and where Chromium is neither /usr/bin/chromium nor on the PATH.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from playwright.sync_api import Browser, JSHandle, Page, expect, sync_playwright
+
+WORKFLOWS = Path(__file__).parents[2] / "workflows"
+
+#: Where ComfyUI's page puts what is wrong with a graph: an overlay, in older versions a dialog.
+COMPLAINTS = "[data-testid=error-overlay], [role=dialog]"
+
+#: Milliseconds that anything on the page may take; a busy machine is slow to draw.
+PATIENCE = 60_000
+
+
+class Canvas:
+    """A page with ComfyUI in it, and what a person does there."""
+
+    def __init__(self, page: Page):
+        self.page = page
+
+    def visit(self, address: str) -> None:
+        self.page.goto(f"http://{address}/", wait_until="domcontentloaded")
+        self.page.wait_for_selector("[data-testid=queue-button]")
+        self.page.wait_for_function("() => window.app?.vueAppReady && !document.querySelector('.p-blockui-mask')")
+        self.page.wait_for_timeout(1000)  # a graph of ComfyUI's own is opened first; it would replace what is dropped earlier
+
+    def drop(self, path: Path) -> None:
+        """Opens a file, as if it were dragged onto the page, and waits for its graph."""
+        self.page.evaluate("() => app.graph.clear()")
+        self.page.set_input_files("#comfy-file-input", str(path))
+        self.page.wait_for_function("() => app.graph.nodes.length > 0")
+        self.page.wait_for_timeout(1500)  # what the graph lacks is looked up after it is drawn
+
+    def graph(self) -> dict[str, Any]:
+        """The graph on the canvas in the form that the server gets."""
+        return self.page.evaluate("async () => (await app.graphToPrompt()).output")
+
+    def complaints(self) -> str:
+        """What the page says is wrong; empty if nothing."""
+        return "\n".join(self.page.locator(COMPLAINTS).all_inner_texts())
+
+    def wait_for_complaint(self) -> None:
+        self.page.locator(COMPLAINTS).first.wait_for()
+
+    def node(self, kind: str) -> JSHandle:
+        """The first node of a class."""
+        return self.page.evaluate_handle("kind => app.graph.nodes.find(node => node.type === kind)", kind)
+
+    def write(self, kind: str, widget: str, value: object) -> None:
+        """Puts `value` into a widget of the first node of class `kind`."""
+        self.node(kind).evaluate(
+            "(node, [name, value]) => { node.widgets.find(w => w.name === name).value = value }", [widget, value]
+        )
+
+    def run(self) -> str:
+        """Presses Run and waits for the end; the name of ComfyUI's message of it."""
+        self.page.evaluate(
+            """() => { window.ended = new Promise(ended => {
+                for (const end of ["execution_success", "execution_error", "execution_interrupted"])
+                    app.api.addEventListener(end, () => ended(end), {once: true})
+            }) }"""
+        )
+        self.page.get_by_test_id("queue-button").click()
+        return self.page.evaluate("() => window.ended")
+
+    def pictures(self, kind: str) -> list[list[int]]:
+        """Width and height of every picture that the first node of a class shows; waits until there are some."""
+        node = self.node(kind)
+        self.page.wait_for_function("node => node.imgs?.length && node.imgs.every(image => image.naturalWidth)", arg=node)
+        return node.evaluate("node => node.imgs.map(image => [image.naturalWidth, image.naturalHeight])")
+
+    def expect_text(self, text: str) -> None:
+        """Waits until `text` can be seen somewhere on the page."""
+        expect(self.page.get_by_text(text).first).to_be_visible(timeout=PATIENCE)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    names = ("/usr/bin/chromium", "chromium", "chromium-browser", "google-chrome")
+    chromium = next((path for name in names if (path := shutil.which(name))), None)
+    if chromium is None:
+        pytest.skip("no Chromium: neither /usr/bin/chromium nor on the PATH")
+    with sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        with playwright.chromium.launch(executable_path=chromium, args=options) as running:
+            yield running
+
+
+@pytest.fixture(scope="session")
+def models(host) -> None:
+    """An empty file for each model that a workflow names, so that the page misses none."""
+    for path in WORKFLOWS.glob("*.json"):
+        for node in json.loads(path.read_text())["nodes"]:
+            for model in node["properties"].get("models", []):
+                file = host.base / "models" / model["directory"] / model["name"]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.touch()
+
+
+@pytest.fixture
+def canvas(host, browser: Browser, models, server) -> Iterator[Canvas]:
+    """A fresh page."""
+    requests.post(f"http://{server.address}/settings", json={"Comfy.TutorialCompleted": True}, timeout=60).raise_for_status()
+    with browser.new_context(viewport={"width": 1600, "height": 900}) as context:
+        context.set_default_timeout(PATIENCE)
+        canvas = Canvas(context.new_page())
+        canvas.visit(server.address)
+        yield canvas

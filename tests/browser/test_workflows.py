@@ -1,0 +1,110 @@
+"""The shipped workflows on ComfyUI's own page: opened, run, and opened again from what they wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flux_poke.analysis.internals import Internals
+from PIL import Image
+
+WORKFLOWS = Path(__file__).parents[2] / "workflows"
+NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+TRY_IT = WORKFLOWS / "try_it_tiny.json"
+RECORD = "FluxPokeRecordInternals"
+
+
+def untitled(graph: dict[str, Any]) -> dict[str, Any]:
+    return {number: (node["class_type"], node["inputs"]) for number, node in graph.items()}
+
+
+def test_every_workflow_has_an_api_form_and_a_square_thumbnail():
+    assert sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json")) == NAMES
+    for name in NAMES:
+        width, height = Image.open(WORKFLOWS / f"{name}.jpg").size
+        assert width == height == 512, name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workflow_opens_without_complaint_and_is_the_one_for_the_api(canvas, workflow, name: str):
+    canvas.drop(WORKFLOWS / f"{name}.json")
+    assert canvas.complaints() == ""
+    assert untitled(canvas.graph()) == untitled(workflow(name))
+
+
+def test_a_node_that_is_missing_is_complained_about(canvas, tmp_path: Path):
+    """What the test above rests on."""
+    graph = json.loads(TRY_IT.read_text())
+    graph["nodes"][0]["type"] = "FluxPokeNoSuchNode"
+    (tmp_path / "missing.json").write_text(json.dumps(graph))
+    canvas.drop(tmp_path / "missing.json")
+    assert "FluxPokeNoSuchNode" in canvas.complaints()
+
+
+def test_run_draws_pictures_and_shows_what_was_recorded(canvas, host):
+    host.internals.unlink(missing_ok=True)
+    canvas.drop(TRY_IT)
+    assert canvas.run() == "execution_success"
+    canvas.expect_text("tiny.safetensors: 1 run")
+    assert canvas.pictures("SaveImage") == 4 * [[256, 256]]
+    ((width, height),) = canvas.pictures("FluxPokeInternalsReport")
+    assert width > height > 300
+    canvas.expect_text("FLUX.1: 4,096 neurons in 8 MLPs")
+
+    assert canvas.run() == "execution_success"  # with the next seed, which the page has drawn
+    canvas.expect_text("tiny.safetensors: 2 runs")
+    assert Internals.load(host.internals).runs == 2
+
+
+def test_the_sheet_of_all_blocks_takes_the_place_of_the_live_preview(canvas, host):
+    canvas.drop(WORKFLOWS / "see_every_block_tiny.json")
+    canvas.write("FluxPokeTapBlocks", "at_steps", "0, 10, 19")
+    assert canvas.run() == "execution_success"
+    (sheet,) = (host.output / "flux_poke").glob("*/sheet.png")
+    assert canvas.pictures("FluxPokeDecodeBlockPreviews") == [list(Image.open(sheet).size)]
+    canvas.expect_text("18 block predictions at 3 of 20 steps")
+    assert canvas.node("FluxPokeAnimateBlockPreviews").evaluate(
+        "node => node.widgets.some(widget => widget.name.includes('video') || widget.name.includes('animation'))"
+    )
+
+
+def test_a_recording_dropped_on_the_page_brings_its_graph_back(canvas, host):
+    canvas.drop(TRY_IT)
+    canvas.write(RECORD, "file", "dropped")
+    canvas.write("KSampler", "seed", 12)
+    made_with = canvas.graph()
+    assert canvas.run() == "execution_success"
+
+    canvas.drop(host.output / "flux_poke" / "dropped.safetensors")
+    assert canvas.graph() == made_with
+    assert canvas.node("MarkdownNote").evaluate("note => note.widgets[0].value").startswith("1. Press **Run**")
+
+
+def test_what_is_wrong_with_an_input_is_said_in_a_sentence(canvas):
+    canvas.drop(TRY_IT)
+    canvas.write(RECORD, "file", "../x")
+    assert canvas.run() == "execution_error"
+    canvas.wait_for_complaint()
+    if (details := canvas.page.get_by_test_id("error-overlay-see-errors")).count():  # a dialog shows it at once
+        details.click()
+    canvas.expect_text("'../x' is no name inside")
+
+
+def test_the_templates_list_the_workflows_with_their_thumbnails(canvas):
+    canvas.page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    canvas.page.get_by_role("dialog").get_by_text("flux-poke-under-test").first.click()
+    for name in NAMES:
+        card = canvas.page.get_by_test_id(f"template-workflow-{name}")
+        image = card.locator("img").first
+        image.wait_for()
+        assert "default-template" not in image.get_attribute("src")  # ComfyUI's own, where a pack has no picture
+        assert image.evaluate("image => image.decode().then(() => image.naturalWidth)") == 512
+
+
+def test_a_node_shows_its_help_page(canvas):
+    canvas.drop(TRY_IT)
+    canvas.node(RECORD).evaluate("node => app.canvas.selectNode(node)")
+    canvas.page.get_by_test_id("info-button").click()
+    canvas.expect_text("A run that is interrupted or fails adds nothing.")

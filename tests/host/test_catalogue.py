@@ -1,0 +1,74 @@
+"""Every node says what it is: help page, tooltips, names. Fails for a node that was added without them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def ask(server):
+    def get(path: str) -> requests.Response:
+        answer = requests.get(f"http://{server.address}/{path}", timeout=60)
+        answer.raise_for_status()
+        return answer
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def nodes(ask) -> dict[str, dict[str, Any]]:
+    """The nodes of this pack as the server describes them, by id."""
+    return {name: node for name, node in ask("object_info").json().items() if name.startswith("FluxPoke")}
+
+
+@pytest.fixture(scope="module")
+def names(ask) -> dict[str, dict[str, Any]]:
+    """What locales/en/nodeDefs.json says of each node, as the page gets it."""
+    found = ask("i18n").json()["en"]["nodeDefs"]
+    return {name: entry for name, entry in found.items() if name.startswith("FluxPoke")}
+
+
+def inputs(node: dict[str, Any]) -> dict[str, Any]:
+    return {**node["input"].get("required", {}), **node["input"].get("optional", {})}
+
+
+def shown(name: str, entry: dict[str, Any]) -> str:
+    """An input's name as the page shows it."""
+    return entry.get("inputs", {}).get(name, {}).get("name", name)
+
+
+def test_every_node_and_every_input_says_what_it_is_for(nodes):
+    silent = [
+        f"{node}.{name}"
+        for node, described in nodes.items()
+        for name, (_, *options) in inputs(described).items()
+        if not (options and options[0].get("tooltip"))
+    ]
+    assert not silent
+    assert all(node["description"] and node["category"].startswith("flux-poke") for node in nodes.values())
+
+
+def test_every_node_has_a_help_page_that_names_its_inputs_and_outputs(ask, nodes, names):
+    assert sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md")) == sorted(nodes)
+    for name, node in nodes.items():
+        folder = node["python_module"].removeprefix("custom_nodes.")
+        page = ask(f"extensions/{folder}/docs/{name}.md").text
+        assert page.startswith(f"# {node['display_name']}\n")
+        missing = [shown(each, names[name]) for each in inputs(node) if f"**{shown(each, names[name])}**" not in page]
+        missing += [each for each in node["output_name"] if f"**{each}**" not in page]
+        assert not missing, f"{name}.md"
+
+
+def test_the_names_in_the_locale_are_those_of_nodes_and_inputs_that_exist(nodes, names):
+    assert sorted(names) == sorted(nodes)
+    for name, entry in names.items():
+        assert entry["display_name"] == nodes[name]["display_name"]
+        assert set(entry.get("inputs", {})) <= set(inputs(nodes[name]))
+        unreadable = [each for each in inputs(nodes[name]) if "_" in shown(each, entry)]
+        assert not unreadable, f"{name}: give these a name for people in locales/en/nodeDefs.json"

@@ -1,0 +1,218 @@
+"""Planning, cutting, repairing, saving and loading on a real server, with the tiny FLUX."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flux_poke.errors import UserError
+from flux_poke.flux.model import Flux
+from flux_poke.flux.tiny import FOLDER, TinyFlux
+from flux_poke.headless.client import ComfyClient
+from flux_poke.pruning.checkpoint import Pruned
+from flux_poke.pruning.plan import PruningPlan
+from PIL import Image
+from safetensors.torch import save_file
+
+TINY = "tiny FLUX (ships with the pack)"
+RECORDINGS = {"hidden_states": "rows", "file": "counted"}
+ALL_LAYERS = {"first_layer": 0, "last_layer": -1, "first_single": 0, "last_single": -1}
+PROMPTS = ("a three", "the digit 8", "number five", "a handwritten one")
+
+
+def node(kind: str, **inputs) -> dict:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def drawing(model: dict, seed: int = 1, prompt: str = PROMPTS[0], steps: int = 20, batch: int = 4) -> dict:
+    """A graph that draws with what the nodes in `model` load; the last of them gives the MODEL."""
+    source = list(model)[-1]
+    return {
+        "clip": node("FluxPokeLoadTinyFlux"),
+        **model,
+        "text": node("CLIPTextEncode", clip=["clip", 1], text=prompt),
+        "none": node("ConditioningZeroOut", conditioning=["text", 0]),
+        "empty": node("EmptySD3LatentImage", width=64, height=64, batch_size=batch),
+        "sample": node(
+            "KSampler", model=[source, 0], positive=["text", 0], negative=["none", 0], latent_image=["empty", 0], seed=seed,
+            steps=steps, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,
+        ),
+        "decode": node("VAEDecode", samples=["sample", 0], vae=["clip", 2]),
+        "save": node("SaveImage", images=["decode", 0], filename_prefix="flux_poke/pruned"),
+    }  # fmt: skip
+
+
+def pictures(client: ComfyClient, graph: dict) -> np.ndarray:
+    files = client.run(graph).files("images", "save")
+    return np.stack([np.asarray(Image.open(io.BytesIO(client.fetch(file)))) for file in files])
+
+
+@pytest.fixture(scope="module")
+def recorded(server, host) -> Path:
+    """Internals and rows of the tiny FLUX, recorded on the server; the folder they are in."""
+    model = {
+        "tiny": node("FluxPokeLoadTinyFlux"),
+        "count": node("FluxPokeRecordInternals", model=["tiny", 0], file="counted", ignore_padding=True, positive_only=False),
+        "rows": node(
+            "FluxPokeRecordHiddenStates", model=["count", 0], folder="rows", streams="all", steps=10, rows=24, max_gb=1.0,
+            when_full="thin", sigma_from=0.0, sigma_to=1.0, probe_steps=4, sample_seed=0,
+        ),
+    }  # fmt: skip
+    with ComfyClient(server.address) as client:
+        for number, prompt in enumerate(PROMPTS):
+            client.run(drawing(model, seed=number, prompt=prompt, batch=8))
+    return host.output / "flux_poke"
+
+
+def by_count(score: str = "fluctuation", cut: int = 128, **options) -> dict:
+    inputs = {"unet_name": TINY, "img_cut": cut, "txt_cut": cut, "single_cut": cut, "score": score, "save_as": "plan"}
+    return node("FluxPokePlanByCount", **{**inputs, **ALL_LAYERS, **RECORDINGS, **options})
+
+
+def by_budget(amount: float = 0.25, **options) -> dict:
+    inputs = {"unet_name": TINY, "budget": "share of neurons", "amount": amount, "score": "obs", "multiple": 32, "protect": ""}
+    return node("FluxPokePlanByBudget", **{**inputs, "save_as": "budget", **RECORDINGS, **options})
+
+
+def load(plan: str = "plan", repair: str = "affine", weight_dtype: str = "default") -> dict:
+    inputs = {"unet_name": TINY, "weight_dtype": weight_dtype, "plan": [plan, 0], "repair": repair}
+    return node("FluxPokeLoadPrunedFlux", **inputs, **RECORDINGS)
+
+
+def dense() -> dict:
+    return {"tiny": node("FluxPokeLoadTinyFlux")}
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a.astype(float) - b.astype(float)).mean())
+
+
+def test_every_kind_of_plan_draws_nearly_what_the_dense_model_draws(client: ComfyClient, recorded: Path):
+    expected = pictures(client, drawing(dense()))
+    threshold = node(
+        "FluxPokePlanByThreshold", unet_name=TINY, img_threshold=0.2, txt_threshold=0.1, single_threshold=0.2, on="rate",
+        save_as="threshold", file="counted", **ALL_LAYERS,
+    )  # fmt: skip
+    cut_blindly = difference(expected, pictures(client, drawing({"plan": by_count("frequency"), "load": load(repair="none")})))
+    for plan in (by_count("obs"), threshold, by_budget()):
+        found = pictures(client, drawing({"plan": plan, "load": load()}))
+        assert difference(expected, found) < cut_blindly / 3
+    assert np.array_equal(expected, pictures(client, drawing(dense())))  # the dense graph beside it is as it was
+
+
+def test_the_host_draws_what_the_reference_transformer_draws_with_the_same_cut(client: ComfyClient, recorded: Path):
+    found = pictures(client, drawing({"plan": by_budget(), "load": load(), "save pruned": node(
+        "FluxPokeSavePrunedFlux", unet_name=TINY, plan=["plan", 0], repair="affine", save_as="saved", fold=False, **RECORDINGS
+    )} | {"again": load()}))  # fmt: skip
+    pruned = Pruned.open(recorded.parents[1] / "models" / "diffusion_models" / "saved.safetensors")
+    tiny = TinyFlux.load()
+    tiny.flux = Flux.load(pruned.tensors, torch.float32)
+    noise = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    images = tiny.autoencoder.decode(tiny.sample([PROMPTS[0]] * 4, noise)).permute(0, 2, 3, 1).numpy() * 255
+    assert difference(found, images) < 1.0
+
+
+def test_the_masked_count_says_how_many_neurons_go(client: ComfyClient, recorded: Path):
+    graph = {"plan": by_count(cut=100, last_layer=0, last_single=1), "load": load(repair="bias")}
+    graph["show"] = node("PreviewAny", source=["load", 1])
+    assert client.run(graph).outputs["show"]["text"] == ["img100_txt100_single200"]
+    plan = PruningPlan.load(recorded / "plan.safetensors")
+    assert plan.cut == {"double-img-0": 100, "double-txt-0": 100, "single-0": 100, "single-1": 100}
+
+
+def test_a_saved_model_draws_the_same_after_a_restart_with_nothing_else_at_hand(
+    client: ComfyClient, host, recorded: Path, tmp_path: Path
+):
+    save = node(
+        "FluxPokeSavePrunedFlux", unet_name=TINY, plan=["plan", 0], repair="affine", save_as="alone", fold=False, **RECORDINGS
+    )
+    expected = pictures(client, drawing({"plan": by_budget(), "save pruned": save, "load": load()}))
+    alone = {"load": node("FluxPokeLoadPrunedCheckpoint", unet_name="alone.safetensors", weight_dtype="default")}
+    with host.start("--output-directory", str(tmp_path)) as other, ComfyClient(other.address) as fresh:
+        assert np.array_equal(expected, pictures(fresh, drawing(alone)))
+
+
+@pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2"])
+def test_fp8_weights_draw_nearly_the_same(client: ComfyClient, recorded: Path, weight_dtype: str):
+    wide = pictures(client, drawing({"plan": by_budget(), "load": load()}))
+    narrow = pictures(client, drawing({"plan": by_budget(), "load": load(weight_dtype=weight_dtype)}))
+    assert 0 < difference(wide, narrow) < 60
+
+
+def test_a_lora_of_the_dense_model_acts_on_the_pruned_one(client: ComfyClient, host, recorded: Path):
+    generator = torch.Generator().manual_seed(0)
+    lora: dict[str, torch.Tensor] = {}
+    for name, (outputs, inputs) in {"double_blocks.1.img_mlp.2": (128, 512), "single_blocks.0.linear1": (896, 128)}.items():
+        lora[f"diffusion_model.{name}.lora_up.weight"] = torch.randn(outputs, 4, generator=generator) * 0.2
+        lora[f"diffusion_model.{name}.lora_down.weight"] = torch.randn(4, inputs, generator=generator) * 0.2
+    save_file(lora, host.base / "models" / "loras" / "style.safetensors")
+    expected = pictures(client, drawing({**dense(), "lora": node(
+        "LoraLoaderModelOnly", model=["tiny", 0], lora_name="style.safetensors", strength_model=1.0
+    )}))  # fmt: skip
+    plain = pictures(client, drawing({"plan": by_count("obs", 64), "load": load()}))
+    fitted = node("FluxPokeLoadPrunedLora", model=["load", 0], lora_name="style.safetensors", strength=1.0)
+    graph = drawing({"plan": by_count("obs", 64), "load": load(), "lora": fitted})
+    result = client.run(graph)
+    assert "2 converted" in result.texts["lora"]
+    found = pictures(client, graph)
+    assert difference(expected, plain) > 5
+    assert difference(expected, found) < difference(expected, plain) / 2
+
+
+def test_the_plan_shows_its_table_and_its_picture_before_anything_is_cut(client: ComfyClient, recorded: Path):
+    result = client.run({"plan": by_budget(0.5)})
+    assert "predicted relative velocity error" in result.texts["plan"]
+    (picture,) = result.files("images", "plan")
+    assert Image.open(io.BytesIO(client.fetch(picture))).size[0] >= 600
+
+
+@pytest.mark.parametrize(
+    ("plan", "sentence"),
+    [
+        (by_count(cut=512), "cut 0 to 511"),
+        (by_count(last_layer=7), "blocks are 0 to 1"),
+        (by_count("obs", hidden_states="nowhere"), "holds no hidden states"),
+        (by_budget(file="counted", amount=0.999), "may go"),
+        (by_budget(protect="double-18"), "no MLP called"),
+    ],
+    ids=["all neurons", "layers", "rows", "budget", "protect"],
+)
+def test_what_cannot_be_planned_is_said_in_a_sentence(client: ComfyClient, recorded: Path, plan: dict, sentence: str):
+    with pytest.raises(UserError, match=sentence):
+        client.run({"plan": plan})
+
+
+def test_too_few_rows_say_how_many_are_needed(client: ComfyClient, recorded: Path):
+    model = {
+        "tiny": node("FluxPokeLoadTinyFlux"),
+        "rows": node(
+            "FluxPokeRecordHiddenStates", model=["tiny", 0], folder="few", streams="all", steps=1, rows=2, max_gb=1.0,
+            when_full="stop", sigma_from=0.0, sigma_to=1.0, probe_steps=0, sample_seed=0,
+        ),
+    }  # fmt: skip
+    client.run(drawing(model))
+    with pytest.raises(UserError, match="at least 512 are needed"):
+        client.run({"plan": by_count("obs", hidden_states="few")})
+
+
+def test_a_plan_for_another_model_is_refused(client: ComfyClient, host, recorded: Path):
+    from safetensors.torch import load_file
+
+    tuned = {key: tensor * 1.01 for key, tensor in load_file(FOLDER / "flux.safetensors").items()}
+    save_file(tuned, host.base / "models" / "diffusion_models" / "tuned.safetensors")
+    graph = {"plan": by_count(), "load": node(
+        "FluxPokeLoadPrunedFlux", unet_name="tuned.safetensors", weight_dtype="default", plan=["plan", 0], repair="none",
+        **RECORDINGS,
+    )}  # fmt: skip
+    graph["show"] = node("PreviewAny", source=["load", 1])
+    with pytest.raises(UserError, match="plan was made for another model"):
+        client.run(graph)
+
+
+def test_a_model_that_is_no_flux_is_refused(client: ComfyClient, host, recorded: Path):
+    save_file({"conv_in.weight": torch.zeros(4, 4)}, host.base / "models" / "diffusion_models" / "other.safetensors")
+    with pytest.raises(UserError, match="not a FLUX checkpoint"):
+        client.run({"plan": by_count(unet_name="other.safetensors")})

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
@@ -45,12 +46,23 @@ def demo(
 
     with progress_bar() as update:
         summary = run_demo(out, seed, update)
-    columns = ("name", "neurons_kept", "parameters", "bytes", "velocity_error", "latent_error", "psnr", "digit_accuracy")
-    table(columns, [[variant[column] for column in columns] for variant in summary["variants"]])
+    columns = ("variant", "neurons", "weights", "MB", "velocity error", "latent error", "PSNR", "read right")
+    table(
+        columns,
+        [
+            [
+                v["name"], v["neurons_kept"], v["parameters"], v["bytes"] / 1e6, v["velocity_error"], v["latent_error"],
+                v["psnr"], f"{v['digit_accuracy']:.1%}",
+            ]
+            for v in summary["variants"]
+        ],
+    )  # fmt: skip
     typer.echo(
-        f"{summary['seconds']} s. Look at {out / 'internals.png'} (what every neuron did) and {out / 'dense.png'} (the digits);"
+        f"{summary['seconds']:.0f} s. Look at variants.png (what each model draws), internals.png (what every neuron did) and "
+        f"budget.png (memory against error) in {out}.\n"
+        f"Next: flux-poke internals show {out / 'internals.safetensors'}\n"
+        f"      flux-poke inspect {out / 'budget-obs-affine.safetensors'}"
     )
-    typer.echo(f"flux-poke internals show {out / 'internals.safetensors'} prints the numbers.")
 
 
 @app.command()
@@ -180,14 +192,12 @@ def animate(
 def compare(
     reference: Annotated[Path, typer.Argument(help="An image, a folder of images, or a .latent: the dense model's.")],
     variants: Annotated[list[Path], typer.Argument(help="What to compare with it, of the same size.")],
-    picture: Annotated[Optional[Path], typer.Option(help="Draw them side by side (one variant).")] = None,  # noqa: UP045
+    picture: Annotated[Optional[Path], typer.Option(help="Draw them side by side.")] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Write the table (.csv or .json).")] = None,  # noqa: UP045
 ) -> None:
     """Relative MSE, PSNR and SSIM of images or latents against a reference."""
     from .analysis import metrics
 
-    if picture and len(variants) > 1:
-        raise UserError(f"--picture shows one variant beside the reference; {len(variants)} were given.")
     goal = metrics.read_images(reference)
     images = [metrics.read_images(variant) for variant in variants]
     rows = [metrics.compare(image, goal, str(variant)) for image, variant in zip(images, variants, strict=True)]
@@ -195,7 +205,8 @@ def compare(
     if out:
         metrics.write_comparisons(out, rows)
     if picture:
-        metrics.side_by_side(images[0], goal, variants[0].name, reference.name).save(picture)
+        named = [replace(row, name=variant.name) for row, variant in zip(rows, variants, strict=True)]
+        metrics.side_by_side(named, images, goal, reference.name).save(picture)
 
 
 @lens_app.command("fit")
@@ -361,10 +372,11 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
 
 def table(columns: tuple[str, ...], rows: list[list[object]]) -> None:
     """Prints a table; numbers short."""
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
-    printed = Table(*(column.replace("_", " ") for column in columns))
+    printed = Table(*(column.replace("_", " ") for column in columns), box=SIMPLE)
     for row in rows:
         printed.add_row(*(_short(value) for value in row))
     Console().print(printed)

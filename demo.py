@@ -183,7 +183,7 @@ def digit_prompt(number: int, half: int) -> str:
 
 def variants_figure(variants: list[Variant], exam: Exam) -> Figure:
     """The same ten drawings by every variant, one row each, with what was measured beside them."""
-    figure = Figure(figsize=(11, 0.95 * len(variants) + 0.5), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(11, 0.85 * len(variants) + 0.2), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     rows = figure.subplots(len(variants), 2, width_ratios=(10, 5), squeeze=False)
     for variant, (picture, text) in zip(variants, rows, strict=True):

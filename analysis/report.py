@@ -59,9 +59,10 @@ def internals_summaries(internals: Internals) -> list[SiteSummary]:
 def internals_title(internals: Internals) -> str:
     """One line: family, neurons, runs, steps."""
     neurons = sum(len(site.fires) for site in internals.sites.values())
+    runs = f"{internals.runs:,} run{'' if internals.runs == 1 else 's'}"
     return (
         f"{FAMILY_NAMES[internals.family]}: {neurons:,} neurons in {len(internals.sites)} MLPs, "
-        f"{internals.runs:,} runs, {internals.steps:,} model calls, last {internals.updated}"
+        f"{runs}, {internals.steps:,} model calls, last {internals.updated}"
     )
 
 

@@ -157,7 +157,7 @@ def test_the_report_is_drawn_after_the_sampler_and_shows_the_table(client: Comfy
     graph["20"] = {"class_type": "PreviewAny", "inputs": {"source": ["9", 1]}}
     result = client.run(graph)
     assert result.executed.index("9") > result.executed.index("6")
-    assert "1 runs" in result.texts["9"]
+    assert "1 run," in result.texts["9"]
     assert "double-txt-1" in result.outputs["20"]["text"][0]
     (picture,) = result.files("images", "9")
     assert Image.open(io.BytesIO(client.fetch(picture))).size[0] > 800

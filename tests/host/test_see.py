@@ -207,8 +207,8 @@ def test_a_lens_fitted_on_recorded_tokens_foretells_the_last_block(client: Comfy
     graph[TAP] = {
         "class_type": "FluxPokeRecordHiddenStates",
         "inputs": {
-            "model": ["1", 0], "folder": "for a lens", "what": "lens rows", "streams": "all", "steps": 6, "rows": 16, "max_gb": 1.0,
-            "when_full": "stop", "sigma_from": 0.0, "sigma_to": 1.0, "probe_steps": 0, "sample_seed": 0,
+            "model": ["1", 0], "folder": "for a lens", "what": "lens rows", "streams": "all", "steps": 6, "rows": 16,
+            "max_gb": 1.0, "when_full": "stop", "sigma_from": 0.0, "sigma_to": 1.0, "probe_steps": 0, "sample_seed": 0,
         },
     }  # fmt: skip
     graph["20"] = {"class_type": "PreviewAny", "inputs": {"source": [SAMPLE, 0]}}

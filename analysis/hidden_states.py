@@ -11,7 +11,8 @@
 A shard is `{kind}-00017.safetensors`. Kind `rows` holds, per site S, `S.x` [n, hidden] (the MLP's input), in single blocks
 `S.attn` [n, hidden] (the attention half of linear2's input), `S.sigma`, `S.image` and `S.step` [n]. `manifest.json` names
 the model, the shards and what is in them, and the amplification that was measured on the way. What the manifest does not
-name is not there.
+name is not there. Kinds `blocks` and `trajectories` are whole model calls, one a shard (`state_recording.py`); the manifest
+tells whose and when.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +39,7 @@ from ..flux.fingerprint import Fingerprint
 FORMAT = "flux-poke hidden states 1"
 MANIFEST = "manifest.json"
 
-Kind = Literal["rows", "blocks", "lens"]
+Kind = Literal["rows", "lens", "blocks", "trajectories"]
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,31 @@ class Limit:
 
 
 @dataclass(frozen=True)
+class Capture:
+    """One row of a recorded model call: its image's number, the step and its sigma, and how the image was asked for."""
+
+    image: int
+    step: int
+    sigma: float
+    prompt: str | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
 class Shard:
-    """One file: its kind, size, rows by site, and how often its rows were halved."""
+    """One file: its kind, size, rows by site, and how often its rows were halved; of a recorded model call, its captures."""
 
     file: str
     kind: Kind
     bytes: int
     rows: Mapping[str, int] = field(default_factory=dict)
     halvings: int = 0
+    captures: tuple[Capture, ...] = ()
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Shard:
+        """Raises `TypeError` where `found` is none."""
+        return cls(**{**found, "captures": tuple(Capture(**capture) for capture in found.get("captures", ()))})
 
 
 @dataclass(frozen=True)
@@ -105,7 +124,7 @@ class Manifest:
                 fingerprint=Fingerprint.from_json(json.dumps(found["model"])),
                 images=int(found["images"]),
                 halvings=int(found["halvings"]),
-                shards=tuple(Shard(**shard) for shard in found["shards"]),
+                shards=tuple(Shard.from_json(shard) for shard in found["shards"]),
                 amplification={name: (float(a), int(n)) for name, (a, n) in found["amplification"].items()},
                 created=found["created"],
                 updated=found["updated"],
@@ -175,12 +194,20 @@ class HiddenStates:
             self.manifest = replace(self.manifest, images=first + count)
         return first
 
-    def append(self, kind: Kind, tensors: Mapping[str, Tensor], limit: Limit | None = None, halvings: int = 0) -> bool:
+    def append(
+        self,
+        kind: Kind,
+        tensors: Mapping[str, Tensor],
+        limit: Limit | None = None,
+        halvings: int = 0,
+        captures: Sequence[Capture] = (),
+    ) -> bool:
         """Adds one shard; False where `limit` leaves no room for it.
 
         Args:
             tensors: as the module says.
             halvings: how often these rows were halved already, of `manifest.halvings`.
+            captures: of a model call, what each of its rows is.
         """
         with self._changing():
             while kind == "rows" and halvings < self.manifest.halvings:
@@ -193,7 +220,7 @@ class HiddenStates:
             if any(len(tensor) for tensor in tensors.values()):
                 numbers = [int(shard.file.removesuffix(".safetensors").rsplit("-", 1)[1]) for shard in self.manifest.shards]
                 name = f"{kind}-{max(numbers, default=-1) + 1:05d}.safetensors"
-                shard = self._write_shard(Shard(name, kind, 0, {}, halvings), tensors)
+                shard = self._write_shard(Shard(name, kind, 0, {}, halvings, tuple(captures)), tensors)
                 self.manifest = replace(self.manifest, shards=(*self.manifest.shards, shard))
         return True
 
@@ -213,8 +240,8 @@ class HiddenStates:
 
     @property
     def digest(self) -> str:
-        """Hexadecimal; changes whenever shards are added or thinned."""
-        shards = [asdict(shard) for shard in self.manifest.shards]
+        """Hexadecimal; changes whenever rows are added or thinned."""
+        shards = [asdict(shard) for shard in self.manifest.shards if shard.kind == "rows"]
         text = json.dumps([self.manifest.created, self.manifest.fingerprint.values, shards])
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -293,6 +320,36 @@ class HiddenStates:
     def _write(self) -> None:
         self.manifest = replace(self.manifest, updated=_now())
         write_text(self.folder / MANIFEST, self.manifest.to_json())
+
+
+class ShardSlices(Mapping[str, Any]):
+    """The tensors of one shard as things to be sliced: `slices["x"][3:4]` reads that row alone."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @cached_property
+    def _file(self):
+        return open_safetensors(self.path)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self[name].get_shape())
+
+    def __getitem__(self, name: str) -> Any:
+        return self._file.get_slice(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

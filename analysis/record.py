@@ -2,6 +2,7 @@
 
 record_prompts(path, prompts, Path("internals.safetensors"))
 record_prompts(path, prompts, Path("internals.safetensors"), rows=RowsTo(Path("hidden_states")))     # and rows beside it
+record_states(path, prompts, "blocks", Path("hidden_states"))
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -19,10 +21,12 @@ from ..flux.fingerprint import Fingerprint
 from ..flux.sampling import FluxTimer, euler
 from ..flux.tiny import TinyFlux
 from .amplification import AmplificationProbe
+from .blocks import choose_blocks
 from .hidden_states import HiddenStates, Limit
 from .internals import Internals, add_to_file
 from .recording import InternalsRecorder
 from .row_recording import RowChoice, RowRecorder
+from .state_recording import StateChoice, StateKind, StateRecorder, places_around
 
 #: At how many steps of the first batch the amplification of every MLP is measured.
 PROBED_STEPS = 10
@@ -86,3 +90,46 @@ def record_prompts(
     if sampled is not None:
         sampled.store.add_amplification(probe.results())
     return add_to_file(out, Internals.new(flux.layout.family, fingerprint, internals.results(), steps=calls))
+
+
+def record_states(
+    checkpoint: Path,
+    prompts: Sequence[str],
+    kind: StateKind,
+    folder: Path,
+    blocks: str = "all",
+    choice: StateChoice | None = None,
+    limit: Limit | None = None,
+    seed: int = 0,
+    steps: int = 20,
+    batch: int = 16,
+    progress: Callable[[str, float], None] | None = None,
+) -> HiddenStates:
+    """Draws every prompt once (image n from seed + n) and keeps whole model calls in `folder`, until `limit` says stop.
+
+    `blocks` as `choose_blocks` takes them. Raises `UserError` where the checkpoint is none of the tiny kind, or the folder is
+    of another model.
+    """
+    tiny = TinyFlux.load(checkpoint)
+    flux = tiny.flux
+    store = HiddenStates.for_model(folder, flux.layout.family, Fingerprint.of_checkpoint(Checkpoint(checkpoint)))
+    places = places_around(choose_blocks(blocks, flux.layout), flux.layout)
+    recorder = StateRecorder(kind, store, choice, limit, places)
+    noise, sigmas = tiny.noise(len(prompts), seed), FluxTimer(steps).sigmas()
+    for start in range(0, len(prompts), batch):
+        if progress:
+            progress(f"drawing {len(prompts)} prompts and keeping {kind}", start / len(prompts))
+        texts = prompts[start : start + batch]
+        context, vector = tiny.words(texts)
+        seeds = range(seed + start, seed + start + len(texts))
+        calls = count()
+        with recorder.run(sigmas, len(texts), texts, seeds) as run, torch.no_grad():
+
+            def velocity(x: Tensor, sigma: Tensor, context=context, vector=vector, run=run, calls=calls) -> Tensor:
+                with run.watching(flux, next(calls)):
+                    return flux(x, sigma, context, vector)
+
+            euler(velocity, noise[start : start + batch], sigmas)
+        if recorder.full:
+            break
+    return store

@@ -55,10 +55,17 @@ class RowChoice:
 
     def drawn_steps(self, sigmas: Sequence[float], image: int) -> frozenset[int]:
         """Steps to record of image number `image`; `sigmas` has one number more than there are steps."""
-        low, high = self.sigmas
-        known = [step for step, sigma in enumerate(sigmas[:-1]) if low <= sigma <= high]
-        count = min(len(known), self.steps if self.steps is not None else max(1, round(STEP_SHARE * (len(sigmas) - 1))))
-        return frozenset(random.Random(f"{self.seed} {image}").sample(known, count))
+        return draw_steps(sigmas, image, self.steps, self.sigmas, self.seed)
+
+
+def draw_steps(
+    sigmas: Sequence[float], image: int, steps: int | None, within: tuple[float, float], seed: int
+) -> frozenset[int]:
+    """`steps` (None = 5 %, at least one) of an image's steps whose sigma lies `within` a range; the same for the same seed."""
+    low, high = within
+    known = [step for step, sigma in enumerate(sigmas[:-1]) if low <= sigma <= high]
+    count = min(len(known), steps if steps is not None else max(1, round(STEP_SHARE * (len(sigmas) - 1))))
+    return frozenset(random.Random(f"{seed} {image}").sample(known, count))
 
 
 def select_sites(

@@ -3,17 +3,24 @@
 points, latents = trajectory(dense, noise, sigmas, context, vector)
 velocity_error(pruned, points)                   # at the dense run's x_t
 relative_error(latents, other_latents)
+
+samples = Trajectories.of(points)                # single images and steps, in memory …
+samples = Trajectories.open(store)               # … or recorded, each read when it is asked for
+point = samples.batch(torch.tensor([3, 14]))
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..flux.sampling import euler
+from .hidden_states import HiddenStates, ShardSlices
 
 #: velocity = model(x, sigma, context, vector, guidance); `flux.model.Flux` is one.
 Model = Callable[..., Tensor]
@@ -30,7 +37,7 @@ class Point:
     guidance: Tensor | None
     velocity: Tensor
 
-    def __getitem__(self, images: slice) -> Point:
+    def __getitem__(self, images: slice | list[int]) -> Point:
         """The same for some images of the batch."""
         parts = (self.x, self.sigma, self.context, self.vector, self.guidance, self.velocity)
         return Point(*(None if part is None else part[images] for part in parts))  # type: ignore[arg-type]
@@ -38,6 +45,11 @@ class Point:
     def run(self, model: Model) -> Tensor:
         """The velocity of another model there."""
         return model(self.x, self.sigma, self.context, self.vector, self.guidance)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Point:
+        """On `device`, numbers in `dtype`."""
+        parts = (self.x, self.sigma, self.context, self.vector, self.guidance, self.velocity)
+        return Point(*(None if part is None else part.to(device, dtype) for part in parts))  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -68,3 +80,60 @@ def relative_error(expected: Tensor, found: Tensor) -> float:
     """|found - expected|² / |expected|²."""
     expected = expected.double()
     return ((found.double() - expected).square().sum() / expected.square().sum()).item()
+
+
+class Trajectories:
+    """Points of one image and step, each read when it is asked for.
+
+    Attributes:
+        image: [samples] number of the image each belongs to, int64.
+        groups: indices of samples that can stand in one batch: their latents and texts have equal shapes.
+    """
+
+    def __init__(self, parts: Sequence[Mapping[str, Any]], shapes: Sequence[tuple], images: Sequence[Tensor]):
+        """`parts` hold `x`, `sigma`, `velocity`, `context` and, where there are such, `vector` and `guidance`, each [n, ...];
+        `shapes` tell which parts go together, `images` [n] the image of each sample."""
+        self.parts = parts
+        self.image = torch.cat([image.long() for image in images])
+        self._place = [(number, row) for number, image in enumerate(images) for row in range(len(image))]
+        starts = torch.tensor([0, *(len(image) for image in images)]).cumsum(0).tolist()
+        by_shape: dict[tuple, list[Tensor]] = {}
+        for number, shape in enumerate(shapes):
+            by_shape.setdefault(shape, []).append(torch.arange(starts[number], starts[number + 1]))
+        self.groups = [torch.cat(group) for group in by_shape.values()]
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    @classmethod
+    def open(cls, store: HiddenStates) -> Trajectories:
+        """What was recorded; raises `UserError` where that is nothing, or edits of reference pictures."""
+        shards = [shard for shard in store.manifest.shards if shard.kind == "trajectories"]
+        if not shards:
+            raise UserError(
+                f"{store.folder} holds no trajectories: record some first (Record Hidden States with what = trajectories, or "
+                "`flux-poke record --hidden-states DIR --what trajectories`)."
+            )
+        parts = [ShardSlices(store.folder / shard.file) for shard in shards]
+        if any(name.startswith("reference") for part in parts for name in part):
+            raise UserError(
+                f"{store.folder} holds edits of reference pictures, which cannot be trained on: record without them."
+            )
+        shapes = [(part.shape("x")[1:], part.shape("context")[1:]) for part in parts]
+        return cls(parts, shapes, [torch.tensor([capture.image for capture in shard.captures]) for shard in shards])
+
+    @classmethod
+    def of(cls, points: Sequence[Point], first_image: int = 0) -> Trajectories:
+        """Of points whose row i is the same image in all of them."""
+        parts = [{name: value for name, value in vars(point).items() if value is not None} for point in points]
+        shapes = [(point.x.shape[1:], point.context.shape[1:]) for point in points]
+        return cls(parts, shapes, [torch.arange(first_image, first_image + len(point.x)) for point in points])
+
+    def batch(self, samples: Tensor) -> Point:
+        """The samples of one group together, float32."""
+        found: dict[str, list[Tensor]] = {"vector": [], "guidance": []}
+        for sample in samples.tolist():
+            number, row = self._place[sample]
+            for name, values in self.parts[number].items():
+                found.setdefault(name, []).append(values[row : row + 1])
+        return Point(**{name: torch.cat(rows).float() if rows else None for name, rows in found.items()})  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ class Cut(Mapping[str, Tensor]):
                 require_plain(dense.tensors, weight)
             up_scale = scale_key(dense.tensors, f"{site.up}.weight")
             for key in (f"{site.up}.weight", f"{site.up}.bias", up_scale):
-                if key is not None and key in dense.tensors and self._dense_shape(key)[:1] == (len_up(site),):
+                if key is not None and key in dense.tensors and shape_of(dense.tensors, key)[:1] == (len_up(site),):
                     self._parts[key] = "up", site
             self._parts[f"{site.down}.weight"] = "down", site
             self._parts[f"{site.down}.bias"] = "bias", site
@@ -88,7 +88,7 @@ class Cut(Mapping[str, Tensor]):
         """Type (in safetensors' words) and shape of a tensor, without making it."""
         tensors = self.dense.tensors
         dtype = tensors.dtype(key) if isinstance(tensors, Checkpoint) else kind_of(tensors[key])[0]
-        shape = self._dense_shape(key)
+        shape = shape_of(tensors, key)
         if key in self._parts:
             part, site = self._parts[key]
             kept = self.plan.kept[site.name]
@@ -98,15 +98,18 @@ class Cut(Mapping[str, Tensor]):
                 shape = (shape[0], len(down_columns(site, kept)))
         return dtype, shape
 
-    def _dense_shape(self, key: str) -> tuple[int, ...]:
-        tensors = self.dense.tensors
-        return tensors.shape(key) if isinstance(tensors, Checkpoint) else tuple(tensors[key].shape)
-
     def _repaired(self, site: Site) -> Repaired:
         """One site's repair; the last one is kept, since its tensors are asked for one after the other."""
         if self._last is None or self._last[0] != site.name:
             self._last = site.name, self.repairs[site.name]
         return self._last[1]
+
+
+def shape_of(tensors: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
+    """The shape of a tensor, without reading or making it where `tensors` knows it otherwise."""
+    if isinstance(tensors, Checkpoint):
+        return tensors.shape(key)
+    return tensors.kind(key)[1] if hasattr(tensors, "kind") else tuple(tensors[key].shape)
 
 
 def taken(stored: Tensor, chosen: Tensor, dim: int) -> Tensor:

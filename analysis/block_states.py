@@ -1,0 +1,135 @@
+"""Reading block states: what went into the blocks of a FLUX, and what came out.
+
+    states = BlockStates.open(folder)                # this program's folders, and the original flux-poke's
+    states.places, states.image, states.groups       # what is there, whose it is, what can stand in one batch
+    state = states.batch(torch.tensor([3, 14]), place=7)
+    state.img, state.txt, state.vec, state.pe
+
+Rows are read when they are asked for. The original's files have `{k}-vec` and `{k}-pe` for every k, and no manifest: each
+row of a file counts as an image of its own there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..flux.fingerprint import Fingerprint
+from .hidden_states import MANIFEST, HiddenStates, ShardSlices
+
+
+@dataclass(frozen=True)
+class State:
+    """What enters a block: img, txt [batch, tokens, hidden], vec [batch, hidden], pe [batch, 1, tokens, head dim / 2, 2, 2]."""
+
+    img: Tensor
+    txt: Tensor
+    vec: Tensor
+    pe: Tensor
+
+    def to(self, device: torch.device | str) -> State:
+        return State(self.img.to(device), self.txt.to(device), self.vec.to(device), self.pe.to(device))
+
+
+class BlockStates:
+    """States by sample (one image at one step) and place.
+
+    Attributes:
+        places: that every file has, ascending. image: [samples] int64. groups: indices of samples of equal shapes.
+        fingerprint: of the model they come from; None in the original's folders.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[ShardSlices], images: Sequence[Tensor], fingerprint: Fingerprint | None):
+        self.folder, self.files, self.fingerprint = folder, list(files), fingerprint
+        self.image = torch.cat(list(images))
+        self.places = sorted(set.intersection(*(_places(file) for file in self.files)))
+        if not self.places:
+            raise UserError(f"The block states in {folder} have no block in common: record the same blocks in one folder.")
+        self._of = [(file, row) for file, image in zip(self.files, images, strict=True) for row in range(len(image))]
+        by_shape: dict[tuple, list[int]] = {}
+        for sample, (file, _) in enumerate(self._of):
+            key = tuple(file.shape(f"{self.places[0]}-{stream}")[1:] for stream in ("img", "txt"))
+            by_shape.setdefault(key, []).append(sample)
+        self.groups = [torch.tensor(samples) for samples in by_shape.values()]
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> BlockStates:
+        """Raises `UserError` where there are no block states in `folder`."""
+        folder = Path(folder)
+        if (folder / MANIFEST).exists():
+            store = HiddenStates.open(folder)
+            shards = [shard for shard in store.manifest.shards if shard.kind == "blocks"]
+            files = [ShardSlices(folder / shard.file) for shard in shards]
+            images = [torch.tensor([capture.image for capture in shard.captures]) for shard in shards]
+            fingerprint: Fingerprint | None = store.manifest.fingerprint
+        else:
+            files = [file for path in sorted(folder.glob("*.safetensors")) if _places(file := ShardSlices(path))]
+            counts = [file.shape(f"{min(_places(file))}-img")[0] for file in files]
+            images = list(torch.arange(sum(counts)).split(counts)) if counts else []
+            fingerprint = None
+        if not files:
+            raise UserError(
+                f"{folder} holds no block states: record some first (Record Hidden States with what = block states, or "
+                "`flux-poke record --hidden-states DIR --what blocks`)."
+            )
+        return cls(folder, files, images, fingerprint)
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal; changes whenever files are added."""
+        files = [(file.path.name, file.path.stat().st_size) for file in self.files]
+        return hashlib.sha256(f"{files}".encode()).hexdigest()
+
+    def require(self, fingerprint: Fingerprint, hidden: int, what: str) -> None:
+        """Raises `UserError` where the states are of another model than the one with `fingerprint`, called `what`."""
+        if self.fingerprint is not None and not self.fingerprint.matches(fingerprint):
+            raise UserError(
+                f"{self.folder} was recorded on another model than {what}: {self.fingerprint.difference(fingerprint)}. "
+                "Choose the folder that belongs to it, or record again."
+            )
+        found = self.files[0].shape(f"{self.places[0]}-img")[-1]
+        if found != hidden:
+            raise UserError(
+                f"The states in {self.folder} are {found} wide, those of {what} {hidden}: they are another model's."
+            )
+
+    def batch(self, samples: Tensor, place: int) -> State:
+        """Samples of one group at `place`, float32; raises `UserError` where that place was not recorded."""
+        img, txt = self.tokens(samples, place)
+        vec, pe = [], []
+        for sample in samples.tolist():
+            file, row = self._of[sample]
+            vec.append(file[f"{place}-vec" if f"{place}-vec" in file else "vec"][row : row + 1])
+            positions = file[f"{place}-pe" if f"{place}-pe" in file else "pe"][:]
+            pe.append(positions.reshape(-1, 1, *positions.shape[-4:])[:1])
+        return State(img, txt, torch.cat(vec).float(), torch.cat(pe).float())
+
+    def tokens(self, samples: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        """img and txt of `batch`."""
+        if place not in self.places:
+            raise UserError(
+                f"{self.folder} holds the states at {_listed(self.places)}, but {place} is needed (what enters block {place}, "
+                f"or leaves block {place - 1}): record more blocks, or choose other layers."
+            )
+        places = [self._of[sample] for sample in samples.tolist()]
+        img, txt = (torch.cat([file[f"{place}-{name}"][row : row + 1] for file, row in places]) for name in ("img", "txt"))
+        return img.float(), txt.float()
+
+
+def _places(file: ShardSlices) -> set[int]:
+    return {int(found[1]) for name in file if (found := re.fullmatch(r"(\d+)-img", name))}
+
+
+def _listed(places: Sequence[int]) -> str:
+    return f"{places[0]} to {places[-1]}" if len(places) == places[-1] - places[0] + 1 else ", ".join(map(str, places))

@@ -1,0 +1,174 @@
+"""Consecutive blocks of a FLUX by themselves, and their training on block states.
+
+    chain = Chain.load(cut, places=range(3, 5))      # double blocks 3 and 4, at whatever widths `cut` has
+    img, txt = chain(states.batch(samples, 3))
+    problem = BlockProblem(chain, states, options)   # against the states at 5, which the dense model left
+
+Places number the blocks as block states do: single blocks count on from the double ones. What is compared is the state
+after the *last* block of the chain.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from ..analysis.block_states import BlockStates, State
+from ..analysis.blocks import blocks_of
+from ..analysis.hidden_states import Rows
+from ..errors import UserError
+from ..flux.layout import Layout, Site, read_layout
+from ..flux.model import DoubleBlock, Modulation, SingleBlock
+from ..pruning.surgery import shape_of
+from ..pruning.weights import full_precision
+from .loop import samples_of, split_images, squared
+from .options import Options
+
+
+class Chain(nn.Module):
+    """Blocks at `places`, under their names in the checkpoint, with the modulations that FLUX.2 shares among blocks."""
+
+    def __init__(self, layout: Layout, places: range):
+        super().__init__()
+        if layout.family == "chroma":
+            raise UserError("Chroma's blocks get their modulation from outside: retrain its MLPs on rows.")
+        self.layout, self.places = layout, places
+        self.double_blocks, self.single_blocks = nn.ModuleDict(), nn.ModuleDict()
+        for block in (blocks_of(layout)[place] for place in places):
+            if block.kind == "double":
+                sites = (layout.site(f"double-{stream}-{block.index}") for stream in ("img", "txt"))
+                self.double_blocks[str(block.index)] = DoubleBlock(layout, *sites)
+            else:
+                self.single_blocks[str(block.index)] = SingleBlock(layout, layout.site(block.name))
+        if layout.family == "flux2":
+            if self.double_blocks:
+                self.double_stream_modulation_img = Modulation(layout.hidden, 6, bias=False)
+                self.double_stream_modulation_txt = Modulation(layout.hidden, 6, bias=False)
+            if self.single_blocks:
+                self.single_stream_modulation = Modulation(layout.hidden, 3, bias=False)
+
+    @classmethod
+    def load(cls, tensors: Mapping[str, Tensor], places: range, device: torch.device | str = "cpu") -> Chain:
+        """The blocks of a checkpoint (canonical keys), float32; no other tensor of it is read."""
+        layout = read_layout({key: shape_of(tensors, key) for key in tensors})
+        with torch.device("meta"):
+            chain = cls(layout, places)
+        chain.load_state_dict({key: _read(tensors, key, device) for key in chain.state_dict()}, assign=True)
+        return chain.eval().requires_grad_(False)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The MLPs in here, in the order they run."""
+        names = {block.name for block in (blocks_of(self.layout)[place] for place in self.places)}
+        return tuple(site for site in self.layout.sites if _block_name(site) in names)
+
+    def forward(self, state: State) -> tuple[Tensor, Tensor]:
+        """img and txt after the last block."""
+        shared, img, txt = self.layout.family == "flux2", state.img, state.txt
+        vec: Tensor | tuple = state.vec
+        if self.double_blocks:
+            if shared:
+                vec = self.double_stream_modulation_img(state.vec), self.double_stream_modulation_txt(state.vec)
+            for block in self.double_blocks.values():
+                img, txt = block(img=img, txt=txt, vec=vec, pe=state.pe)
+        if self.single_blocks:
+            vec = self.single_stream_modulation(state.vec) if shared else state.vec
+            tokens, words = torch.cat((txt, img), dim=1), txt.shape[1]
+            for block in self.single_blocks.values():
+                tokens = block(tokens, vec=vec, pe=state.pe)
+            txt, img = tokens[:, :words], tokens[:, words:]
+        return img, txt
+
+    @torch.no_grad()
+    def rows(self, states: Iterable[tuple[Tensor, State]], each: int) -> dict[str, Rows]:
+        """What every MLP in here reads, by site, bfloat16: at most `each` tokens of every sample, drawn by its number."""
+        found: dict[str, list[Tensor]] = {}
+        with ExitStack() as hooks:
+            seen: dict[str, Tensor] = {}
+            for site in self.sites:
+                for path in (site.up, site.down):
+                    hooks.callback(_seeing(self, path, seen).remove)
+            for samples, state in states:
+                self(state)
+                for site in self.sites:
+                    tokens = _draw(samples, seen[site.up].shape[1], each).to(seen[site.up].device)
+                    found.setdefault(f"{site.name}.x", []).append(_taken(seen[site.up], tokens))
+                    if site.down_column:
+                        attended = seen[site.down][..., : site.down_column]
+                        found.setdefault(f"{site.name}.attn", []).append(_taken(attended, tokens))
+        whole = {name: torch.cat(parts) for name, parts in found.items()}
+        nothing = torch.zeros(0)  # whose rows they are is known by whoever chose the samples
+        return {
+            site.name: Rows(whole[f"{site.name}.x"], whole.get(f"{site.name}.attn"), nothing, nothing, nothing)
+            for site in self.sites
+        }
+
+
+class BlockProblem:
+    """A chain against the states after it, only its MLPs trainable, split by image; a `loop.Problem`.
+
+    `before` are blocks that the states go through first, from `first` on: for training on what retrained layers give.
+    """
+
+    def __init__(self, name: str, chain: Chain, states: BlockStates, options: Options, before: Sequence[Chain] = ()):
+        self.name, self.module, self.states, self.options, self.before = name, chain, states, options, tuple(before)
+        self.first = before[0].places.start if before else chain.places.start
+        self.images = split_images(states.image, options)
+        self.train, self.judge = (samples_of(images, states.image, states.groups) for images in self.images)
+
+    def errors(self, samples: Tensor) -> Tensor:
+        expected = self.states.tokens(samples, self.module.places.stop)
+        found = self.module(self.state(samples))
+        return torch.stack([squared(f, e.to(f.device)) for f, e in zip(found, expected, strict=True)])
+
+    @torch.no_grad()
+    def state(self, samples: Tensor) -> State:
+        """What enters the chain."""
+        state = self.states.batch(samples, self.first).to(self.options.device)
+        for chain in self.before:
+            img, txt = chain(state)
+            state = State(img, txt, state.vec, state.pe)
+        return state
+
+    def inputs(self, groups: Iterable[Tensor]) -> Iterator[tuple[Tensor, State]]:
+        """Samples and what enters the chain, batch by batch."""
+        for group in groups:
+            for samples in group.split(4 * self.options.batch):
+                yield samples, self.state(samples)
+
+
+def _block_name(site: Site) -> str:
+    return f"{'single' if site.stream == 'single' else 'double'}-{site.index}"
+
+
+def _read(tensors: Mapping[str, Tensor], key: str, device: torch.device | str) -> Tensor:
+    """A tensor in float32 that no one else holds."""
+    if key.endswith(".weight"):
+        return full_precision(tensors, key, device).clone()
+    return tensors[key].to(device, torch.float32, copy=True)
+
+
+def _seeing(model: nn.Module, path: str, seen: dict[str, Tensor]):
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen[path] = inputs[0]
+
+    return model.get_submodule(path).register_forward_pre_hook(hook)
+
+
+def _draw(samples: Tensor, tokens: int, each: int) -> Tensor:
+    """Tokens [samples, each or fewer], drawn by each sample's own number."""
+    if each >= tokens:
+        return torch.arange(tokens).expand(len(samples), -1)
+    drawn = []
+    for sample in samples.tolist():
+        seed = int.from_bytes(hashlib.sha256(f"tokens {sample}".encode()).digest()[:7])
+        drawn.append(torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))[:each])
+    return torch.stack(drawn)
+
+
+def _taken(values: Tensor, tokens: Tensor) -> Tensor:
+    return values.gather(1, tokens[..., None].expand(-1, -1, values.shape[-1])).flatten(0, 1).bfloat16()

@@ -1,0 +1,95 @@
+"""How to retrain, as one value: the same for rows, block states and whole models.
+
+Options(layers="0-18", steps=400, learning_rate=1e-3)
+
+Raises `UserError` where a number or a name makes no sense, before any work is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from ..errors import UserError
+
+Method = Literal["closed form", "gradient", "both"]
+Optimizer = Literal["adamw", "adafactor"]
+SaveDtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is: losses are relative to the mean square of what is to be predicted; `seconds_left` is a guess."""
+
+    layer: str
+    step: int
+    steps: int
+    train_loss: float | None
+    held_out_loss: float
+    seconds_left: float
+    layers_done: int = 0
+    layers: int = 1
+
+
+#: Told at every evaluation and a few times a second in between; an exception from it cancels, and finished layers stay.
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """
+    Attributes:
+        method: closed form (least squares, `pruning/refit.py`), gradient, or both: gradient steps from the closed form on.
+        steps, learning_rate, batch: of the gradient; the rate rises over the first tenth and falls to zero along a cosine.
+        eval_every: steps between evaluations on the held-out images. patience: evaluations without progress before it stops.
+        eval_share: of the images that are held out; all tokens of an image are on one side.
+        thickness: consecutive blocks that are trained together against what leaves the last of them.
+        sequential: a layer is trained on what the already retrained layers before it give, not on the dense model's states.
+        save_dtype: of the retrained tensors; 8-bit ones get a scale each.
+        just_evaluate: measure the layers as they start, train and write nothing.
+        mixed_precision: products in bfloat16, weights and their updates in float32.
+        optimizer: adafactor keeps row and column means in place of AdamW's two numbers a weight (Shazeer & Stern 2018).
+        recompute: gradient checkpointing: blocks run twice, their activations are not kept (`distill` only).
+        tensorboard: folder for event files, where wanted; needs the package tensorboard.
+    """
+
+    method: Method = "both"
+    steps: int = 40
+    learning_rate: float = 1e-3
+    batch: int = 8
+    eval_every: int = 20
+    patience: int = 4
+    eval_share: float = 0.2
+    seed: int = 0
+    thickness: int = 1
+    sequential: bool = False
+    save_dtype: SaveDtype = "bfloat16"
+    just_evaluate: bool = False
+    mixed_precision: bool = False
+    device: str = "cpu"
+    optimizer: Optimizer = "adamw"
+    recompute: bool = False
+    tensorboard: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "eval_every", "patience", "thickness"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is at least 1; found {getattr(self, name)}.")
+        if not self.learning_rate > 0:
+            raise UserError(f"The learning rate is above 0; found {self.learning_rate:g}.")
+        if not 0 < self.eval_share <= 0.5:
+            raise UserError(f"The share of images to judge by lies between 0 and 0.5; found {self.eval_share:g}.")
+        for name, kind in (("method", Method), ("optimizer", Optimizer), ("save_dtype", SaveDtype)):
+            if getattr(self, name) not in get_args(kind):
+                raise UserError(f"There is no {name} {getattr(self, name)!r}; there are {', '.join(get_args(kind))}.")
+        if self.sequential and self.thickness > 1:
+            raise UserError("Sequential training goes layer by layer: use it with thickness 1.")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What retrained tensors are saved as."""
+        return getattr(torch, self.save_dtype)

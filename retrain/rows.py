@@ -1,0 +1,82 @@
+"""Training one MLP by itself, on rows of what it reads.
+
+    problem = RowProblem(dense_weights, weights, store, options)
+    fit(problem, held_out_loss(problem, options), options)
+    weights = problem.module.site_weights()
+
+Rows of one MLP are small enough to be held in memory. The goal is the dense MLP's own output, in a single block together with
+what linear2 makes of the attention; the loss is relative to that output's mean square.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..analysis.hidden_states import HiddenStates
+from ..pruning.weights import SiteWeights
+from .loop import samples_of, split_images, squared
+from .options import Options
+
+#: Rows that count as one sample of a batch.
+ROWS_PER_SAMPLE = 64
+
+
+class Neurons(nn.Module):
+    """One MLP with all of its weights trainable."""
+
+    def __init__(self, weights: SiteWeights):
+        super().__init__()
+        self.weights = weights
+        down = weights.down if weights.attn is None else torch.cat((weights.attn, weights.down), dim=1)
+        self.up, self.down = nn.Parameter(weights.up.clone()), nn.Parameter(down.clone())
+        self.up_bias = None if weights.up_bias is None else nn.Parameter(weights.up_bias.clone())
+        self.bias = None if weights.bias is None else nn.Parameter(weights.bias.clone())
+
+    def forward(self, x: Tensor, attn: Tensor | None) -> Tensor:
+        """[n, hidden] for rows x, attn [n, hidden]."""
+        h = F.linear(x, self.up, self.up_bias)
+        if self.weights.site.gated:
+            gate, value = h.chunk(2, dim=-1)
+            h = F.silu(gate) * value
+        else:
+            h = F.gelu(h, approximate="tanh")
+        return F.linear(h if attn is None else torch.cat((attn, h), dim=-1), self.down, self.bias)
+
+    def site_weights(self) -> SiteWeights:
+        """As they are now."""
+        column = self.weights.site.down_column
+        return replace(
+            self.weights,
+            up=self.up.detach(),
+            up_bias=None if self.up_bias is None else self.up_bias.detach(),
+            down=self.down.detach()[:, column:],
+            attn=self.down.detach()[:, :column] if column else None,
+            bias=None if self.bias is None else self.bias.detach(),
+        )
+
+
+class RowProblem:
+    """A cut MLP against the dense one, split by image; a `loop.Problem`."""
+
+    def __init__(self, dense: SiteWeights, weights: SiteWeights, store: HiddenStates, options: Options):
+        self.name, self.options = weights.site.name, options
+        self.dense, self.module = Neurons(dense).requires_grad_(False), Neurons(weights)
+        parts = list(store.rows(self.name))
+        self.x = torch.cat([part.x for part in parts])
+        self.attn = torch.cat([part.attn for part in parts if part.attn is not None]) if parts[0].attn is not None else None
+        self.image = torch.cat([part.image for part in parts])
+        self.images = split_images(self.image, options)
+        everything = [torch.arange(len(self.image))]
+        self.train, self.judge = (samples_of(images, self.image, everything) for images in self.images)
+
+    def errors(self, samples: Tensor) -> Tensor:
+        device = self.module.up.device
+        x = self.x[samples].to(device).float()
+        attn = None if self.attn is None else self.attn[samples].to(device).float()
+        with torch.no_grad():
+            expected = self.dense(x, attn)
+        return squared(self.module(x, attn), expected)[None]

@@ -1,0 +1,139 @@
+"""Training a whole cut model against the dense velocity (retrain/distill.py, retrain/loop.py)."""
+
+import pytest
+import torch
+from flux_poke.analysis.trajectories import Trajectories, trajectory, velocity_error
+from flux_poke.errors import UserError
+from flux_poke.flux.model import Flux
+from flux_poke.pruning.dense import Dense
+from flux_poke.pruning.plan import PruningPlan
+from flux_poke.pruning.surgery import Cut
+from flux_poke.retrain.distill import distill
+from flux_poke.retrain.loop import split_images
+from flux_poke.retrain.options import Options
+
+SIGMAS = torch.linspace(1, 0, 4)
+OPTIONS = Options(steps=40, learning_rate=1e-3, batch=4, eval_every=10, save_dtype="float32")
+
+
+class Drawn:
+    """A small FLUX, half of every MLP cut out of it, and trajectories of ten images."""
+
+    def __init__(self, tensors, family="flux1"):
+        self.dense = Dense.of(tensors(family, depth=1, depth_single=1))
+        self.flux, layout = Flux.load(self.dense.tensors), self.dense.layout
+        widths = {site.name: site.width for site in layout.sites}
+        kept = {name: torch.arange(0, width, 2) for name, width in widths.items()}
+        plan = PruningPlan(family, self.dense.fingerprint, kept, widths, "magnitude", "every other neuron")
+        cut = Cut(self.dense, plan)
+        self.cut = {key: cut[key] for key in cut}
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(10, layout.in_channels // layout.patch**2, 4 * layout.patch, 4, generator=generator)
+        context = torch.randn(10, 5, layout.context, generator=generator)
+        vector = torch.randn(10, layout.vector, generator=generator) if layout.vector else None
+        self.points, _ = trajectory(self.flux, noise, SIGMAS, context, vector)
+        self.samples = Trajectories.of(self.points)
+
+
+@pytest.fixture(scope="module")
+def drawn(tensors) -> Drawn:
+    return Drawn(tensors)
+
+
+def test_samples_are_the_points_and_their_velocities(drawn):
+    point = drawn.samples.batch(torch.tensor([13, 2]))  # image 3 at the second step, image 2 at the first
+    torch.testing.assert_close(point.x, torch.stack((drawn.points[1].x[3], drawn.points[0].x[2])))
+    torch.testing.assert_close(point.velocity, point.run(drawn.flux), atol=1e-5, rtol=1e-4)
+    assert drawn.samples.image[[13, 2]].tolist() == [3, 2]
+
+
+@pytest.mark.parametrize("family", ["flux1", "flux2"])
+def test_distilled_model_is_nearer_to_the_dense_one_on_images_it_was_not_trained_on(tensors, family):
+    drawn = Drawn(tensors, family)
+    found = distill(drawn.cut, drawn.samples, OPTIONS)
+    _, images = split_images(drawn.samples.image, OPTIONS)
+    assert len(images) == 2
+    held_out = [point[sorted(images)] for point in drawn.points]
+    before, after = (velocity_error(Flux.load(tensors), held_out) for tensors in (drawn.cut, {**drawn.cut, **found.tensors}))
+    assert found.before == pytest.approx(before, rel=1e-3)
+    assert found.after == pytest.approx(after, rel=1e-3)
+    assert after < 0.97 * before
+
+
+def test_the_tensors_that_were_given_are_not_touched(drawn):
+    before = {key: tensor.clone() for key, tensor in drawn.cut.items()}
+    distill(drawn.cut, drawn.samples, OPTIONS)
+    assert all(torch.equal(drawn.cut[key], tensor) for key, tensor in before.items())
+
+
+def test_only_mlps_are_changed(drawn):
+    found = distill(drawn.cut, drawn.samples, OPTIONS).tensors
+    layers = ("img_mlp.0", "img_mlp.2", "txt_mlp.0", "txt_mlp.2")
+    double = {f"double_blocks.0.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    single = {f"single_blocks.0.{layer}.{part}" for layer in ("linear1", "linear2") for part in ("weight", "bias")}
+    assert found.keys() == double | single
+    for part in ("weight", "bias"):  # q, k and v stay as they were, bit for bit
+        key = f"single_blocks.0.linear1.{part}"
+        assert torch.equal(found[key][: 3 * 128], drawn.cut[key][: 3 * 128])
+        assert not torch.equal(found[key][3 * 128 :], drawn.cut[key][3 * 128 :])
+
+
+def test_recomputing_activations_changes_nothing_but_the_memory(drawn):
+    one, other = (
+        distill(drawn.cut, drawn.samples, Options(steps=3, batch=4, save_dtype="float32", recompute=recompute)).tensors
+        for recompute in (False, True)
+    )
+    for key, tensor in one.items():
+        torch.testing.assert_close(other[key], tensor)
+
+
+def test_a_training_that_only_does_harm_gives_back_what_it_began_with(drawn):
+    found = distill(drawn.cut, drawn.samples, Options(steps=2, learning_rate=30.0, eval_every=1, save_dtype="float32"))
+    assert found.after == pytest.approx(found.before)
+    for key, tensor in found.tensors.items():
+        assert torch.equal(tensor, drawn.cut[key])
+
+
+def test_a_training_that_was_cut_off_goes_on_bit_for_bit(drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr("flux_poke.retrain.loop.SAVE_EVERY", 0.0)
+
+    class Stop(Exception):
+        pass
+
+    def stop(progress):
+        if progress.step >= 20:
+            raise Stop
+
+    whole = distill(drawn.cut, drawn.samples, OPTIONS).tensors
+    saved = tmp_path / "state.safetensors"
+    with pytest.raises(Stop):
+        distill(drawn.cut, drawn.samples, OPTIONS, saved, stop)
+    assert saved.exists()
+    steps = []
+    rest = distill(drawn.cut, drawn.samples, OPTIONS, saved, lambda progress: steps.append(progress.step)).tensors
+    assert min(steps) > 0
+    assert not saved.exists()
+    assert all(torch.equal(rest[key], tensor) for key, tensor in whole.items())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0},
+        {"learning_rate": 0.0},
+        {"method": "magic"},
+        {"save_dtype": "int8"},
+        {"eval_share": 0.9},
+        {"optimizer": "sgd"},
+        {"sequential": True, "thickness": 2},
+    ],
+)
+def test_options_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(UserError):
+        Options(**wrong)
+
+
+def test_one_image_is_too_few(drawn):
+    alone = Trajectories.of([point[:1] for point in drawn.points])
+    with pytest.raises(UserError, match="at least 2"):
+        distill(drawn.cut, alone, OPTIONS)

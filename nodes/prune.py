@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,8 +116,8 @@ class Sources:
         )
 
     def repairs(self, plan: PruningPlan, method: str, fold: bool = False) -> Repairs:
-        """The plan's repairs, computed, and kept in output/flux_poke/repairs for the next time."""
-        found = Repairs(
+        """The plan's repairs; what they take to compute is kept in output/flux_poke/repairs for the next time."""
+        return Repairs(
             self.dense,
             plan,
             method,
@@ -126,8 +126,6 @@ class Sources:
             host.output_path("repairs"),
             fold,
         )
-        found.compute(loading.step_progress())
-        return found
 
 
 def _planned(plan: PruningPlan, name: str, node: type[io.ComfyNode], figure=None) -> io.NodeOutput:
@@ -328,8 +326,9 @@ class LoadPrunedFlux(io.ComfyNode):
     def execute(cls, unet_name, weight_dtype, plan, repair, hidden_states, file, internals=None) -> io.NodeOutput:
         sources = Sources.of(unet_name, hidden_states, file, internals)
         repairs = sources.repairs(plan, repair)
+        repairs.compute(loading.step_progress())
         model = loading.load_flux(Cut(sources.dense, plan, repairs), weight_dtype, sources.dense.metadata)
-        folds = {name: repairs[name].fold for name in repairs}
+        folds = FoldsWhenAsked(sources.repairs(plan, repair, fold=True))
         model.set_attachments(PRUNED, PrunedModel(sources.dense.layout, plan, folds, repairs.report))
         host.say(cls.hidden.unique_id, plan.table())
         return io.NodeOutput(model, plan.masked_count)
@@ -343,6 +342,22 @@ class PrunedModel:
     plan: PruningPlan
     folds: Mapping[str, Fold]
     report: Mapping[str, RepairReport]
+
+
+class FoldsWhenAsked(Mapping[str, Fold]):
+    """Folds by site, each computed for the first LoRA that needs it: they take much space, and few models meet a LoRA."""
+
+    def __init__(self, repairs: Repairs):
+        self.repairs = repairs
+
+    def __getitem__(self, name: str) -> Fold:
+        return self.repairs[name].fold
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.repairs)
+
+    def __len__(self) -> int:
+        return len(self.repairs)
 
 
 class SavePrunedFlux(io.ComfyNode):
@@ -376,7 +391,9 @@ class SavePrunedFlux(io.ComfyNode):
         sources = Sources.of(unet_name, hidden_states, file, internals)
         if path.resolve() == Path(loading.checkpoint_path(unet_name)).resolve():
             raise UserError(f"'{save_as}' is the dense model itself: choose another name, it is needed for other plans.")
-        save_pruned(path, Cut(sources.dense, plan, sources.repairs(plan, repair, fold)), fold, loading.step_progress())
+        repairs = sources.repairs(plan, repair, fold)
+        repairs.compute(loading.step_progress())
+        save_pruned(path, Cut(sources.dense, plan, repairs), fold, loading.step_progress())
         host.say(cls.hidden.unique_id, f"{path.name}: {path.stat().st_size / 1e9:.3g} GB, {plan.masked_count} neurons cut")
         return io.NodeOutput(path.name)
 

@@ -345,8 +345,8 @@ def _together(losses: Sequence[_Losses]) -> _Losses:
 
     def mean(which: str) -> Loss:
         parts: list[Loss] = [getattr(one, which) for one in losses]
-        relative = tuple(part.relative for part in parts)
-        return Loss(sum(relative) / len(parts), sum(part.mse for part in parts) / len(parts), relative)
+        relative, squares = tuple(part.relative for part in parts), tuple(square for part in parts for square in part.squares)
+        return Loss(sum(relative) / len(parts), sum(part.mse for part in parts) / len(parts), relative, squares)
 
     trained = all(one.train is not None for one in losses)
     return _Losses(mean("cut"), mean("start"), mean("final"), mean("train") if trained else None, max(o.steps for o in losses))

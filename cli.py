@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
@@ -191,14 +192,12 @@ def animate(
 def compare(
     reference: Annotated[Path, typer.Argument(help="An image, a folder of images, or a .latent: the dense model's.")],
     variants: Annotated[list[Path], typer.Argument(help="What to compare with it, of the same size.")],
-    picture: Annotated[Optional[Path], typer.Option(help="Draw them side by side (one variant).")] = None,  # noqa: UP045
+    picture: Annotated[Optional[Path], typer.Option(help="Draw them side by side.")] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Write the table (.csv or .json).")] = None,  # noqa: UP045
 ) -> None:
     """Relative MSE, PSNR and SSIM of images or latents against a reference."""
     from .analysis import metrics
 
-    if picture and len(variants) > 1:
-        raise UserError(f"--picture shows one variant beside the reference; {len(variants)} were given.")
     goal = metrics.read_images(reference)
     images = [metrics.read_images(variant) for variant in variants]
     rows = [metrics.compare(image, goal, str(variant)) for image, variant in zip(images, variants, strict=True)]
@@ -206,7 +205,8 @@ def compare(
     if out:
         metrics.write_comparisons(out, rows)
     if picture:
-        metrics.side_by_side(images[0], goal, variants[0].name, reference.name).save(picture)
+        named = [replace(row, name=variant.name) for row, variant in zip(rows, variants, strict=True)]
+        metrics.side_by_side(named, images, goal, reference.name).save(picture)
 
 
 @lens_app.command("fit")

@@ -4,7 +4,7 @@
     rows = [compare(read_images(path), reference, path) for path in variants]
     print(comparison_table(rows))
     write_comparisons("comparison.csv", rows)        # or .json
-    side_by_side(images, reference, "half the neurons").save("comparison.png")
+    side_by_side(rows, images, reference).save("comparison.png")
 
 PSNR and SSIM are kornia's, which ComfyUI brings along: the same numbers on both sides, and nothing new on the host.
 """
@@ -29,15 +29,15 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import write_text
 from ..flux.checkpoint import open_safetensors
-from .sheets import GAP, GROUND, INK, MARGIN, font, heat_map
+from .sheets import GAP, GROUND, INK, MARGIN, PALE, font, heat_map
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 LATENT_ENDINGS = (".latent", ".safetensors")
 
 #: Side of SSIM's Gaussian window (Wang et al. 2004); smaller where the image is.
 SSIM_WINDOW = 11
-#: Rows of a side-by-side picture, and the longest side of one image in it.
-MOST_ROWS, LONGEST = 8, 512
+#: Rows of a side-by-side picture, the longest side of one image in it, and about the width of all of it.
+MOST_ROWS, LONGEST, WIDEST = 8, 512, 2304
 
 
 @dataclass(frozen=True)
@@ -114,35 +114,38 @@ def write_comparisons(path: str | os.PathLike[str], rows: Sequence[Comparison]) 
         raise UserError(f"{path} ends in {path.suffix or 'nothing'}: comparisons are written as .csv or .json.")
 
 
-def side_by_side(variant: Tensor, reference: Tensor, name: str = "", heading: str = "reference") -> Image.Image:
-    """Reference, variant and where they differ (one scale for all, named above), one row an image; [batch, 3, height, width].
+def side_by_side(
+    rows: Sequence[Comparison], variants: Sequence[Tensor], reference: Tensor, heading: str = "reference"
+) -> Image.Image:
+    """Reference, then each variant and where it differs, one row an image of the batch [batch, 3, height, width].
 
-    Latents are shown by their first three channels. At most `MOST_ROWS` rows.
+    `rows` are the variants' measures. Differences have one scale, named above them. Latents are shown by their first three
+    channels. At most `MOST_ROWS` images.
     """
-    numbers = compare(variant, reference, name).text
-    shown = [_pictures(images[:MOST_ROWS]) for images in (reference, variant)]
-    differences = (variant - reference)[:MOST_ROWS].float().abs().mean(1).cpu().numpy()
-    most = float(np.quantile(differences, 0.995)) or 1.0
-    shown.append([heat_map(difference / most) for difference in differences])
+    differences = [(variant - reference)[:MOST_ROWS].float().abs().mean(1).cpu().numpy() for variant in variants]
+    most = max(float(np.quantile(difference, 0.995)) for difference in differences) or 1.0
+    columns = [((heading,), _pictures(reference[:MOST_ROWS]))]
+    for row, variant, difference in zip(rows, variants, differences, strict=True):
+        measures = f"relative MSE {row.relative_mse:.3g}", f"PSNR {row.psnr:.2f} dB · SSIM {row.ssim:.4f}"
+        columns.append(((row.name or "variant", *measures), _pictures(variant[:MOST_ROWS])))
+        columns.append((("difference", f"white = {most:.3g}"), [heat_map(image / most) for image in difference]))
 
     height, width = reference.shape[-2:]
-    scale = min(LONGEST / max(height, width), max(1, round(256 / max(height, width))))
+    longest = min(LONGEST, WIDEST // len(columns))
+    scale = min(longest / max(height, width), max(1, round(256 / max(height, width))))
     cell = round(width * scale), round(height * scale)
     text, line = font(15), 22
-    titles = (heading, name or "variant", f"difference, white = {most:.3g}")
-    column = max(cell[0], *(round(text.getlength(title)) for title in titles)) + 4 * GAP
-    size = (
-        max(3 * column, round(text.getlength(numbers))) + 2 * MARGIN,
-        2 * MARGIN + 2 * line + len(differences) * (cell[1] + GAP),
-    )
-    picture = Image.new("RGB", size, GROUND)
+    top = MARGIN + 3 * line
+    widths = [max(cell[0], *(round(text.getlength(title)) for title in titles)) + 4 * GAP for titles, _ in columns]
+    picture = Image.new("RGB", (sum(widths) + 2 * MARGIN, top + len(differences[0]) * (cell[1] + GAP) + MARGIN), GROUND)
     draw = ImageDraw.Draw(picture)
-    draw.text((MARGIN, MARGIN), numbers, INK, text)
-    for place, (title, images) in enumerate(zip(titles, shown, strict=True)):
-        x = MARGIN + place * column
-        draw.text((x, MARGIN + line), title, INK, text)
-        for index, image in enumerate(images):
-            picture.paste(image.resize(cell, Image.Resampling.LANCZOS), (x, MARGIN + 2 * line + index * (cell[1] + GAP)))
+    x = MARGIN
+    for (titles, images), column in zip(columns, widths, strict=True):
+        for number, title in enumerate(titles):
+            draw.text((x, MARGIN + number * line), title, PALE if number else INK, text)
+        for number, image in enumerate(images):
+            picture.paste(image.resize(cell, Image.Resampling.LANCZOS), (x, top + number * (cell[1] + GAP)))
+        x += column
     return picture
 
 

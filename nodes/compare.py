@@ -5,7 +5,6 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..analysis.metrics import compare, comparison_table, side_by_side, write_comparisons
-from ..analysis.sheets import stacked
 from . import host
 
 ImageOrLatent = [io.Image, io.Latent]
@@ -52,6 +51,5 @@ class Compare(io.ComfyNode):
         if file.strip():
             write_comparisons(host.output_path(file), rows)
         host.say(cls.hidden.unique_id, "\n".join(f"{row.name}: {row.text}" for row in rows))
-        pictures = [side_by_side(images, goal, title) for title, images in zip(titles, given.values(), strict=False)]
-        image = host.to_images([stacked(pictures)])
+        image = host.to_images([side_by_side(rows, list(given.values()), goal)])
         return io.NodeOutput(comparison_table(rows), image, ui=ui.PreviewImage(image, cls=cls))

@@ -9,6 +9,7 @@ from comfy.sd1_clip import escape_important, token_weights
 from comfy.supported_models_base import ClipTarget
 from comfy_api.latest import io
 
+from ..errors import UserError
 from ..flux.tiny import FOLDER
 from ..flux.tiny.words import PADDED, WordEncoder, known_words
 from . import host
@@ -28,7 +29,13 @@ class LoadTinyFlux(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        model = comfy.sd.load_diffusion_model(str(FOLDER / "flux.safetensors"))
+        try:
+            model = comfy.sd.load_diffusion_model(str(FOLDER / "flux.safetensors"))
+        except ValueError as error:
+            raise UserError(
+                f"This ComfyUI cannot load the tiny FLUX ({error}): older ones take FLUX at its full width alone. Update "
+                "ComfyUI; the other nodes work with FLUX itself."
+            ) from error
         vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(FOLDER / "autoencoder.safetensors")))
         clip = comfy.sd.CLIP(ClipTarget(TinyTokenizer, TinyTextEncoder), model_options={"dtype": torch.float32})
         clip.load_sd(comfy.utils.load_torch_file(str(FOLDER / "words.safetensors")))

@@ -101,12 +101,22 @@ def test_the_difference_is_black_where_images_are_equal_and_bright_where_not():
     b = torch.full((1, 3, 64, 64), 0.5)
     a = b.clone()
     a[..., 32:] = 1.0
-    pixels = np.asarray(side_by_side(a, b, "right half")).astype(int)
+    pixels = np.asarray(side_by_side([compare(a, b, "right half")], [a], b)).astype(int)
     black = (pixels == (0, 0, 3)).all(-1).nonzero()
     bright = (pixels == (252, 254, 164)).all(-1).nonzero()
     assert len(black[0]) > 20_000
     assert abs(len(black[0]) / len(bright[0]) - 1) < 0.1
     assert black[1].max() < bright[1].min() + 12
+
+
+def test_several_variants_share_one_scale_of_differences():
+    reference = torch.full((1, 3, 64, 64), 0.5)
+    far, near = reference + 0.4, reference + 0.2
+    both = [compare(far, reference, "far"), compare(near, reference, "near")]
+    pixels = np.asarray(side_by_side(both, [far, near], reference)).astype(int)
+    brightest, half = (252, 254, 164), (187, 55, 84)  # matplotlib's inferno at 1 and at 0.5
+    assert (abs(pixels - brightest).max(-1) < 3).sum() > 20_000
+    assert (abs(pixels - half).max(-1) < 6).sum() > 20_000
 
 
 def test_images_folders_and_latents_are_read(tmp_path):

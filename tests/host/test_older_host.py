@@ -1,0 +1,89 @@
+"""The oldest supported ComfyUI runs the pack too; $COMFYUI_PATH_OLD says where one is.
+
+Before it read FLUX's width from the file, ComfyUI loaded FLUX at 3,072 channels alone: the tiny one does not fit there.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import requests
+from flux_poke.errors import UserError
+from flux_poke.headless.client import ComfyClient
+
+#: Samples a FLUX of full width, one block of each kind and random weights, with Record Internals' watcher on it.
+RECORD = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+folder = sys.argv.pop(1)
+import utils.install_util  # before anything else is called utils, as in ComfyUI's main.py
+import comfy.cli_args
+comfy.cli_args.args.cpu = True
+import torch, comfy.sample, comfy.sd, comfy.ldm.flux.model, comfy.ops
+from pathlib import Path
+from flux_poke.analysis.internals import Internals
+from flux_poke.nodes import host
+from flux_poke.nodes.record import InternalsRun
+
+with torch.device("meta"):
+    shapes = comfy.ldm.flux.model.Flux(
+        dtype=torch.bfloat16, operations=comfy.ops.manual_cast, in_channels=16, out_channels=16, vec_in_dim=768,
+        context_in_dim=4096, hidden_size=3072, mlp_ratio=4.0, num_heads=24, depth=1, depth_single_blocks=1,
+        axes_dim=[16, 56, 56], theta=10000, patch_size=2, qkv_bias=True, guidance_embed=False, txt_ids_dims=[],
+    ).state_dict()
+weights = {key: torch.randn(value.shape, dtype=torch.bfloat16) * 0.02 for key, value in shapes.items()}
+model = comfy.sd.load_diffusion_model_state_dict(weights)
+layout, fingerprint, path = host.flux_layout(model), host.fingerprint(model), Path(folder) / "internals.safetensors"
+watched = host.sampling_clone(model, lambda: InternalsRun(path, layout, fingerprint, True, False, None, {}))
+
+def sample(model):
+    noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    text = [[torch.ones(1, 5, 4096), {"pooled_output": torch.ones(1, 768)}]]
+    return comfy.sample.sample(model, noise, 2, 1.0, "euler", "simple", text, text, torch.zeros_like(noise), seed=0)
+
+assert torch.equal(sample(model), sample(watched))
+sites = Internals.load(path).sites
+assert {name: site.tokens for name, site in sites.items()} == {"double-img-0": 32, "double-txt-0": 10, "single-0": 42}
+assert all(site.fires.any() for site in sites.values())
+assert not any(module._forward_pre_hooks for module in model.model.modules())
+print("recorded", comfy.__path__)
+"""
+
+
+@pytest.fixture(scope="module")
+def older_path() -> Path:
+    path = os.environ.get("COMFYUI_PATH_OLD")
+    if not path:
+        pytest.skip("no older ComfyUI (set COMFYUI_PATH_OLD)")
+    return Path(path).expanduser()
+
+
+@pytest.fixture(scope="module")
+def older(host, older_path, tmp_path_factory):
+    with type(host)(older_path, tmp_path_factory.mktemp("older") / "base").start() as running:
+        yield running
+
+
+def test_an_older_host_has_every_node_and_says_what_it_cannot_load(older, server):
+    here, there = (requests.get(f"http://{one.address}/object_info", timeout=60).json() for one in (server, older))
+    ours = {name for name in here if name.startswith("FluxPoke")}
+    assert ours
+    assert ours <= there.keys()
+    counter = {"class_type": "FluxPokeCounter", "inputs": {"name": "older", "max": 0, "restart": False}}
+    show = {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}}
+    with ComfyClient(older.address) as client:
+        counts = [client.run({"1": counter, "2": show}).outputs["2"]["text"] for _ in range(2)]
+        assert counts == [["0"], ["1"]]
+        with pytest.raises(UserError, match="Update ComfyUI"):
+            client.run({"1": {"class_type": "FluxPokeLoadTinyFlux", "inputs": {}}, "2": show})
+
+
+def test_an_older_host_records_flux_at_full_width(older_path, tmp_path):
+    command = [sys.executable, "-c", RECORD, str(older_path), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert str(older_path) in done.stdout

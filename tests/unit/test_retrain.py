@@ -31,7 +31,7 @@ from flux_poke.retrain.blocks import BlockProblem, Chain
 from flux_poke.retrain.files import PICTURE, STATS, Replaced, RetrainedLayers, draw_stats, save_replaced
 from flux_poke.retrain.layers import choose_layers, grouped, retrain_layers
 from flux_poke.retrain.loop import held_out_loss
-from flux_poke.retrain.options import Options
+from flux_poke.retrain.options import Options, Progress
 from safetensors.torch import load_file, save_file
 
 SIGMAS = torch.linspace(1, 0, 5)
@@ -236,7 +236,7 @@ def test_just_evaluating_writes_nothing(recorded, tmp_path):
 def test_layers_that_are_done_are_not_done_again(recorded, tmp_path):
     first = retrain_layers(recorded.dense, recorded.plan, recorded.states, "0", tmp_path, QUICK)
     written = (tmp_path / "0.safetensors").stat().st_mtime_ns
-    told = []
+    told: list[Progress] = []
     again = retrain_layers(recorded.dense, recorded.plan, recorded.states, "0-1", tmp_path, QUICK, told.append)
     assert again[0] == first[0]
     assert (tmp_path / "0.safetensors").stat().st_mtime_ns == written

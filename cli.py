@@ -66,8 +66,8 @@ def demo(
         columns,
         [
             [
-                v["name"], v["neurons_kept"], v["parameters"], v["bytes"] / 1e6, v["velocity_error"], v["latent_error"],
-                v["psnr"], f"{v['digit_accuracy']:.1%}",
+                v["name"], v["neurons_kept"], f"{v['parameters'] / 1e6:.2f} M", v["bytes"] / 1e6,
+                v["velocity_error"], v["latent_error"], v["psnr"], f"{v['digit_accuracy']:.1%}",
             ]
             for v in summary["variants"]
         ],
@@ -547,5 +547,5 @@ def _short(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -26,7 +26,7 @@ from .analysis.hidden_states import HiddenStates
 from .analysis.record import RowsTo, record_prompts
 from .analysis.report import internals_figure
 from .analysis.row_recording import RowChoice
-from .analysis.trajectories import relative_error, trajectory, velocity_error
+from .analysis.trajectories import Trajectories, relative_error, trajectory, velocity_error
 from .files import write_text
 from .flux.model import Flux
 from .flux.sampling import FluxTimer
@@ -34,17 +34,18 @@ from .flux.tiny import FOLDER, STEPS, TinyFlux
 from .flux.tiny.data import digit_accuracy
 from .flux.tiny.words import digit_prompts
 from .pruning.budget import BudgetCurve, by_budget
-from .pruning.checkpoint import save_pruned
+from .pruning.checkpoint import save_changed, save_pruned
 from .pruning.dense import Dense
 from .pruning.plan import PruningPlan, by_count
 from .pruning.repair import Repairs
 from .pruning.scores import rank
 from .pruning.surgery import Cut
+from .retrain.distill import distill
 
 #: Told what is being done, and how far all of it is (0..1).
 Progress = Callable[[str, float], None]
 
-RECORDED, MEASURED = 120, 200
+RECORDED, MEASURED, TAUGHT = 120, 200, 60
 #: Velocities are compared on the first of the measured images, all else on all of them.
 COMPARED = 50
 
@@ -117,6 +118,16 @@ def run_demo(out: Path, seed: int = 0, progress: Progress | None = None) -> dict
         file = out / f"{name}.safetensors"
         save_pruned(file, cut)
         variants.append(exam.measured(name, cut, plan, repair, file.stat().st_size, time.perf_counter() - begun))
+    say("retraining all kept neurons against the dense model", 0.8)
+    begun = time.perf_counter()
+    texts = exam.tiny.words(prompts[:TAUGHT])
+    taught, _ = trajectory(exam.tiny.flux, exam.tiny.noise(TAUGHT, 30_000 + 1_000 * seed), FluxTimer(STEPS).sigmas(), *texts)
+    distilled = distill(cut, Trajectories.of(taught))
+    file = out / "retrained.safetensors"
+    save_changed(file, out / "budget-obs-affine.safetensors", distilled.tensors)
+    tensors = {**cut, **distilled.tensors}
+    spent = time.perf_counter() - begun
+    variants.append(exam.measured("retrained", tensors, budget, "affine", file.stat().st_size, spent))
     variants_figure(variants, exam).savefig(out / "variants.png", dpi=110)
 
     summary = {

@@ -124,7 +124,7 @@ def side_by_side(
     """
     differences = [(variant - reference)[:MOST_ROWS].float().abs().mean(1).cpu().numpy() for variant in variants]
     most = max(float(np.quantile(difference, 0.995)) for difference in differences) or 1.0
-    columns = [((heading,), _pictures(reference[:MOST_ROWS]))]
+    columns: list[tuple[tuple[str, ...], list[Image.Image]]] = [((heading,), _pictures(reference[:MOST_ROWS]))]
     for row, variant, difference in zip(rows, variants, differences, strict=True):
         measures = f"relative MSE {row.relative_mse:.3g}", f"PSNR {row.psnr:.2f} dB · SSIM {row.ssim:.4f}"
         columns.append(((row.name or "variant", *measures), _pictures(variant[:MOST_ROWS])))

@@ -23,6 +23,8 @@ from queue import Empty, SimpleQueue
 from threading import Event
 from typing import Any
 
+import torch
+
 from ..errors import UserError
 from ..files import replacing
 from .client import ComfyClient, Interrupted
@@ -186,14 +188,12 @@ def capture_servers(
         raise UserError("Give either --server (a ComfyUI that runs) or --comfyui (the folder of one to start), not both.")
     gpus: list[int | None] = [None]
     if multi_gpu:
-        import torch
-
         gpus = list(range(torch.cuda.device_count()))
         if not gpus:
             raise UserError("--multi-gpu starts a ComfyUI for each CUDA device, and there is none here.")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flux_poke_capture_")))
-        options = ["--disable-auto-launch", *(["--lowvram"] if offload else [])]
+        options = ["--disable-auto-launch", *(["--lowvram"] if offload else []), *([] if _accelerated() else ["--cpu"])]
 
         def start(gpu: int | None) -> str:
             own = folder / f"gpu-{gpu or 0}"
@@ -203,6 +203,11 @@ def capture_servers(
             return stack.enter_context(server).address
 
         yield [start(gpu) for gpu in gpus]
+
+
+def _accelerated() -> bool:
+    """Whether ComfyUI finds something to run on; where there is but a CPU, it has to be told."""
+    return torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
 
 
 def filled_graph(request: CaptureRequest, model_files: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -192,7 +192,8 @@ def wait_until_up(address: str, seconds: float, alive: Callable[[], bool] = lamb
             return
         except requests.RequestException:
             time.sleep(0.2)
-    raise UserError(f"ComfyUI did not come up at {address} within {seconds:.0f} s: look at its log.")
+    reason = f"nothing answered within {seconds:.0f} s" if alive() else "it ended"
+    raise UserError(f"ComfyUI did not come up at {address}: {reason}.")
 
 
 def _refusal(answer: Mapping[str, Any], graph: Graph) -> str:

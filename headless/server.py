@@ -56,6 +56,9 @@ class ComfyServer:
         )
         try:
             wait_until_up(self.address, self._patience, lambda: process.poll() is None)
+        except UserError as error:
+            self.__exit__()
+            raise UserError(f"{error}{self._last_words()}") from error
         except BaseException:
             self.__exit__()
             raise
@@ -71,6 +74,12 @@ class ComfyServer:
                 self._process.wait()
         if self._output is not None:
             self._output.close()
+
+    def _last_words(self) -> str:
+        """The end of the log, as a sentence; empty where there is none."""
+        lines = self.log.read_text(errors="replace").split("\n") if self.log else []
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f" The last line of its log: {last}" if last else ""
 
 
 def free_port() -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
@@ -120,8 +122,8 @@ class TappingRun:
             yield
 
     def finish(self) -> None:
-        taps = self.tapped.taps
-        host.say(self.node_id, f"{len(taps)} block predictions at {len(taps.steps)} of {len(self.tapped.timesteps) - 1} steps")
+        taps, steps = self.tapped.taps, max(0, len(self.tapped.timesteps) - 1)
+        host.say(self.node_id, f"{len(taps)} block predictions at {len(taps.steps)} of {steps} steps")
 
     def abandon(self) -> None:
         self.tapped.taps.clear()
@@ -216,12 +218,11 @@ class DecodeBlockPreviews(io.ComfyNode):
         )
         names = [folder.name for folder in folders]
         host.say(cls.hidden.unique_id, f"{len(block_taps.taps)} predictions in flux_poke/{', '.join(names)}")
-        written = [
-            {"generation_id": folder.name, "subfolder": f"{host.FOLDER}/{folder.name}", "files": generation_files(folder)}
-            for folder in folders
-        ]
         shown = "sheet.png" if decode else "contributions.png"
-        ui = {"flux_poke": written, "images": [host.output_file(folder / shown) for folder in folders]}
+        ui = {
+            "images": [host.output_file(folder / shown) for folder in folders],
+            "flux_poke": [_for_capture(folder, generation_files(folder)) for folder in folders],
+        }
 
         def drawn(name: str):
             return host.to_images(Image.open(folder / name) for folder in folders)
@@ -284,5 +285,10 @@ class AnimateBlockPreviews(io.ComfyNode):
         file = host.output_file(path)
         name = f"{file['subfolder']}/{path.name}"
         host.say(cls.hidden.unique_id, f"{len(frames)} frames in {name}")
-        written = {"generation_id": path.parent.name, "subfolder": file["subfolder"], "files": [path.name]}
+        written = _for_capture(path.parent, [path.name])
         return io.NodeOutput(name, ui={"images": [file], "animated": (True,), "flux_poke": [written]})
+
+
+def _for_capture(folder: Path, files: Sequence[str]) -> dict[str, Any]:
+    """What `flux-poke capture` looks for in a node's `ui`: a generation's files, to be fetched."""
+    return {"generation_id": folder.name, "subfolder": f"{host.FOLDER}/{folder.name}", "files": list(files)}

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import kind_of, stream_safetensors
+from ..files import kind_of, stream_safetensors, write_safetensors
 from ..flux.checkpoint import Checkpoint, open_safetensors
 from ..flux.layout import FAMILY_NAMES, Layout, canonical_key
 from .dense import KEPT
@@ -112,6 +112,16 @@ def save_pruned(
         return value
 
     stream_safetensors(path, kinds, tensor, header)
+
+
+def save_changed(path: str | os.PathLike[str], pruned: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    """Writes the pruned checkpoint `pruned` with some of its tensors (canonical keys) replaced, as retraining gives them."""
+    with open_safetensors(pruned) as file:
+        unknown = sorted(tensors.keys() - set(file.keys()))
+        if unknown:
+            raise UserError(f"{pruned} has no {unknown[0]}: these tensors belong to another model.")
+        whole = {key: tensors[key] if key in tensors else file.get_tensor(key) for key in file.keys()}
+        write_safetensors(path, whole, file.metadata())
 
 
 def inspect(path: str | os.PathLike[str]) -> str:

@@ -8,10 +8,12 @@ import json
 
 import av
 import numpy as np
+import psutil
 import pytest
 import torch
 from flux_poke.analysis.blocks import Block
 from flux_poke.analysis.generation import find_previews
+from flux_poke.analysis.internals import Internals
 from flux_poke.analysis.previews import Tap
 from flux_poke.cli import app
 from flux_poke.errors import UserError
@@ -114,7 +116,7 @@ def test_previews_come_in_numeric_order_and_are_what_the_blocks_predict(client: 
     assert np.array_equal(shown(client, result, DECODE)[0], pixels(Image.open(folder / "sheet.png")))
 
 
-def test_pictures_are_the_same_with_and_without_taps(client: ComfyClient, seeing):
+def test_pictures_are_the_same_with_and_without_taps_and_a_recording_beneath_them(client: ComfyClient, host, seeing):
     def drawn(graph: dict) -> np.ndarray:
         graph["20"] = {"class_type": "VAEDecode", "inputs": {"samples": [SAMPLE, 0], "vae": ["1", 2]}}
         graph["21"] = {"class_type": "PreviewImage", "inputs": {"images": ["20", 0]}}
@@ -125,9 +127,13 @@ def test_pictures_are_the_same_with_and_without_taps(client: ComfyClient, seeing
 
     tapped, plain = seeing(seed=7, batch=2), seeing(seed=7, batch=2)
     plain[SAMPLE]["inputs"]["model"] = ["1", 0]
+    recording = {"model": ["1", 0], "file": "beneath taps", "ignore_padding": True, "positive_only": False}
+    tapped["30"] = {"class_type": "FluxPokeRecordInternals", "inputs": recording}
+    tapped[TAP]["inputs"]["model"] = ["30", 0]
     with_taps = drawn(tapped)
     assert np.array_equal(with_taps, drawn(plain))
     assert with_taps.std() > 20  # something is drawn
+    assert Internals.load(host.output / "flux_poke" / "beneath taps.safetensors").steps == 4
 
 
 def test_an_interrupt_while_sampling_and_one_while_decoding_leave_a_graph_that_runs(client: ComfyClient, host, seeing):
@@ -169,12 +175,6 @@ def assert_says_nothing(folder) -> None:
         assert not set(picture.info) & {"prompt", "workflow", "flux-poke", "exif"}
 
 
-def test_where_the_host_disables_metadata_pictures_carry_none(host, seeing):
-    with host.start("--disable-metadata") as server, ComfyClient(server.address) as client:
-        (folder,) = folders(host, client.run(seeing("0", metadata=True)))
-    assert_says_nothing(folder)
-
-
 def test_options_of_decoding(client: ComfyClient, host, seeing):
     """One sampling run, decoded in several ways."""
     (plain,) = folders(host, client.run(seeing("0, 11", metadata=False)))
@@ -207,8 +207,8 @@ def test_a_lens_fitted_on_recorded_tokens_foretells_the_last_block(client: Comfy
     graph[TAP] = {
         "class_type": "FluxPokeRecordHiddenStates",
         "inputs": {
-            "model": ["1", 0], "folder": "for a lens", "what": "lens rows", "streams": "all", "steps": 6, "rows": 16, "max_gb": 1.0,
-            "when_full": "stop", "sigma_from": 0.0, "sigma_to": 1.0, "probe_steps": 0, "sample_seed": 0,
+            "model": ["1", 0], "folder": "for a lens", "what": "lens rows", "streams": "all", "steps": 6, "rows": 16,
+            "max_gb": 1.0, "when_full": "stop", "sigma_from": 0.0, "sigma_to": 1.0, "probe_steps": 0, "sample_seed": 0,
         },
     }  # fmt: skip
     graph["20"] = {"class_type": "PreviewAny", "inputs": {"source": [SAMPLE, 0]}}
@@ -324,6 +324,23 @@ def test_capture_brings_everything_from_the_server(server, host, tmp_path):
     again, first = (Image.open(tmp_path / one / "img_0.jpg") for one in (undecoded, seven))
     assert not again.getexif()
     assert np.array_equal(pixels(again), pixels(first))
+
+
+def test_capture_starts_a_comfyui_and_stops_it_and_where_that_disables_metadata_pictures_carry_none(host, tmp_path):
+    options = ["--base-directory", str(host.base), "--disable-metadata"]
+    (tmp_path / "main.py").write_text(
+        f"import os, runpy, sys\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        f"sys.argv += {options}\nsys.path[0] = {str(host.comfyui)!r}\n"
+        f"runpy.run_path({str(host.comfyui / 'main.py')!r}, run_name='__main__')\n"
+    )
+    command = ["capture", "--comfyui", str(tmp_path), "--model", "tiny", "--num-steps", "2", "--prompt", "a 7"]
+    result = CliRunner().invoke(app, [*command, "--output-dir", str(tmp_path / "out")], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    (folder,) = (tmp_path / "out").iterdir()
+    assert len(find_previews(folder)) == 2 * 6
+    assert_says_nothing(folder)
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
 def test_compare_says_how_far_images_and_latents_are_apart(client: ComfyClient, host):

@@ -44,6 +44,20 @@ def test_every_input_that_has_a_name_is_filled_in_and_links_stay(workflows):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("model", ["flux-dev", "tiny"])
+def test_the_shipped_workflows_take_every_value(model):
+    request = CaptureRequest("a 7", model, 512, 768, 7, 9, 3.0, decode_intermediates=False, add_sampling_metadata=False)
+    inputs = {node["class_type"]: node["inputs"] for node in filled_graph(request, MODELS).values()}
+    assert inputs["CLIPTextEncode"]["text"] == "a 7"
+    assert (inputs["EmptySD3LatentImage"]["width"], inputs["EmptySD3LatentImage"]["height"]) == (512, 768)
+    assert (inputs["KSampler"]["seed"], inputs["KSampler"]["steps"]) == (7, 9)
+    assert (inputs["FluxPokeTapBlocks"]["blocks"], inputs["FluxPokeTapBlocks"]["at_steps"]) == ("all", "all")
+    assert inputs["FluxPokeDecodeBlockPreviews"] | {"decode": False, "metadata": False} == inputs["FluxPokeDecodeBlockPreviews"]
+    if model == "flux-dev":
+        assert inputs["UNETLoader"]["unet_name"] == "flux1-dev-fp8.safetensors"
+        assert inputs["FluxGuidance"]["guidance"] == 3.0
+
+
 @pytest.mark.parametrize(("model", "steps"), [("flux-schnell", 4), ("flux-dev", 50), ("flux-dev-krea", 50), ("tiny", 20)])
 def test_each_model_has_its_own_number_of_steps(workflows, model, steps):
     graph = filled_graph(CaptureRequest("a fox", model), MODELS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,10 +31,24 @@ app.add_typer(lens_app, name="lens")
 def main() -> None:
     """The command line; an error of the user's is one sentence and exit status 1."""
     try:
-        app()
+        app(args_with_files(sys.argv[1:]))
     except UserError as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(1)
+
+
+def args_with_files(arguments: list[str]) -> list[str]:
+    """The arguments, with those in a file in place of `@file`: as on the command line, on any number of lines, # comments."""
+    found: list[str] = []
+    for argument in arguments:
+        if not argument.startswith("@"):
+            found.append(argument)
+            continue
+        try:
+            found += shlex.split(Path(argument[1:]).read_text(encoding="utf-8"), comments=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{argument}: the arguments in {argument[1:]} cannot be read ({error}).") from error
+    return found
 
 
 @app.command()
@@ -77,8 +92,21 @@ def record(
     rows_per_step: Annotated[int, typer.Option(min=1, help="Rows per MLP, image and step.")] = 64,
     rows_steps: Annotated[Optional[int], typer.Option(min=1, help="Steps per image (default: 5 %, at least 1).")] = None,  # noqa: UP045
     max_gb: Annotated[float, typer.Option(help="What the rows may take; then all images' share is halved.")] = 20.0,
+    hidden_states: Annotated[Optional[Path], typer.Option(help="Folder for what --what says.")] = None,  # noqa: UP045
+    what: Annotated[
+        Literal["rows", "blocks", "trajectories"],
+        typer.Option(help="rows: as --rows. blocks, trajectories: for retraining; no internals are recorded then."),
+    ] = "rows",
+    blocks: Annotated[str, typer.Option(help='Blocks to keep states of, such as "double 0-3, single"; or all.')] = "all",
+    states_steps: Annotated[Optional[int], typer.Option(min=1, help="Steps per image (default: 5 %, at least 1).")] = None,  # noqa: UP045
+    storage: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="Of states and velocities.")] = "bfloat16",
 ) -> None:
-    """Draw a file of prompts and add what every neuron did to an internals file."""
+    """Draw a file of prompts and add what every neuron did to an internals file, or keep what went through its blocks."""
+    if hidden_states and what != "rows":
+        return _record_states(
+            checkpoint, prompts, hidden_states, what, blocks, states_steps, storage, max_gb, seed, steps, batch
+        )
+    rows = rows or hidden_states
     from .analysis.hidden_states import Limit
     from .analysis.record import RowsTo, record_prompts
     from .analysis.report import internals_title
@@ -96,6 +124,44 @@ def record(
     with progress_bar() as update:
         total = record_prompts(checkpoint, texts, out, seed=seed, steps=steps, batch=batch, progress=update, rows=to)
     typer.echo(f"{out}: {internals_title(total)}")
+
+
+def _record_states(
+    checkpoint: Path,
+    prompts: Path,
+    folder: Path,
+    what: Literal["blocks", "trajectories"],
+    blocks: str,
+    kept_steps: int | None,
+    storage: str,
+    max_gb: float,
+    seed: int,
+    steps: int,
+    batch: int,
+) -> None:
+    import torch
+
+    from .analysis.blocks import choose_blocks
+    from .analysis.hidden_states import Limit
+    from .analysis.record import record_states
+    from .analysis.state_recording import StateChoice, estimated_state_bytes, places_around
+    from .flux.checkpoint import Checkpoint
+    from .flux.tiny import LATENT_SIDE
+    from .flux.tiny.words import PADDED
+    from .prompts import read_prompts
+
+    texts, layout = read_prompts(prompts), Checkpoint(checkpoint).layout
+    choice = StateChoice(kept_steps, seed=seed, dtype=getattr(torch, storage))
+    places = places_around(choose_blocks(blocks, layout), layout)
+    calls = len(texts) * (kept_steps or max(1, round(0.05 * steps)))
+    size = estimated_state_bytes(what, layout, places, choice, calls, (LATENT_SIDE // layout.patch) ** 2, PADDED)
+    typer.echo(f"{folder}: about {size / 1e9:.2g} GB of {what}")
+    with progress_bar() as update:
+        store = record_states(
+            checkpoint, texts, what, folder, blocks, choice, Limit(max_gb, "stop"), seed, steps, batch, update
+        )
+    kept = sum(len(shard.captures) for shard in store.manifest.shards if shard.kind == what)
+    typer.echo(f"{folder}: {kept:,} model calls, {store.bytes(what) / 1e9:.2g} GB")
 
 
 @app.command("download-prompts")
@@ -348,6 +414,101 @@ def prune(
         repairs.compute(lambda name, n, of: update(f"repairing {name}", 0.8 * n / of))
         save_pruned(out, Cut(dense, loaded, repairs), fold, lambda key, n, of: update(f"writing {out}", 0.8 + 0.2 * n / of))
     typer.echo(f"{inspect(out)}\n{out}: {out.stat().st_size / 1e6:,.1f} MB, from {checkpoint.stat().st_size / 1e6:,.1f}")
+
+
+@app.command()
+def retrain(
+    checkpoint: Annotated[Path, typer.Argument(help="The dense FLUX (.safetensors).")],
+    plan: Annotated[Path, typer.Option(help="plan.safetensors")],
+    hidden_states: Annotated[
+        Path, typer.Option(help="Folder that `record --hidden-states` filled, or the original flux-poke.")
+    ],
+    layers: Annotated[str, typer.Option(help="0-18, or 0,3,7 (single blocks count on), or 'double 3, single'.")] = "all",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the layers.")] = Path("retrained_layers"),
+    method: Annotated[
+        Literal["closed form", "gradient", "both", "distill"],
+        typer.Option(help="distill: all layers at once, on trajectories."),
+    ] = "both",
+    on: Annotated[Literal["auto", "blocks", "rows"], typer.Option(help="What of the folder to train on.")] = "auto",
+    steps: Annotated[Optional[int], typer.Option(help="Gradient steps (default: 40; distill 200).")] = None,  # noqa: UP045
+    learning_rate: Annotated[float, typer.Option(help="Highest one; it rises first and falls to zero.")] = 5e-4,
+    batch: Annotated[Optional[int], typer.Option(help="Images at steps, of one batch (default: 8; distill 32).")] = None,  # noqa: UP045
+    eval_every: Annotated[int, typer.Option(help="Steps between looks at the held-out images.")] = 20,
+    patience: Annotated[int, typer.Option(help="Looks without progress before it stops.")] = 4,
+    eval_share: Annotated[float, typer.Option(help="Share of the images to judge by.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="Of the split and the batches.")] = 0,
+    thickness: Annotated[int, typer.Option(help="Consecutive blocks trained together.")] = 1,
+    sequential: Annotated[bool, typer.Option(help="Train on what the retrained layers before give.")] = False,
+    save_dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, float8_e4m3fn or float8_e5m2.")] = "bfloat16",
+    just_evaluate: Annotated[bool, typer.Option(help="Only measure; write nothing.")] = False,
+    mixed_precision: Annotated[bool, typer.Option(help="Products in bfloat16.")] = False,
+    optimizer: Annotated[Literal["adamw", "adafactor"], typer.Option(help="adafactor takes less memory.")] = "adamw",
+    recompute: Annotated[bool, typer.Option(help="distill: gradient checkpointing, slower in less memory.")] = False,
+    tensorboard: Annotated[Optional[Path], typer.Option(help="Folder for event files.")] = None,  # noqa: UP045
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")] = "cpu",
+) -> None:
+    """Train what a plan leaves of the layers against what the dense model did. @arguments.txt reads options from a file."""
+    from .analysis.hidden_states import HiddenStates
+    from .analysis.trajectories import Trajectories
+    from .pruning.dense import Dense
+    from .pruning.plan import PruningPlan
+    from .pruning.repair import Repairs
+    from .pruning.surgery import Cut
+    from .retrain.distill import distill_layers
+    from .retrain.files import draw_stats
+    from .retrain.layers import open_data, retrain_layers, stats_table
+    from .retrain.options import Options, Progress
+
+    whole = method == "distill"
+    options = Options(
+        method="both" if method == "distill" else method, steps=steps or (200 if whole else 40), learning_rate=learning_rate,
+        batch=batch or (32 if whole else 8), eval_every=eval_every, patience=patience, eval_share=eval_share, seed=seed,
+        thickness=thickness, sequential=sequential, save_dtype=save_dtype, just_evaluate=just_evaluate,  # type: ignore[arg-type]
+        mixed_precision=mixed_precision, device=device, optimizer=optimizer, recompute=recompute, tensorboard=tensorboard,
+    )  # fmt: skip
+    dense, loaded = Dense.open(checkpoint), PruningPlan.load(plan)
+    with progress_bar() as update:
+
+        def report(progress: Progress) -> None:
+            done = (progress.layers_done + progress.step / progress.steps) / progress.layers
+            update(f"{progress.layer}: held-out loss {progress.held_out_loss:.3g}", done)
+
+        if whole:
+            store = HiddenStates.open(hidden_states)
+            store.require(dense.fingerprint, str(checkpoint))
+            rows = any(shard.kind == "rows" for shard in store.manifest.shards)
+            repairs = Repairs(dense, loaded, "affine" if rows else "none", rows=store, folder=out / "repairs", device=device)
+            stats = distill_layers(dense, Cut(dense, loaded, repairs), Trajectories.open(store), out, options, report)
+        else:
+            stats = retrain_layers(dense, loaded, open_data(hidden_states, on), layers, out, options, report)
+    typer.echo(stats_table(stats))
+    if not just_evaluate:
+        picture = draw_stats(out)
+        typer.echo(
+            f"{out}: {len(stats)} layers, {picture}\nflux-poke replace {checkpoint} --layers-dir {out} -o OUT.safetensors"
+        )
+
+
+@app.command("replace")
+def replace_command(
+    checkpoint: Annotated[Path, typer.Argument(help="The dense FLUX (.safetensors).")],
+    layers_dir: Annotated[Path, typer.Option(help="Folder that `retrain` filled, or the original flux-poke.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Checkpoint to write.")],
+    first: Annotated[Optional[int], typer.Option(help="First layer to replace (default: 0).")] = None,  # noqa: UP045
+    last: Annotated[Optional[int], typer.Option(help="Last one (default: the last in the folder).")] = None,  # noqa: UP045
+) -> None:
+    """Write a checkpoint with retrained layers in place of the dense ones; it needs no other file."""
+    from .pruning.dense import Dense
+    from .retrain.files import Replaced, RetrainedLayers, save_replaced
+
+    dense = Dense.open(checkpoint)
+    layers = RetrainedLayers.open(layers_dir, dense, first, last)
+    replaced = Replaced(dense, layers)
+    with progress_bar() as update:
+        save_replaced(out, replaced, lambda key, n, of: update(f"writing {out}", n / of))
+    if layers.missing:
+        typer.echo(layers.describe_missing(dense.layout))
+    typer.echo(f"{out}: {out.stat().st_size / 1e6:,.1f} MB, neurons cut: {replaced.masked_count}")
 
 
 @app.command("inspect")

@@ -11,8 +11,11 @@ more than layer by layer: errors of different layers learn to cancel.
 
 from __future__ import annotations
 
+import hashlib
+import os
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +23,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..analysis.blocks import blocks_of
 from ..analysis.trajectories import Trajectories
 from ..flux.model import Flux
+from ..pruning.dense import Dense
+from ..pruning.plan import PruningPlan
+from ..pruning.surgery import Cut
+from .files import Layer, LayerStats, block_sites, plan_stats, write_layer
 from .loop import Loss, fit, held_out_loss, samples_of, split_images, squared
 from .options import Options, Report
 from .trainable import mlp_parameters, rounded
@@ -31,12 +39,14 @@ DEFAULT = Options(steps=200, learning_rate=5e-4, batch=32)
 
 @dataclass(frozen=True)
 class Distilled:
-    """Changed tensors (canonical keys, in the saved dtype), held-out relative velocity error before and after, steps done."""
+    """Changed tensors (canonical keys, in the saved dtype), held-out relative velocity error before and after, steps done, and
+    the images it was judged by."""
 
     tensors: Mapping[str, Tensor]
     before: float
     after: float
     steps: int
+    images: frozenset[int]
 
 
 class VelocityProblem:
@@ -74,14 +84,62 @@ def distill(
     problem = VelocityProblem(flux, samples, options)
     weights = dict(flux.named_parameters())
     start = {key: rounded(weights[key].detach(), options.dtype) for key in keys}
+    held_out = frozenset(problem.images[1])
     before = _loss_with(problem, start, options)  # as it would be saved
     if options.just_evaluate:
-        return Distilled(start, before.relative, before.relative, 0)
+        return Distilled(start, before.relative, before.relative, 0, held_out)
     steps = fit(problem, before, options, saved, report).steps
     trained = {key: rounded(weights[key].detach(), options.dtype) for key in keys}
     if (after := _loss_with(problem, trained, options)).relative < before.relative:
-        return Distilled(trained, before.relative, after.relative, steps)
-    return Distilled(start, before.relative, before.relative, steps)
+        return Distilled(trained, before.relative, after.relative, steps, held_out)
+    return Distilled(start, before.relative, before.relative, steps, held_out)
+
+
+def distill_layers(
+    dense: Dense,
+    cut: Cut,
+    samples: Trajectories,
+    folder: str | os.PathLike[str],
+    options: Options | None = None,
+    report: Report | None = None,
+) -> list[LayerStats]:
+    """`distill`, with every block's share written to `folder` as a retrained layer.
+
+    The losses in the stats are the whole model's: its relative velocity error, before and after.
+    """
+    options, begun, folder = options or DEFAULT, time.monotonic(), Path(folder)
+    made = hashlib.sha256(
+        f"{cut.plan.digest} {len(samples)} {replace(options, device='', tensorboard=None)}".encode()
+    ).hexdigest()
+    found = distill(cut, samples, options, folder / f".distill.{made[:16]}.training.safetensors", report)
+    places = [place for place in range(len(blocks_of(dense.layout))) if _is_cut(dense, cut.plan, place)]
+    stats = [
+        LayerStats(
+            layer=place,
+            name=blocks_of(dense.layout)[place].name,
+            **plan_stats(dense.layout, cut.plan, place),
+            initial_loss=found.before,
+            final_loss=found.after,
+            train_loss=None,
+            relative_cut=found.before,
+            relative_start=found.before,
+            relative_final=found.after,
+            method="distill",
+            data="trajectories",
+            steps=found.steps,
+            seconds=round(time.monotonic() - begun, 3),
+            held_out_images=sorted(found.images),
+            save_dtype=options.save_dtype,
+        )
+        for place in places
+    ]
+    for layer in [] if options.just_evaluate else stats:
+        write_layer(folder, Layer.of(dense, cut.plan, layer.layer, found.tensors, layer, made[:16]))
+    return stats
+
+
+def _is_cut(dense: Dense, plan: PruningPlan, place: int) -> bool:
+    return any(site.name in plan.kept for site in block_sites(dense.layout, place))
 
 
 def _loss_with(problem: VelocityProblem, tensors: Mapping[str, Tensor], options: Options) -> Loss:

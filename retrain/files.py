@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -34,6 +35,7 @@ from ..flux.checkpoint import Checkpoint, open_safetensors
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import Layout, Site, canonical_key
 from ..pruning.dense import KEPT, Dense
+from ..pruning.plan import PruningPlan
 from ..pruning.surgery import shape_of
 from ..pruning.weights import full_precision, scale_key, stored_like
 from .trainable import stored
@@ -88,6 +90,36 @@ class Layer:
     stats: LayerStats
     fingerprint: Fingerprint
     made: str
+
+    @classmethod
+    def of(
+        cls, dense: Dense, plan: PruningPlan, place: int, tensors: Mapping[str, Tensor], stats: LayerStats, made: str
+    ) -> Layer:
+        """The block's share of `tensors` (canonical keys)."""
+        sites = block_sites(dense.layout, place)
+        prefix = f"{sites[0].block}."
+        own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        kept = {site.name: plan.kept[site.name] for site in sites if site.name in plan.kept}
+        return cls(place, own, kept, stats, dense.fingerprint, made)
+
+
+def block_sites(layout: Layout, place: int) -> list[Site]:
+    """The MLPs of the block at a place."""
+    block = blocks_of(layout)[place]
+    return [site for site in layout.sites if site.block == f"{block.kind}_blocks.{block.index}"]
+
+
+def plan_stats(layout: Layout, plan: PruningPlan, place: int) -> dict[str, Any]:
+    """What the plan says of a block, as fields of `LayerStats`."""
+    lines = {site.stream: len(plan.kept.get(site.name, range(site.width))) for site in block_sites(layout, place)}
+    limits = re.search(r"by threshold on \w+, img (\S+) txt (\S+)", plan.made)
+    return {
+        "img_lines": lines.get("img"),
+        "txt_lines": lines.get("txt"),
+        "single_lines": lines.get("single"),
+        "img_threshold": float(limits[1]) if limits else None,
+        "txt_threshold": float(limits[2]) if limits else None,
+    }
 
 
 def write_layer(folder: str | os.PathLike[str], layer: Layer) -> None:

@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..analysis.block_states import BlockStates
 from ..analysis.blocks import blocks_of, choose_blocks
-from ..analysis.hidden_states import HiddenStates, Rows
+from ..analysis.hidden_states import MANIFEST, HiddenStates, Manifest, Rows
 from ..errors import UserError
 from ..flux.layout import Layout, Site
 from ..pruning.dense import Dense
@@ -35,7 +36,7 @@ from ..pruning.scores import require_rows
 from ..pruning.surgery import Cut
 from ..pruning.weights import SiteWeights, full_precision
 from .blocks import BlockProblem, Chain
-from .files import Layer, LayerStats, Replaced, RetrainedLayers, layer_files, read_header, write_layer
+from .files import Layer, LayerStats, Replaced, RetrainedLayers, block_sites, layer_files, plan_stats, read_header, write_layer
 from .loop import Loss, fit, held_out_loss
 from .options import Options, Progress, Report
 from .rows import ROWS_PER_SAMPLE, RowProblem
@@ -80,6 +81,29 @@ def retrain_layers(
 
         stats += trainer.done(group) or trainer.retrain(group, tell)
     return stats
+
+
+def open_data(folder: str | os.PathLike[str], what: Literal["auto", "blocks", "rows"] = "auto") -> Data:
+    """What is to be trained on; "auto" takes block states where there are any, else rows."""
+    path = Path(folder) / MANIFEST
+    if what == "auto":
+        recorded = {shard.kind for shard in Manifest.load(Path(folder)).shards} if path.exists() else {"blocks"}
+        what = "blocks" if "blocks" in recorded else "rows"
+    return BlockStates.open(folder) if what == "blocks" else HiddenStates.open(folder)
+
+
+def stats_table(stats: Sequence[LayerStats]) -> str:
+    """Text, one line per layer: neurons kept, and the relative held-out losses as cut, as training began, at the end."""
+    lines = [f"{'layer':<12}{'kept':>16}{'cut only':>11}{'start':>11}{'retrained':>11}{'steps':>7}{'seconds':>9}"]
+    for layer in stats:
+        kept = " + ".join(str(n) for n in (layer.img_lines, layer.txt_lines, layer.single_lines) if n is not None)
+        losses = (layer.relative_cut, layer.relative_start, layer.relative_final)
+        lines.append(
+            f"{layer.name:<12}{kept:>16}"
+            + "".join(f"{loss:>11.3g}" for loss in losses)
+            + f"{layer.steps:>7}{layer.seconds:>9.1f}"
+        )
+    return "\n".join(lines)
 
 
 def choose_layers(text: str, layout: Layout) -> tuple[int, ...]:
@@ -155,27 +179,15 @@ class _Trainer:
         if self.options.just_evaluate:
             return
         for place, layer in zip(group, stats, strict=True):
-            sites = _sites(self.dense.layout, place)
-            prefix = f"{sites[0].block}."
-            own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-            kept = {site.name: self.plan.kept[site.name] for site in sites if site.name in self.plan.kept}
-            write_layer(self.folder, Layer(place, own, kept, layer, self.dense.fingerprint, self.made(group)))
+            write_layer(self.folder, Layer.of(self.dense, self.plan, place, tensors, layer, self.made(group)))
         for path in self.folder.glob(f".*.{self.made(group)}.training.safetensors*"):
             path.unlink()
 
     def stats(self, place: int, losses: _Losses, seconds: float, images: Set[int]) -> LayerStats:
-        lines = {
-            site.stream: len(self.plan.kept.get(site.name, range(site.width))) for site in _sites(self.dense.layout, place)
-        }
-        limits = re.search(r"by threshold on \w+, img (\S+) txt (\S+)", self.plan.made)
         return LayerStats(
             layer=place,
             name=blocks_of(self.dense.layout)[place].name,
-            img_lines=lines.get("img"),
-            txt_lines=lines.get("txt"),
-            single_lines=lines.get("single"),
-            img_threshold=float(limits[1]) if limits else None,
-            txt_threshold=float(limits[2]) if limits else None,
+            **plan_stats(self.dense.layout, self.plan, place),
             initial_loss=losses.cut.mse,
             final_loss=losses.final.mse,
             train_loss=losses.train.mse if losses.train else None,
@@ -270,7 +282,7 @@ class _OnRows(_Trainer):
 
     def retrain(self, group: range, report: Report) -> list[LayerStats]:
         begun = time.monotonic()
-        sites = [site for site in _sites(self.dense.layout, group.start) if site.name in self.plan.kept]
+        sites = [site for site in block_sites(self.dense.layout, group.start) if site.name in self.plan.kept]
         store = require_rows(self.rows, self.dense, sites, "retraining on rows")
         options = replace(self.options, batch=self.options.batch * ROWS_PER_SAMPLE)
         tensors: dict[str, Tensor] = {}
@@ -345,20 +357,15 @@ def _together(losses: Sequence[_Losses]) -> _Losses:
 
     def mean(which: str) -> Loss:
         parts: list[Loss] = [getattr(one, which) for one in losses]
-        relative = tuple(part.relative for part in parts)
-        return Loss(sum(relative) / len(parts), sum(part.mse for part in parts) / len(parts), relative)
+        relative, squares = tuple(part.relative for part in parts), tuple(square for part in parts for square in part.squares)
+        return Loss(sum(relative) / len(parts), sum(part.mse for part in parts) / len(parts), relative, squares)
 
     trained = all(one.train is not None for one in losses)
     return _Losses(mean("cut"), mean("start"), mean("final"), mean("train") if trained else None, max(o.steps for o in losses))
 
 
 def _cut_in(dense: Dense, plan: PruningPlan, group: range) -> bool:
-    return any(site.name in plan.kept for place in group for site in _sites(dense.layout, place))
-
-
-def _sites(layout: Layout, place: int) -> list[Site]:
-    block = blocks_of(layout)[place]
-    return [site for site in layout.sites if site.block == f"{block.kind}_blocks.{block.index}"]
+    return any(site.name in plan.kept for place in group for site in block_sites(dense.layout, place))
 
 
 def _down(site: Site, repaired: Repaired) -> dict[str, Tensor]:

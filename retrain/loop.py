@@ -86,17 +86,20 @@ def squared(found: Tensor, expected: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Loss:
     """Squared errors: `relative` to the mean square of what is to be predicted, mean over streams; `mse` over all numbers,
-    as the original flux-poke has it; `streams` are the relative ones."""
+    as the original flux-poke has it; `streams` are the relative ones, `squares` what they are relative to."""
 
     relative: float
     mse: float
     streams: tuple[float, ...]
+    squares: tuple[float, ...]
 
     @classmethod
     def of(cls, errors: Tensor) -> Loss:
         """From sums [streams, 3] as `Problem.errors` gives them."""
-        streams = (errors[:, 0] / errors[:, 1].clamp(min=1e-30)).tolist()
-        return cls(sum(streams) / len(streams), (errors[:, 0].sum() / errors[:, 2].sum()).item(), tuple(streams))
+        squares = (errors[:, 1] / errors[:, 2]).clamp(min=1e-30)
+        streams = (errors[:, 0] / errors[:, 2] / squares).tolist()
+        mse = (errors[:, 0].sum() / errors[:, 2].sum()).item()
+        return cls(sum(streams) / len(streams), mse, tuple(streams), tuple(squares.tolist()))
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,8 @@ def fit(problem: Problem, initial: Loss, options: Options, saved: Path | None = 
     else:
         state.note(0, initial.relative)
     writer = _event_writer(options, problem.name)
-    units, train = _units(problem, options), None
+    train: Loss | None = None
+    squares = torch.tensor(initial.squares, device=parameters[0].device)
     begun = told = kept = time.monotonic()
 
     def tell(step: int) -> None:
@@ -145,7 +149,7 @@ def fit(problem: Problem, initial: Loss, options: Options, saved: Path | None = 
         with _precision(options):
             errors = problem.errors(samples)
         # Each stream against its own mean square: neither drowns the other.
-        loss = (errors[:, 0] / (errors[:, 2] * units)).mean()
+        loss = (errors[:, 0] / (errors[:, 2] * squares)).mean()
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -193,13 +197,6 @@ def _total(problem: Problem, groups: Sequence[Tensor], options: Options) -> Tens
     if total is None:
         raise UserError(f"There is nothing to judge {problem.name} by: record more images.")
     return total
-
-
-def _units(problem: Problem, options: Options) -> Tensor:
-    """Mean square of what is to be predicted, by stream, from a few batches."""
-    samples = [part for group in problem.train for part in group.split(options.batch)[:4]][:4]
-    total = _total(problem, samples, options)
-    return (total[:, 1] / total[:, 2]).clamp(min=1e-30).float().to(next(problem.module.parameters()).device)
 
 
 def batch(groups: Sequence[Tensor], size: int, seed: int, step: int) -> Tensor:

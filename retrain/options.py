@@ -59,7 +59,7 @@ class Options:
 
     method: Method = "both"
     steps: int = 40
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     batch: int = 8
     eval_every: int = 20
     patience: int = 4

@@ -10,8 +10,8 @@ from comfy_api.latest import io
 from ..analysis.amplification import AmplificationProbe
 from ..analysis.hidden_states import HiddenStates, Limit
 from ..analysis.lens import LensRecorder
-from ..analysis.row_recording import RowChoice, RowRecorder, RowRun, estimated_bytes, select_sites
-from ..flux.layout import Layout
+from ..analysis.row_recording import RowChoice, RowRecorder, RowRun, estimated_bytes
+from ..flux.layout import Layout, select_sites
 from . import host
 from .prune import DEFAULT_FOLDER
 

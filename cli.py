@@ -61,12 +61,12 @@ def demo(
 
     with progress_bar() as update:
         summary = run_demo(out, seed, update)
-    columns = ("variant", "neurons", "weights", "MB", "velocity error", "latent error", "PSNR", "read right")
+    columns = ("variant", "weights", "MB", "velocity error", "latent error", "PSNR", "read right")
     table(
         columns,
         [
             [
-                v["name"], v["neurons_kept"], f"{v['parameters'] / 1e6:.2f} M", v["bytes"] / 1e6,
+                v["name"], f"{v['parameters'] / 1e6:.2f} M", v["bytes"] / 1e6,
                 v["velocity_error"], v["latent_error"], v["psnr"], f"{v['digit_accuracy']:.1%}",
             ]
             for v in summary["variants"]
@@ -535,9 +535,10 @@ def table(columns: tuple[str, ...], rows: list[list[object]]) -> None:
     """Prints a table; numbers short."""
     from rich.box import SIMPLE
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    printed = Table(*(column.replace("_", " ") for column in columns), box=SIMPLE)
+    first, *others = (column.replace("_", " ") for column in columns)
+    printed = Table(Column(first, no_wrap=True), *others, box=SIMPLE)
     for row in rows:
         printed.add_row(*(_short(value) for value in row))
     Console().print(printed)

@@ -169,9 +169,11 @@ def draw_stats(folder: str | os.PathLike[str]) -> Path | None:
 
 def stats_figure(stats: list[LayerStats]) -> Figure:
     """Held-out error of every layer: as it was cut, after the closed form, after training."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(6.0, 0.45 * len(stats) + 2), 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
     axes = figure.subplots()
     places = range(len(stats))
     for name, label, color in (

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..flux.layout import Site
+from .hooks import hooks_heard
 
 #: Noise, relative to the variation of the output it is added to: small against it, large against the rounding of bf16.
 RELATIVE_NOISE = 0.1
@@ -34,6 +35,7 @@ class AmplificationProbe:
         self._measured: dict[str, tuple[float, int]] = {}
 
     @torch.no_grad()
+    @hooks_heard()
     def measure(self, model: nn.Module, velocity: Callable[[], Tensor]) -> None:
         """`velocity()` runs `model` on some input; called once as it is, then once for every site with noise at its output."""
         expected = velocity().float()

@@ -135,8 +135,8 @@ class RecordHiddenStates(io.ComfyNode):
         return io.NodeOutput(host.sampling_clone(model, lambda: RowsRun(recorder, layout, probe_steps, node_id)))
 
 
-class RowsRun:
-    """One sampling run whose rows are recorded; a `host.SamplingWatcher`."""
+class RowsRun(host.SamplingWatcher):
+    """One sampling run whose rows are recorded."""
 
     def __init__(self, recorder: RowRecorder, layout: Layout, probe_steps: int, node_id: str | None):
         self.recorder, self.layout, self.node_id = recorder, layout, node_id
@@ -144,13 +144,15 @@ class RowsRun:
         self.probe_steps = 0 if recorder.store.amplification else probe_steps
         self.run: RowRun | None = None
 
+    def before(self, call: host.ModelCall) -> None:
+        steps = len(call.sigmas) - 1
+        if call.step in {number * steps // self.probe_steps for number in range(self.probe_steps)} and call.positive_rows:
+            self.probe.measure(call.model, call.velocity)
+
     @contextmanager
     def watching(self, call: host.ModelCall):
         if self.run is None:
             self.run = self.recorder.begin(call.sigmas, call.images)
-        steps = len(call.sigmas) - 1
-        if call.step in {number * steps // self.probe_steps for number in range(self.probe_steps)} and call.positive_rows:
-            self.probe.measure(call.model, call.velocity)  # before the hooks: its calls are not to be recorded
         with ExitStack() as hooks:
             if call.positive_rows is not None:
                 mask = call.mask(self.layout, ignore_padding=True, positive_only=True)
@@ -171,8 +173,8 @@ class RowsRun:
         host.say(self.node_id, "The run did not finish: its rows were left out.")
 
 
-class StatesRun:
-    """One sampling run whose model calls are recorded whole; a `host.SamplingWatcher`."""
+class StatesRun(host.SamplingWatcher):
+    """One sampling run whose model calls are recorded whole."""
 
     def __init__(self, recorder: StateRecorder, prompt: str, node_id: str | None):
         self.recorder, self.prompt, self.node_id = recorder, prompt, node_id
@@ -201,8 +203,8 @@ class StatesRun:
         host.say(self.node_id, "The run did not finish: what it recorded up to there stays, each step is whole.")
 
 
-class LensRun:
-    """One sampling run whose tokens are recorded after every block; a `host.SamplingWatcher`."""
+class LensRun(host.SamplingWatcher):
+    """One sampling run whose tokens are recorded after every block."""
 
     def __init__(self, store: HiddenStates, layout: Layout, choice: RowChoice, limit: Limit, node_id: str | None):
         self.store, self.layout, self.choice, self.limit, self.node_id = store, layout, choice, limit, node_id

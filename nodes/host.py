@@ -10,8 +10,9 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -284,6 +285,10 @@ def _image_tokens(latents: Tensor, patch: int) -> int:
 class SamplingWatcher(Protocol):
     """What takes part in one sampling run: made when it starts, asked at every model call, told how it ended."""
 
+    def before(self, call: ModelCall) -> None:
+        """Asked before the model call, while nobody watches: here, and only here, `call.again` may be used."""
+        return
+
     def watching(self, call: ModelCall) -> AbstractContextManager[None]:
         """Entered around the model call."""
 
@@ -295,35 +300,57 @@ class SamplingWatcher(Protocol):
 
 
 def sampling_clone(model: ModelPatcher, start: Callable[[], SamplingWatcher]) -> ModelPatcher:
-    """A clone of MODEL whose every sampling run is watched by what `start()` returns; `model` itself is left alone."""
-    running: list[tuple[SamplingWatcher, int | None]] = []
+    """A clone of MODEL whose every sampling run is watched by what `start()` returns; `model` itself is left alone.
 
-    def around_sampling(executor, *args, **kwargs):
-        watcher = start()
-        run = watcher, inspect.signature(executor.original).bind(*args, **kwargs).arguments.get("seed")
-        running.append(run)
+    A MODEL that is watched already is watched by all of them, through one pair of wrappers: so none sees what another does
+    in `before`.
+    """
+    earlier = [wrapper.__self__.starts for wrapper in model.get_wrappers(WrappersMP.OUTER_SAMPLE, FOLDER)]
+    watched = _Watched((*chain.from_iterable(earlier), start))
+    clone = model.clone()
+    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, watched.sampling), (WrappersMP.APPLY_MODEL, watched.model_call)):
+        clone.remove_wrappers_with_key(kind, FOLDER)
+        clone.add_wrapper_with_key(kind, FOLDER, wrapper)
+    return clone
+
+
+class _Watched:
+    """The wrappers of one clone: `starts` make the watchers of each sampling run."""
+
+    def __init__(self, starts: tuple[Callable[[], SamplingWatcher], ...]):
+        self.starts = starts
+        self._running: list[tuple[list[SamplingWatcher], int | None]] = []
+
+    def sampling(self, executor, *args, **kwargs):
+        watchers: list[SamplingWatcher] = []
+        seed = inspect.signature(executor.original).bind(*args, **kwargs).arguments.get("seed")
+        self._running.append((watchers, seed))
         try:
+            for start in self.starts:
+                watchers.append(start())
             result = executor(*args, **kwargs)
+            while watchers:
+                watchers[0].finish()
+                del watchers[0]
         except BaseException:  # an interrupt is no Exception on every version of the host
-            watcher.abandon()
+            for watcher in watchers:
+                watcher.abandon()
             raise
         finally:
-            running.remove(run)
-        watcher.finish()
+            self._running.pop()
         return result
 
-    def around_call(executor, *args, **kwargs):
-        if not running:  # a call outside of sampling, such as a test of memory
+    def model_call(self, executor, *args, **kwargs):
+        if not self._running:  # a call outside of sampling, such as a test of memory
             return executor(*args, **kwargs)
-        watcher, seed = running[-1]
+        watchers, seed = self._running[-1]
         call = _model_call(executor.class_obj.diffusion_model, seed, lambda: executor(*args, **kwargs), *args, **kwargs)
-        with watcher.watching(call):
+        for watcher in watchers:
+            watcher.before(call)
+        with ExitStack() as all_watching:
+            for watcher in watchers:
+                all_watching.enter_context(watcher.watching(call))
             return executor(*args, **kwargs)
-
-    clone = model.clone()
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, FOLDER, around_sampling)
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, FOLDER, around_call)
-    return clone
 
 
 def _model_call(

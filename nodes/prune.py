@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,12 @@ def _ranges() -> list[io.Input]:
     ]
 
 
+def _after() -> io.Input:
+    return io.AnyType.Input(
+        "after", optional=True, tooltip="Connect the sampler's latent here, so that the plan waits for the recording."
+    )
+
+
 def _range(first: int, last: int, depth: int) -> tuple[int, int]:
     return first, depth - 1 if last < 0 else last
 
@@ -110,8 +116,8 @@ class Sources:
         )
 
     def repairs(self, plan: PruningPlan, method: str, fold: bool = False) -> Repairs:
-        """The plan's repairs, computed, and kept in output/flux_poke/repairs for the next time."""
-        found = Repairs(
+        """The plan's repairs; what they take to compute is kept in output/flux_poke/repairs for the next time."""
+        return Repairs(
             self.dense,
             plan,
             method,
@@ -120,8 +126,6 @@ class Sources:
             host.output_path("repairs"),
             fold,
         )
-        found.compute(loading.step_progress())
-        return found
 
 
 def _planned(plan: PruningPlan, name: str, node: type[io.ComfyNode], figure=None) -> io.NodeOutput:
@@ -164,6 +168,7 @@ class PlanByCount(io.ComfyNode):
                 *_ranges(),
                 _save_as(),
                 *_recordings(),
+                _after(),
             ],
             outputs=_plan_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -176,7 +181,7 @@ class PlanByCount(io.ComfyNode):
     @classmethod
     def execute(
         cls, unet_name, img_cut, txt_cut, single_cut, score, first_layer, last_layer, first_single, last_single, save_as,
-        hidden_states, file, internals=None,
+        hidden_states, file, internals=None, after=None,
     ) -> io.NodeOutput:  # fmt: skip
         sources = Sources.of(unet_name, hidden_states, file, internals)
         layout = sources.dense.layout
@@ -214,6 +219,7 @@ class PlanByThreshold(io.ComfyNode):
                 *_ranges(),
                 _save_as(),
                 *_recordings()[1:],
+                _after(),
             ],
             outputs=_plan_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -226,7 +232,7 @@ class PlanByThreshold(io.ComfyNode):
     @classmethod
     def execute(
         cls, unet_name, img_threshold, txt_threshold, single_threshold, on, first_layer, last_layer, first_single, last_single,
-        save_as, file, internals=None,
+        save_as, file, internals=None, after=None,
     ) -> io.NodeOutput:  # fmt: skip
         sources = Sources.of(unet_name, DEFAULT_FOLDER, file, internals)
         layout = sources.dense.layout
@@ -268,6 +274,7 @@ class PlanByBudget(io.ComfyNode):
                 io.String.Input("protect", default="", tooltip="Layers to leave whole, such as 'double-18, single-0'."),
                 _save_as(),
                 *_recordings(),
+                _after(),
             ],
             outputs=_plan_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -279,7 +286,7 @@ class PlanByBudget(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, unet_name, budget, amount, score, multiple, protect, save_as, hidden_states, file, internals=None
+        cls, unet_name, budget, amount, score, multiple, protect, save_as, hidden_states, file, internals=None, after=None
     ) -> io.NodeOutput:
         sources = Sources.of(unet_name, hidden_states, file, internals)
         rankings = sources.ranked(score)
@@ -319,8 +326,9 @@ class LoadPrunedFlux(io.ComfyNode):
     def execute(cls, unet_name, weight_dtype, plan, repair, hidden_states, file, internals=None) -> io.NodeOutput:
         sources = Sources.of(unet_name, hidden_states, file, internals)
         repairs = sources.repairs(plan, repair)
+        repairs.compute(loading.step_progress())
         model = loading.load_flux(Cut(sources.dense, plan, repairs), weight_dtype, sources.dense.metadata)
-        folds = {name: repairs[name].fold for name in repairs}
+        folds = FoldsWhenAsked(sources.repairs(plan, repair, fold=True))
         model.set_attachments(PRUNED, PrunedModel(sources.dense.layout, plan, folds, repairs.report))
         host.say(cls.hidden.unique_id, plan.table())
         return io.NodeOutput(model, plan.masked_count)
@@ -334,6 +342,22 @@ class PrunedModel:
     plan: PruningPlan
     folds: Mapping[str, Fold]
     report: Mapping[str, RepairReport]
+
+
+class FoldsWhenAsked(Mapping[str, Fold]):
+    """Folds by site, each computed for the first LoRA that needs it: they take much space, and few models meet a LoRA."""
+
+    def __init__(self, repairs: Repairs):
+        self.repairs = repairs
+
+    def __getitem__(self, name: str) -> Fold:
+        return self.repairs[name].fold
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.repairs)
+
+    def __len__(self) -> int:
+        return len(self.repairs)
 
 
 class SavePrunedFlux(io.ComfyNode):
@@ -367,7 +391,9 @@ class SavePrunedFlux(io.ComfyNode):
         sources = Sources.of(unet_name, hidden_states, file, internals)
         if path.resolve() == Path(loading.checkpoint_path(unet_name)).resolve():
             raise UserError(f"'{save_as}' is the dense model itself: choose another name, it is needed for other plans.")
-        save_pruned(path, Cut(sources.dense, plan, sources.repairs(plan, repair, fold)), fold, loading.step_progress())
+        repairs = sources.repairs(plan, repair, fold)
+        repairs.compute(loading.step_progress())
+        save_pruned(path, Cut(sources.dense, plan, repairs), fold, loading.step_progress())
         host.say(cls.hidden.unique_id, f"{path.name}: {path.stat().st_size / 1e9:.3g} GB, {plan.masked_count} neurons cut")
         return io.NodeOutput(path.name)
 

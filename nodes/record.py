@@ -66,8 +66,8 @@ class RecordInternals(io.ComfyNode):
         return io.NodeOutput(host.sampling_clone(model, start), path)
 
 
-class InternalsRun:
-    """One sampling run being recorded; a `host.SamplingWatcher`."""
+class InternalsRun(host.SamplingWatcher):
+    """One sampling run being recorded."""
 
     def __init__(
         self,

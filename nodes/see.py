@@ -104,8 +104,8 @@ class TapBlocks(io.ComfyNode):
         return io.NodeOutput(host.sampling_clone(model, lambda: TappingRun(recorder, tapped, node_id)), tapped)
 
 
-class TappingRun:
-    """One sampling run being tapped; a `host.SamplingWatcher`."""
+class TappingRun(host.SamplingWatcher):
+    """One sampling run being tapped."""
 
     def __init__(self, recorder: TapRecorder, tapped: TappedRun, node_id: str | None):
         self.recorder, self.tapped, self.node_id = recorder, tapped, node_id

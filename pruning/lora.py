@@ -109,7 +109,9 @@ def convert_lora(
             modules.append(LoraModule(name, "applied", "its weight was not cut"))
             continue
         try:
-            changed, why = _converted(parts, target, plan, folds[target.site.name], report[target.site.name])
+            # only what reads the neurons has to follow their repair
+            fold = folds[target.site.name] if target.down else Fold(None, None)
+            changed, why = _converted(parts, target, plan, fold, report[target.site.name])
         except _Unfit as reason:
             modules.append(LoraModule(name, "skipped", f"{reason}; merge it into the dense model before pruning"))
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -216,3 +217,14 @@ def test_a_model_that_is_no_flux_is_refused(client: ComfyClient, host, recorded:
     save_file({"conv_in.weight": torch.zeros(4, 4)}, host.base / "models" / "diffusion_models" / "other.safetensors")
     with pytest.raises(UserError, match="not a FLUX checkpoint"):
         client.run({"plan": by_count(unet_name="other.safetensors")})
+
+
+def test_the_shipped_workflow_prunes_in_one_go(client: ComfyClient, host, workflow):
+    result = client.run(workflow("prune_tiny"))
+    order = [result.executed.index(number) for number in ("7", "8", "9", "12", "15")]  # record, plan, load, draw, compare
+    assert order == sorted(order)
+    plan = PruningPlan.load(host.output / "flux_poke" / "prune_tiny_plan.safetensors")
+    assert plan.neurons == (2048, 4096)
+    assert plan.velocity_error is not None
+    (compared,) = re.findall(r"PSNR ([\d.]+) dB", result.texts["15"])
+    assert float(compared) > 30

@@ -126,6 +126,35 @@ def test_what_is_drawn_is_bit_identical(load, record, family, sampler):
     assert plain.std() > 0.1
 
 
+@pytest.mark.parametrize("rows_first", [False, True], ids=["internals first", "rows first"])
+def test_what_a_probe_asks_of_the_model_is_not_counted(load, record, tmp_path, rows_first: bool):
+    from flux_poke.analysis.hidden_states import HiddenStates, Limit
+    from flux_poke.analysis.internals import Internals
+    from flux_poke.analysis.row_recording import RowChoice, RowRecorder
+    from flux_poke.nodes import host
+    from flux_poke.nodes.hidden_states import RowsRun
+    from flux_poke.nodes.record import InternalsRun
+
+    model = load(FLUX1)
+    drawn, alone = record(model, name="alone")
+    layout, fingerprint, path = host.flux_layout(model), host.fingerprint(model), tmp_path / "both.safetensors"
+    store = HiddenStates.for_model(tmp_path / "rows", layout.family, fingerprint)
+    recorder = RowRecorder(layout.sites, store, RowChoice(4, STEPS), Limit(1.0))
+    starts = [
+        lambda: InternalsRun(path, layout, fingerprint, True, False, None, {}),
+        lambda: RowsRun(recorder, layout, 2, None),
+    ]
+    watched = model
+    for start in reversed(starts) if rows_first else starts:
+        watched = host.sampling_clone(watched, start)
+    assert torch.equal(sample(watched), drawn)
+    assert store.amplification.keys() == alone.sites.keys()
+    assert {store.count(name) for name in alone.sites} == {4 * STEPS * 2}
+    for name, site in Internals.load(path).sites.items():
+        assert site.tokens == alone.sites[name].tokens
+        assert torch.equal(site.fires, alone.sites[name].fires)
+
+
 def traces(model) -> list:
     """Everything a hook, a patch or a wrapper could have left in the model."""
     found = [copy.copy(model.model_options["transformer_options"]), list(model.wrappers), list(model.object_patches)]

@@ -219,14 +219,18 @@ class Toy(nn.Module):
         return 3 * self.down(x)
 
 
-def test_amplification_is_the_velocitys_error_over_the_noises_energy(recorded):
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+def test_amplification_is_the_velocitys_error_over_the_noises_energy(recorded, compiled: bool):
     """For v = 3y over n tokens: (9 Σ|noise|² / 9 Σ|y|²) / (Σ|noise|² / n) = n / Σ|y|²."""
     from dataclasses import replace
 
     toy, x = Toy(), torch.randn(2, 11, 4)
+    run = torch.compile(toy, backend="eager") if compiled else toy
+    with torch.no_grad():
+        run(x)  # compiled here, before there is a hook
     probe = AmplificationProbe([replace(recorded.dense.layout.sites[0], name="toy", down="down")])
     for _ in range(3):
-        probe.measure(toy, lambda: toy(x))
+        probe.measure(toy, lambda: run(x))
     (total, count) = probe.results()["toy"]
     assert count == 3
     assert total / count == pytest.approx(22 / toy.down(x).square().sum().item(), rel=1e-4)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..flux.layout import Layout, Site
+from ..flux.layout import Site
 from .hidden_states import HiddenStates, Limit
 from .hooks import hooks_heard
 from .recording import TokenMask
@@ -66,27 +66,6 @@ def draw_steps(
     known = [step for step, sigma in enumerate(sigmas[:-1]) if low <= sigma <= high]
     count = min(len(known), steps if steps is not None else max(1, round(STEP_SHARE * (len(sigmas) - 1))))
     return frozenset(random.Random(f"{seed} {image}").sample(known, count))
-
-
-def select_sites(
-    layout: Layout,
-    double: tuple[int, int] | None = None,
-    single: tuple[int, int] | None = None,
-    streams: Sequence[str] = ("img", "txt", "single"),
-) -> tuple[Site, ...]:
-    """The sites of `streams` whose block is in the range (first, last) for its kind; None = all.
-
-    Raises `UserError` where a range is outside of the model.
-    """
-    for kind, chosen, depth in (("double", double, layout.depth), ("single", single, layout.depth_single)):
-        if chosen is not None and not 0 <= chosen[0] <= chosen[1] < depth:
-            raise UserError(f"The model's {kind} blocks are 0 to {depth - 1}; found the range {chosen[0]} to {chosen[1]}.")
-
-    def wanted(site: Site) -> bool:
-        chosen = single if site.stream == "single" else double
-        return site.stream in streams and (chosen is None or chosen[0] <= site.index <= chosen[1])
-
-    return tuple(site for site in layout.sites if wanted(site))
 
 
 def estimated_bytes(sites: Sequence[Site], hidden: int, choice: RowChoice, steps: int, images: int) -> int:

@@ -56,7 +56,7 @@ def partial_sums(h: Tensor, gate: Tensor | None = None, keep: Tensor | None = No
     tiles = triton.cdiv(tokens, TILE)
     partial = torch.empty(3, tiles, width, dtype=torch.float32, device=h.device)
     _partial_sums[(triton.cdiv(width, COLUMNS), tiles)](
-        h, h if gate is None else gate, h if keep is None else keep, partial[0], partial[1], partial[2],
+        h, h if gate is None else gate, h if keep is None else keep.view(torch.uint8), partial[0], partial[1], partial[2],
         tokens, width, h.stride(0), h.stride(0) if gate is None else gate.stride(0),
         gated=gate is not None, masked=keep is not None, tile=TILE, rows=ROWS, columns=COLUMNS,
     )  # fmt: skip

@@ -113,6 +113,30 @@ class Layout:
         )
 
 
+def select_sites(
+    layout: Layout,
+    double: tuple[int, int] | None = None,
+    single: tuple[int, int] | None = None,
+    streams: Sequence[str] = ("img", "txt", "single"),
+) -> tuple[Site, ...]:
+    """The sites of `streams` whose block is in the range (first, last) for its kind; None = all blocks.
+
+    Raises `UserError` where a range is outside of the model.
+    """
+    for kind, chosen, depth in (("double", double, layout.depth), ("single", single, layout.depth_single)):
+        if chosen is not None and not 0 <= chosen[0] <= chosen[1] < depth:
+            raise UserError(
+                f"{kind} layers {chosen[0]} to {chosen[1]} are asked for, but the model's {kind} blocks are 0 to {depth - 1}: "
+                "choose a first and a last one among them."
+            )
+
+    def wanted(site: Site) -> bool:
+        chosen = single if site.stream == "single" else double
+        return site.stream in streams and (chosen is None or chosen[0] <= site.index <= chosen[1])
+
+    return tuple(site for site in layout.sites if wanted(site))
+
+
 def canonical_key(key: str, prefix: str = "") -> str:
     """`key` without `prefix`, and with the q/k norm's name as the first releases had it (`.scale`)."""
     key = key.removeprefix(prefix)

@@ -12,7 +12,7 @@ from ..analysis.amplification import AmplificationProbe
 from ..analysis.blocks import choose_blocks
 from ..analysis.hidden_states import HiddenStates, Limit
 from ..analysis.lens import LensRecorder
-from ..analysis.row_recording import RowChoice, RowRecorder, RowRun, estimated_bytes, select_sites
+from ..analysis.row_recording import RowChoice, RowRecorder, RowRun, estimated_bytes
 from ..analysis.state_recording import (
     StateChoice,
     StateKind,
@@ -21,7 +21,7 @@ from ..analysis.state_recording import (
     estimated_state_bytes,
     places_around,
 )
-from ..flux.layout import Layout
+from ..flux.layout import Layout, select_sites
 from . import host
 from .prune import DEFAULT_FOLDER
 from .see import TEXTS

@@ -29,7 +29,7 @@ from ..errors import UserError
 from ..files import write_safetensors
 from ..flux.checkpoint import open_safetensors
 from ..flux.fingerprint import Fingerprint
-from ..flux.layout import Layout, Site
+from ..flux.layout import Layout, select_sites
 from .dense import Dense
 from .scores import Ranking, predicted_errors, require_internals
 
@@ -176,7 +176,7 @@ def by_count(
     Raises `UserError` where a cut leaves nothing of an MLP, or a range is outside of the model.
     """
     cuts = {"img": img_cut, "txt": txt_cut, "single": single_cut}
-    sites = sites_in(dense.layout, double, single)
+    sites = select_sites(dense.layout, double, single)
     for site in sites:
         cut = cuts[site.stream]
         if not 0 <= cut < site.width:
@@ -203,7 +203,7 @@ def by_threshold(
     Raises `UserError` where a threshold leaves nothing of an MLP, or a range is outside of the model.
     """
     thresholds = {"img": img_threshold, "txt": txt_threshold, "single": single_threshold}
-    sites = sites_in(dense.layout, double, single)
+    sites = select_sites(dense.layout, double, single)
     internals = require_internals(internals, dense, sites, "a plan by threshold")
     kept = {}
     for site in sites:
@@ -256,25 +256,6 @@ def plan_figure(plan: PruningPlan) -> Figure:
     axes.set(title=f"{plan.neurons[0]:,} of {plan.neurons[1]:,} neurons kept", xlabel="neurons")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
     return figure
-
-
-def sites_in(layout: Layout, double: Layers = None, single: Layers = None) -> tuple[Site, ...]:
-    """Sites whose block is in the range for its kind (None = all; a range that ends before it starts = none).
-
-    Raises `UserError` where a range is outside of the model.
-    """
-    for kind, chosen, depth in (("double", double, layout.depth), ("single", single, layout.depth_single)):
-        if chosen is not None and not (0 <= chosen[0] < depth and 0 <= chosen[1] < depth and chosen[0] <= chosen[1]):
-            raise UserError(
-                f"{kind} layers {chosen[0]} to {chosen[1]} are asked for, but the model's {kind} blocks are 0 to {depth - 1}: "
-                "choose a first and a last one among them."
-            )
-
-    def inside(site: Site) -> bool:
-        chosen = single if site.stream == "single" else double
-        return chosen is None or chosen[0] <= site.index <= chosen[1]
-
-    return tuple(site for site in layout.sites if inside(site))
 
 
 def _widths(layout: Layout) -> dict[str, int]:

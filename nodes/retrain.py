@@ -59,7 +59,7 @@ class RetrainLayers(io.ComfyNode):
                     "train_on", options=["auto", "blocks", "rows"], tooltip="auto: block states where there are any."
                 ),
                 io.Int.Input("thickness", default=1, min=1, max=64, tooltip="Consecutive blocks that are trained together."),
-                io.Int.Input("steps", default=40, min=1, max=1_000_000, tooltip="Gradient steps for each layer."),
+                io.Int.Input("steps", default=32, min=1, max=1_000_000, tooltip="Gradient steps for each layer."),
                 io.Float.Input(
                     "learning_rate",
                     default=5e-4,

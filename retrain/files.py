@@ -153,7 +153,7 @@ def read_stats(folder: Path) -> list[LayerStats]:
 def write_stats(folder: Path) -> None:
     """`layer_stats.yaml`, made anew from the layers, so that it cannot fall behind them."""
     content = {f"layer{layer.layer}": asdict(layer) for layer in read_stats(folder)}
-    write_text(folder / STATS, yaml.safe_dump(content, sort_keys=False))
+    write_text(folder / STATS, yaml.dump(content, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False))
 
 
 def draw_stats(folder: str | os.PathLike[str]) -> Path | None:

@@ -462,7 +462,8 @@ def retrain(
     whole = method == "distill"
     options = Options(
         method="both" if method == "distill" else method, steps=steps or (200 if whole else 32), learning_rate=learning_rate,
-        batch=batch or (32 if whole else 8), eval_every=eval_every or (50 if whole else 16), patience=patience, eval_share=eval_share, seed=seed,
+        batch=batch or (32 if whole else 8), eval_every=eval_every or (50 if whole else 16),
+        patience=patience, eval_share=eval_share, seed=seed,
         thickness=thickness, sequential=sequential, save_dtype=save_dtype, just_evaluate=just_evaluate,  # type: ignore[arg-type]
         mixed_precision=mixed_precision, device=device, optimizer=optimizer, recompute=recompute, tensorboard=tensorboard,
     )  # fmt: skip

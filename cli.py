@@ -430,10 +430,10 @@ def retrain(
         typer.Option(help="distill: all layers at once, on trajectories."),
     ] = "both",
     on: Annotated[Literal["auto", "blocks", "rows"], typer.Option(help="What of the folder to train on.")] = "auto",
-    steps: Annotated[Optional[int], typer.Option(help="Gradient steps (default: 40; distill 200).")] = None,  # noqa: UP045
+    steps: Annotated[Optional[int], typer.Option(help="Gradient steps (default: 32; distill 200).")] = None,  # noqa: UP045
     learning_rate: Annotated[float, typer.Option(help="Highest one; it rises first and falls to zero.")] = 5e-4,
     batch: Annotated[Optional[int], typer.Option(help="Images at steps, of one batch (default: 8; distill 32).")] = None,  # noqa: UP045
-    eval_every: Annotated[int, typer.Option(help="Steps between looks at the held-out images.")] = 20,
+    eval_every: Annotated[Optional[int], typer.Option(help="Steps between looks at held-out images (16; distill 50).")] = None,  # noqa: UP045
     patience: Annotated[int, typer.Option(help="Looks without progress before it stops.")] = 4,
     eval_share: Annotated[float, typer.Option(help="Share of the images to judge by.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of the split and the batches.")] = 0,
@@ -461,8 +461,9 @@ def retrain(
 
     whole = method == "distill"
     options = Options(
-        method="both" if method == "distill" else method, steps=steps or (200 if whole else 40), learning_rate=learning_rate,
-        batch=batch or (32 if whole else 8), eval_every=eval_every, patience=patience, eval_share=eval_share, seed=seed,
+        method="both" if method == "distill" else method, steps=steps or (200 if whole else 32), learning_rate=learning_rate,
+        batch=batch or (32 if whole else 8), eval_every=eval_every or (50 if whole else 16),
+        patience=patience, eval_share=eval_share, seed=seed,
         thickness=thickness, sequential=sequential, save_dtype=save_dtype, just_evaluate=just_evaluate,  # type: ignore[arg-type]
         mixed_precision=mixed_precision, device=device, optimizer=optimizer, recompute=recompute, tensorboard=tensorboard,
     )  # fmt: skip

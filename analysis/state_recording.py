@@ -97,8 +97,18 @@ class StateRecorder:
         seeds: Sequence[int] | None = None,
     ) -> Iterator[StateRun]:
         """One sampling run of `images` images along `sigmas` (all of them)."""
+        yield self.begin(sigmas, images, prompts, seeds)
+
+    def begin(
+        self,
+        sigmas: Sequence[float] | Tensor,
+        images: int = 1,
+        prompts: Sequence[str] | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> StateRun:
+        """As `run`; nothing is left to do when the run ends."""
         levels = sigmas.tolist() if isinstance(sigmas, Tensor) else list(sigmas)
-        yield StateRun(self, levels, self.store.new_images(images), prompts, seeds)
+        return StateRun(self, levels, self.store.new_images(images), prompts, seeds)
 
 
 class StateRun:

@@ -17,6 +17,7 @@ from .prune import (
     SavePrunedFlux,
 )
 from .record import InternalsReport, RecordInternals
+from .retrain import LoadReplacedFlux, RetrainLayers
 from .see import AnimateBlockPreviews, DecodeBlockPreviews, TapBlocks
 from .tiny import LoadTinyFlux
 
@@ -35,6 +36,8 @@ class FluxPokeExtension(ComfyExtension):
             SavePrunedFlux,
             LoadPrunedCheckpoint,
             LoadPrunedLora,
+            RetrainLayers,
+            LoadReplacedFlux,
             TapBlocks,
             DecodeBlockPreviews,
             AnimateBlockPreviews,

@@ -1,4 +1,5 @@
-"""Record Hidden States: samples of what every MLP reads, for repair and retraining, or what every block gives, for a lens."""
+"""Record Hidden States: samples of what every MLP reads, for repair, what every block gives, for a lens, or whole model calls,
+for retraining."""
 
 from __future__ import annotations
 
@@ -8,12 +9,25 @@ import torch
 from comfy_api.latest import io
 
 from ..analysis.amplification import AmplificationProbe
+from ..analysis.blocks import choose_blocks
 from ..analysis.hidden_states import HiddenStates, Limit
 from ..analysis.lens import LensRecorder
 from ..analysis.row_recording import RowChoice, RowRecorder, RowRun, estimated_bytes
+from ..analysis.state_recording import (
+    StateChoice,
+    StateKind,
+    StateRecorder,
+    StateRun,
+    estimated_state_bytes,
+    places_around,
+)
 from ..flux.layout import Layout, select_sites
 from . import host
 from .prune import DEFAULT_FOLDER
+from .see import TEXTS
+
+#: What `what` calls the kinds of whole model calls.
+STATES: dict[str, StateKind] = {"block states": "blocks", "trajectories": "trajectories"}
 
 
 class RecordHiddenStates(io.ComfyNode):
@@ -25,7 +39,7 @@ class RecordHiddenStates(io.ComfyNode):
             category=host.CATEGORY,
             description="Samples token rows of what every MLP of a FLUX reads while you generate: all that repair needs. Also "
             "measures how much an error at each MLP moves the picture, for plans by budget. Or samples what a lens is fitted "
-            "on.",
+            "on, or keeps whole block states or velocities, for retraining.",
             inputs=[
                 io.Model.Input("model", tooltip="The FLUX to watch: FLUX.1, FLUX.2 or Chroma. It is not changed."),
                 io.String.Input(
@@ -33,10 +47,17 @@ class RecordHiddenStates(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "what",
-                    options=["rows", "lens rows"],
+                    options=["rows", "lens rows", *STATES],
                     optional=True,
                     tooltip="rows: what MLPs read, for plans and repair. lens rows: the same image tokens after every block, "
-                    "for `flux-poke lens fit`.",
+                    "for `flux-poke lens fit`. block states: all that enters and leaves blocks, for retraining them. "
+                    "trajectories: latents and the velocity there, for retraining all at once.",
+                ),
+                io.String.Input(
+                    "blocks",
+                    default="all",
+                    optional=True,
+                    tooltip="For block states: which blocks, such as 'double 0-3, single 37'; all takes the most space.",
                 ),
                 io.Combo.Input(
                     "streams", options=["all", "img", "txt", "single"], tooltip="Which MLPs: image, text, single blocks."
@@ -50,7 +71,7 @@ class RecordHiddenStates(io.ComfyNode):
                 ),
                 io.Int.Input("rows", default=64, min=1, max=65536, tooltip="Tokens per MLP, image and step."),
                 io.Float.Input(
-                    "max_gb", default=20.0, min=0.001, max=100000.0, step=0.1, tooltip="Disk space the rows may take."
+                    "max_gb", default=20.0, min=0.001, max=100000.0, step=0.1, tooltip="Disk space what is recorded may take."
                 ),
                 io.Combo.Input(
                     "when_full", options=["thin", "stop"], tooltip="At max_gb: halve every image's share, or take no more."
@@ -72,12 +93,25 @@ class RecordHiddenStates(io.ComfyNode):
                 io.Int.Input("sample_seed", default=0, min=0, max=2**31 - 1, tooltip="Of the drawn steps and tokens."),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The same model, watched: connect it to the sampler.")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
     def execute(
-        cls, model, folder, streams, steps, rows, max_gb, when_full, sigma_from, sigma_to, probe_steps, sample_seed, what="rows"
+        cls,
+        model,
+        folder,
+        streams,
+        steps,
+        rows,
+        max_gb,
+        when_full,
+        sigma_from,
+        sigma_to,
+        probe_steps,
+        sample_seed,
+        what="rows",
+        blocks="all",
     ) -> io.NodeOutput:
         layout = host.flux_layout(model)
         wanted = ("img", "txt", "single") if streams == "all" else (streams,)
@@ -87,6 +121,14 @@ class RecordHiddenStates(io.ComfyNode):
         limit, node_id = Limit(max_gb, when_full), cls.hidden.unique_id
         if what == "lens rows":
             return io.NodeOutput(host.sampling_clone(model, lambda: LensRun(store, layout, choice, limit, node_id)))
+        if what in STATES:
+            kind, states = STATES[what], StateChoice(steps or None, (sigma_from, sigma_to), sample_seed)
+            places = places_around(choose_blocks(blocks, layout), layout)
+            size = estimated_state_bytes(kind, layout, places, states, 100, image_tokens=4096, words=512)
+            host.say(node_id, f"About {size / 1e9:.3g} GB for 100 recorded steps of 1024x1024 pixels")
+            prompt = host.graph_value(cls.hidden, TEXTS)
+            state_recorder = StateRecorder(kind, store, states, Limit(max_gb, "stop"), places)
+            return io.NodeOutput(host.sampling_clone(model, lambda: StatesRun(state_recorder, prompt, node_id)))
         recorder = RowRecorder(sites, store, choice, limit)
         size = estimated_bytes(sites, layout.hidden, choice, 20, 100)
         host.say(node_id, f"At most {size / 1e9:.3g} GB for 100 images of 20 steps")
@@ -129,6 +171,36 @@ class RowsRun(host.SamplingWatcher):
 
     def abandon(self) -> None:
         host.say(self.node_id, "The run did not finish: its rows were left out.")
+
+
+class StatesRun(host.SamplingWatcher):
+    """One sampling run whose model calls are recorded whole."""
+
+    def __init__(self, recorder: StateRecorder, prompt: str, node_id: str | None):
+        self.recorder, self.prompt, self.node_id = recorder, prompt, node_id
+        self.run: StateRun | None = None
+
+    @contextmanager
+    def watching(self, call: host.ModelCall):
+        if self.run is None:
+            seeds = None if call.seed is None else [call.seed] * call.images
+            self.run = self.recorder.begin(call.sigmas, call.images, [self.prompt] * call.images, seeds)
+        if call.positive_rows is None:
+            yield
+            return
+        rows = range(*call.positive_rows.indices(len(call.x)))
+        images = [row - rows.start if row in rows else None for row in range(len(call.x))]
+        with self.run.watching(call.model, call.step, images):
+            yield
+
+    def finish(self) -> None:
+        store, kind = self.recorder.store, self.recorder.kind
+        full = ": full, nothing more is taken" if self.recorder.full else ""
+        kept = sum(len(shard.captures) for shard in store.manifest.shards if shard.kind == kind)
+        host.say(self.node_id, f"{store.folder.name}: {kept} {kind} of {store.bytes(kind) / 1e9:.3g} GB{full}")
+
+    def abandon(self) -> None:
+        host.say(self.node_id, "The run did not finish: what it recorded up to there stays, each step is whole.")
 
 
 class LensRun(host.SamplingWatcher):

@@ -7,7 +7,8 @@ ComfyUI builds its model at the dense widths; each of its linear layers here tak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,24 @@ def read_tensors(path: str) -> dict[str, Tensor]:
 def load_lora(model: ModelPatcher, tensors: Mapping[str, Tensor], strength: float) -> ModelPatcher:
     """A clone of MODEL with a LoRA on it."""
     return comfy.sd.load_lora_for_models(model, None, dict(tensors), strength, 0.0)[0]
+
+
+def training_device() -> torch.device:
+    """Where ComfyUI computes."""
+    return comfy.model_management.get_torch_device()
+
+
+@contextmanager
+def training() -> Iterator[None]:
+    """Gradients, which the host switches off while nodes run, and the memory of models that are not in use."""
+    comfy.model_management.unload_all_models()
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def throw_if_cancelled() -> None:
+    """Raises where the user has pressed Cancel."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 def step_progress() -> Callable[[str, int, int], None]:

@@ -137,7 +137,7 @@ class BlockProblem:
     def inputs(self, groups: Iterable[Tensor]) -> Iterator[tuple[Tensor, State]]:
         """Samples and what enters the chain, batch by batch."""
         for group in groups:
-            for samples in group.split(4 * self.options.batch):
+            for samples in group.split(2 * self.options.batch):
                 yield samples, self.state(samples)
 
 

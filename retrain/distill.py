@@ -34,7 +34,7 @@ from .loop import Loss, fit, held_out_loss, samples_of, split_images, squared
 from .options import Options, Report
 from .trainable import mlp_parameters, rounded
 
-DEFAULT = Options(steps=200, learning_rate=5e-4, batch=32)
+DEFAULT = Options(steps=200, learning_rate=5e-4, batch=32, eval_every=50)
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def read_stats(folder: Path) -> list[LayerStats]:
 def write_stats(folder: Path) -> None:
     """`layer_stats.yaml`, made anew from the layers, so that it cannot fall behind them."""
     content = {f"layer{layer.layer}": asdict(layer) for layer in read_stats(folder)}
-    write_text(folder / STATS, yaml.safe_dump(content, sort_keys=False))
+    write_text(folder / STATS, yaml.dump(content, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False))
 
 
 def draw_stats(folder: str | os.PathLike[str]) -> Path | None:
@@ -169,9 +169,11 @@ def draw_stats(folder: str | os.PathLike[str]) -> Path | None:
 
 def stats_figure(stats: list[LayerStats]) -> Figure:
     """Held-out error of every layer: as it was cut, after the closed form, after training."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(6.0, 0.45 * len(stats) + 2), 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
     axes = figure.subplots()
     places = range(len(stats))
     for name, label, color in (

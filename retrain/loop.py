@@ -190,7 +190,7 @@ def _total(problem: Problem, groups: Sequence[Tensor], options: Options) -> Tens
     """Sums of `errors` over all samples of `groups`, float64 [streams, 3] on the CPU."""
     total: Tensor | None = None
     for group in groups:
-        for samples in group.split(4 * options.batch):
+        for samples in group.split(2 * options.batch):
             with _precision(options):
                 errors = problem.errors(samples).double().cpu()
             total = errors if total is None else total + errors

@@ -58,10 +58,10 @@ class Options:
     """
 
     method: Method = "both"
-    steps: int = 40
+    steps: int = 32
     learning_rate: float = 5e-4
     batch: int = 8
-    eval_every: int = 20
+    eval_every: int = 16
     patience: int = 4
     eval_share: float = 0.2
     seed: int = 0

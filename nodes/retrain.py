@@ -1,0 +1,199 @@
+"""Retrain Layers and Load Replaced FLUX."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from comfy_api.latest import io, ui
+from PIL import Image, ImageDraw
+
+from ..analysis.hidden_states import HiddenStates
+from ..analysis.report import figure_pixels
+from ..analysis.trajectories import Trajectories
+from ..pruning.dense import Dense
+from ..pruning.repair import Repairs
+from ..pruning.surgery import Cut
+from ..retrain.distill import distill_layers
+from ..retrain.files import LayerStats, Replaced, RetrainedLayers, draw_stats, stats_figure
+from ..retrain.layers import open_data, retrain_layers, stats_table
+from ..retrain.options import Options, Progress
+from . import host, loading
+from .prune import DEFAULT_FOLDER, PlanType, _checkpoint_input, _weight_dtype_input
+
+DEFAULT_LAYERS = "retrained_layers"
+DISTILL = "distill"
+
+
+class RetrainLayers(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FluxPokeRetrainLayers",
+            display_name="Retrain Layers",
+            category=host.CATEGORY,
+            description="Trains what a plan leaves of each layer against what the dense model did, and saves the layers. "
+            "Cancel keeps those that are finished; run again, it goes on.",
+            is_output_node=True,
+            inputs=[
+                _checkpoint_input(),
+                PlanType.Input("plan", tooltip="From a Plan Pruning node."),
+                io.String.Input(
+                    "hidden_states",
+                    default=DEFAULT_FOLDER,
+                    tooltip="Folder in output/flux_poke that Record Hidden States filled: block states, rows or trajectories.",
+                ),
+                io.String.Input("folder", default=DEFAULT_LAYERS, tooltip="Folder in output/flux_poke for the layers."),
+                io.String.Input(
+                    "layers",
+                    default="all",
+                    tooltip="Such as 0-18 (single blocks count on from the double ones), or 'double 3, single'.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=["both", "closed form", "gradient", DISTILL],
+                    tooltip="both: least squares, then gradient steps. distill: all layers at once, on trajectories; the "
+                    "whole model has to fit on the device.",
+                ),
+                io.Combo.Input(
+                    "train_on", options=["auto", "blocks", "rows"], tooltip="auto: block states where there are any."
+                ),
+                io.Int.Input("thickness", default=1, min=1, max=64, tooltip="Consecutive blocks that are trained together."),
+                io.Int.Input("steps", default=32, min=1, max=1_000_000, tooltip="Gradient steps for each layer."),
+                io.Float.Input(
+                    "learning_rate",
+                    default=5e-4,
+                    min=1e-8,
+                    max=1.0,
+                    step=1e-6,
+                    round=False,
+                    tooltip="The highest one; it falls to 0.",
+                ),
+                io.Int.Input("batch", default=8, min=1, max=4096, tooltip="Recorded steps in one batch."),
+                io.Combo.Input(
+                    "save_dtype",
+                    options=["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"],
+                    tooltip="What the layers are saved as; 8 bits with a scale.",
+                ),
+                io.Int.Input("train_seed", default=0, min=0, max=2**31 - 1, tooltip="Of the held-out images and the batches."),
+                io.Boolean.Input("mixed_precision", default=False, tooltip="Products in bfloat16: faster on a GPU."),
+            ],
+            outputs=[
+                io.String.Output(display_name="folder", tooltip="For Load Replaced FLUX."),
+                io.String.Output(display_name="text"),
+                io.Image.Output(display_name="image", tooltip="Errors before and after, layer by layer."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **kwargs) -> float:
+        return float("nan")  # what was recorded changes while the inputs do not
+
+    @classmethod
+    def execute(
+        cls, unet_name, plan, hidden_states, folder, layers, method, train_on, thickness, steps, learning_rate, batch,
+        save_dtype, train_seed, mixed_precision,
+    ) -> io.NodeOutput:  # fmt: skip
+        dense = Dense.open(loading.checkpoint_path(unet_name))
+        source, out = host.output_path(hidden_states), host.output_path(folder)
+        options = Options(
+            method="both" if method == DISTILL else method, steps=steps, learning_rate=learning_rate, batch=batch,
+            thickness=thickness, save_dtype=save_dtype, seed=train_seed, mixed_precision=mixed_precision,
+            device=str(loading.training_device()),
+        )  # fmt: skip
+        with loading.training():
+            if method == DISTILL:
+                stats = _distilled(dense, plan, source, out, options)
+            else:
+                stats = retrain_layers(dense, plan, open_data(source, train_on), layers, out, options, LossCurve())
+        draw_stats(out)
+        text, image = stats_table(stats), host.to_image(figure_pixels(stats_figure(stats)))
+        host.say(cls.hidden.unique_id, text)
+        return io.NodeOutput(folder, text, image, ui=ui.PreviewImage(image, cls=cls))
+
+
+def _distilled(dense: Dense, plan, source: Path, out: Path, options: Options) -> list[LayerStats]:
+    store = HiddenStates.open(source)
+    store.require(dense.fingerprint, dense.source)
+    rows = any(shard.kind == "rows" for shard in store.manifest.shards)
+    repairs = Repairs(dense, plan, "affine" if rows else "none", rows=store, folder=host.output_path("repairs"))
+    return distill_layers(dense, Cut(dense, plan, repairs), Trajectories.open(store), out, options, LossCurve())
+
+
+class LossCurve:
+    """A training's progress on the node that runs, with the held-out loss of the layer at hand as a picture."""
+
+    def __init__(self) -> None:
+        self._progress = host.PictureProgress()
+        self._layer, self._curve = "", [(0, 0.0)]
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.layer != self._layer:
+            self._layer, self._curve = progress.layer, []
+        self._curve.append((progress.step, progress.held_out_loss))
+        done = progress.layers_done * progress.steps + progress.step
+        self._progress(done, progress.layers * progress.steps, curve_picture(progress, self._curve))
+        loading.throw_if_cancelled()
+
+
+def curve_picture(progress: Progress, curve: list[tuple[int, float]]) -> Image.Image:
+    """Held-out loss by step, logarithmic, from the highest to the lowest so far."""
+    width, height, edge = 512, 256, 24
+    picture = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(picture)
+    logs = [math.log10(max(loss, 1e-30)) for _, loss in curve]
+    low, high = min(logs), max(logs)
+    scale = (height - 3 * edge) / max(high - low, 1e-9)
+    places = [
+        (edge + (width - 2 * edge) * step / progress.steps, 2 * edge + (high - log) * scale)
+        for (step, _), log in zip(curve, logs, strict=True)
+    ]
+    if len(places) > 1:
+        draw.line(places, fill=(31, 119, 180), width=3)
+    title = f"{progress.layer} ({progress.layers_done + 1} of {progress.layers}), {progress.seconds_left:.0f} s left"
+    title += f", held-out loss {progress.held_out_loss:.3g}"
+    draw.text((edge, edge // 3), title, fill="black")
+    return picture
+
+
+class LoadReplacedFlux(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FluxPokeLoadReplacedFlux",
+            display_name="Load Replaced FLUX",
+            category=host.CATEGORY,
+            description="Loads a FLUX with retrained layers in place of its own, of any width. The original flux-poke's layers "
+            "load too. The file is not changed.",
+            inputs=[
+                _checkpoint_input(),
+                _weight_dtype_input(),
+                io.String.Input("folder", default=DEFAULT_LAYERS, tooltip="Folder in output/flux_poke, from Retrain Layers."),
+                io.Int.Input("first_layer", default=0, min=0, max=255, tooltip="First layer to replace."),
+                io.Int.Input(
+                    "last_layer",
+                    default=-1,
+                    min=-1,
+                    max=255,
+                    tooltip="Last layer to replace (single blocks count on); -1 = all.",
+                ),
+            ],
+            outputs=[io.Model.Output(), io.String.Output(display_name="masked_count")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str, **kwargs) -> str:
+        path = host.output_path(folder)
+        return str(sorted((file.name, file.stat().st_mtime_ns) for file in path.glob("*.safetensors")))
+
+    @classmethod
+    def execute(cls, unet_name, weight_dtype, folder, first_layer, last_layer) -> io.NodeOutput:
+        dense = Dense.open(loading.checkpoint_path(unet_name))
+        layers = RetrainedLayers.open(host.output_path(folder), dense, first_layer, None if last_layer < 0 else last_layer)
+        replaced = Replaced(dense, layers)
+        model = loading.load_flux(replaced, weight_dtype, dense.metadata)
+        text = f"{len(layers.files)} layers replaced, neurons cut: {replaced.masked_count}"
+        host.say(cls.hidden.unique_id, " ".join([text, layers.describe_missing(dense.layout)]).strip())
+        return io.NodeOutput(model, replaced.masked_count)

@@ -1,0 +1,183 @@
+"""Recording block states, retraining, and running with replaced layers on a real server, with the tiny FLUX."""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flux_poke.analysis.block_states import BlockStates
+from flux_poke.analysis.hidden_states import HiddenStates
+from flux_poke.analysis.trajectories import Trajectories
+from flux_poke.errors import UserError
+from flux_poke.flux.tiny import FOLDER, TinyFlux
+from flux_poke.headless.client import ComfyClient, Interrupted
+from flux_poke.retrain.blocks import Chain
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+TINY = "tiny FLUX (ships with the pack)"
+ALL_LAYERS = {"first_layer": 0, "last_layer": -1, "first_single": 0, "last_single": -1}
+PROMPTS = ("a three", "the digit 8", "number five", "a handwritten one")
+
+
+def node(kind: str, **inputs) -> dict:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def drawing(model: dict, seed: int = 1, prompt: str = PROMPTS[0], batch: int = 4) -> dict:
+    """A graph that draws with what the nodes in `model` load; the last of them gives the MODEL."""
+    return {
+        "clip": node("FluxPokeLoadTinyFlux"),
+        **model,
+        "text": node("CLIPTextEncode", clip=["clip", 1], text=prompt),
+        "none": node("ConditioningZeroOut", conditioning=["text", 0]),
+        "empty": node("EmptySD3LatentImage", width=64, height=64, batch_size=batch),
+        "sample": node(
+            "KSampler", model=[list(model)[-1], 0], positive=["text", 0], negative=["none", 0], latent_image=["empty", 0],
+            seed=seed, steps=20, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,
+        ),
+        "decode": node("VAEDecode", samples=["sample", 0], vae=["clip", 2]),
+        "save": node("SaveImage", images=["decode", 0], filename_prefix="flux_poke/retrained"),
+    }  # fmt: skip
+
+
+def pictures(client: ComfyClient, graph: dict) -> np.ndarray:
+    files = client.run(graph).files("images", "save")
+    return np.stack([np.asarray(Image.open(io.BytesIO(client.fetch(file)))) for file in files])
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a.astype(float) - b.astype(float)).mean())
+
+
+def record(what: str, **options) -> dict:
+    given = {
+        "folder": "states", "what": what, "blocks": "all", "streams": "all", "steps": 6, "rows": 16, "max_gb": 1.0,
+        "when_full": "stop", "sigma_from": 0.0, "sigma_to": 1.0, "probe_steps": 0, "sample_seed": 0,
+    }  # fmt: skip
+    return node("FluxPokeRecordHiddenStates", **{**given, **options})
+
+
+def plan() -> dict:
+    inputs = {"unet_name": TINY, "img_cut": 256, "txt_cut": 256, "single_cut": 256, "score": "frequency", "save_as": "half"}
+    return node("FluxPokePlanByCount", **inputs, **ALL_LAYERS, hidden_states="states", file="retrain")
+
+
+def retrain(folder: str = "layers", **options) -> dict:
+    given = {
+        "unet_name": TINY, "plan": ["plan", 0], "hidden_states": "states", "folder": folder, "layers": "all", "method": "both",
+        "train_on": "auto", "thickness": 1, "steps": 40, "learning_rate": 5e-4, "batch": 8, "save_dtype": "float32",
+        "train_seed": 0, "mixed_precision": False,
+    }  # fmt: skip
+    return {"plan": plan(), "retrain": node("FluxPokeRetrainLayers", **{**given, **options})}
+
+
+def replaced(folder: str = "layers", last: int = -1) -> dict:
+    inputs = {"unet_name": TINY, "weight_dtype": "default", "folder": folder, "first_layer": 0, "last_layer": last}
+    return {"replaced": node("FluxPokeLoadReplacedFlux", **inputs)}
+
+
+@pytest.fixture(scope="module")
+def recorded(server, host) -> Path:
+    """Internals, block states and trajectories of the tiny FLUX, in output/flux_poke."""
+    count = node("FluxPokeRecordInternals", model=["tiny", 0], file="retrain", ignore_padding=True, positive_only=False)
+    blocks, velocities = record("block states", model=["count", 0]), record("trajectories", model=["blocks", 0])
+    model = {"tiny": node("FluxPokeLoadTinyFlux"), "count": count, "blocks": blocks, "velocities": velocities}
+    with ComfyClient(server.address) as client:
+        for number, prompt in enumerate(PROMPTS):
+            client.run(drawing(model, seed=number, prompt=prompt, batch=8))
+    return host.output / "flux_poke"
+
+
+def test_recorded_states_are_what_the_hosts_blocks_read_and_gave(recorded):
+    states = BlockStates.open(recorded / "states")
+    assert states.places == list(range(7))
+    assert len(states) == 4 * 8 * 6
+    assert len(states.image.unique()) == 32
+    checkpoint = TinyFlux.load().flux.state_dict()
+    for place in range(6):
+        img, txt = Chain.load(checkpoint, range(place, place + 1))(states.batch(states.groups[0][:8], place))
+        right_img, right_txt = states.tokens(states.groups[0][:8], place + 1)
+        assert (img - right_img).norm() < 0.01 * right_img.norm()
+        assert (txt - right_txt).norm() < 0.01 * right_txt.norm()
+
+
+def test_recorded_velocities_are_the_models(recorded):
+    samples = Trajectories.open(HiddenStates.open(recorded / "states"))
+    point = samples.batch(samples.groups[0][::8])
+    found = point.run(TinyFlux.load().flux)
+    assert (found - point.velocity).norm() < 0.02 * point.velocity.norm()
+
+
+def test_layers_are_retrained_and_run_after_a_restart(recorded, host, server):
+    with ComfyClient(server.address) as client:
+        dense = pictures(client, drawing({"tiny": node("FluxPokeLoadTinyFlux")}))
+        client.run(retrain())
+        assert sorted(path.name for path in (recorded / "layers").glob("*.safetensors")) == [
+            f"{n}.safetensors" for n in range(6)
+        ]
+        assert np.array_equal(pictures(client, drawing({"tiny": node("FluxPokeLoadTinyFlux")})), dense)
+    with host.start() as again, ComfyClient(again.address) as client:
+        found = pictures(client, drawing(replaced()))
+    cut_only = {
+        "plan": plan(),
+        "cut": node(
+            "FluxPokeLoadPrunedFlux", unet_name=TINY, weight_dtype="default", plan=["plan", 0], repair="none",
+            hidden_states="states", file="retrain",
+        ),
+    }  # fmt: skip
+    with ComfyClient(server.address) as client:
+        cut = pictures(client, drawing(cut_only))
+        assert np.array_equal(pictures(client, drawing({"tiny": node("FluxPokeLoadTinyFlux")})), dense)
+    assert 0 < difference(found, dense) < 0.5 * difference(cut, dense)
+
+
+def test_distilled_layers_run_too(recorded, server):
+    with ComfyClient(server.address) as client:
+        client.run(retrain("distilled", method="distill", steps=10, batch=16))
+        pictures(client, drawing(replaced("distilled")))
+    assert len(load_file(recorded / "distilled" / "0.safetensors")) == 10
+
+
+def test_cancel_keeps_finished_layers_and_leaves_the_host_in_order(recorded, server):
+    def cancel_later():
+        deadline = time.monotonic() + 120
+        while not (recorded / "cancelled" / "0.safetensors").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with ComfyClient(server.address) as other:
+            other.interrupt()
+
+    waiting = threading.Thread(target=cancel_later)
+    waiting.start()
+    with ComfyClient(server.address) as client:
+        before = pictures(client, drawing({"tiny": node("FluxPokeLoadTinyFlux")}))
+        with pytest.raises(Interrupted):
+            client.run(retrain("cancelled", method="gradient", steps=20_000))
+        waiting.join()
+        kept = [path.name for path in (recorded / "cancelled").glob("*.safetensors") if not path.name.startswith(".")]
+        assert "5.safetensors" not in kept
+        assert np.array_equal(pictures(client, drawing({"tiny": node("FluxPokeLoadTinyFlux")})), before)
+
+
+def test_another_models_layers_are_refused_with_a_sentence(recorded, server, host):
+    tensors = {key: tensor + 0.01 for key, tensor in load_file(FOLDER / "flux.safetensors").items()}
+    save_file(tensors, host.base / "models" / "diffusion_models" / "other.safetensors")
+    graph = drawing(replaced())
+    graph["replaced"]["inputs"]["unet_name"] = "other.safetensors"
+    with ComfyClient(server.address) as client, pytest.raises(UserError, match="another model"):
+        client.run(graph)
+
+
+def test_the_shipped_workflows_retrain_in_one_go_and_run_again(server, workflow):
+    with ComfyClient(server.address) as client:
+        result = client.run(workflow("retrain_layers_tiny"))
+        order = [result.executed.index(number) for number in ("7", "8", "9", "10", "14", "19")]
+        assert order == sorted(order)
+        retrained, cut_only = (float(value) for value in re.findall(r"PSNR ([\d.]+) dB", result.texts["19"]))
+        assert retrained > cut_only + 3
+        assert len(client.run(workflow("run_with_replaced_layers_tiny")).files("images", "8")) == 4

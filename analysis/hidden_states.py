@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -358,7 +359,7 @@ def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def held_out(images: Tensor, share: float = 0.2) -> tuple[set[int], set[int]]:
-    """Splits image numbers (ascending) into those to fit on and those to judge by: every fifth, and at least one.
+    """Splits image numbers (ascending) into those to fit on and those to judge by: a fifth of them, and at least one.
 
     Raises `UserError` for fewer than two images: tokens of one image are too alike to judge by.
     """
@@ -368,8 +369,8 @@ def held_out(images: Tensor, share: float = 0.2) -> tuple[set[int], set[int]]:
             f"The rows come from {len(numbers)} image; at least 2 are needed, one of them to judge the repair by. "
             "Record more images."
         )
-    every = max(2, round(1 / share))
-    judged = set(numbers[every - 1 :: every]) or {numbers[-1]}
+    # drawn, since prompts may come in turns, and always by the same lot
+    judged = set(random.Random(len(numbers)).sample(numbers, max(1, round(share * len(numbers)))))
     return set(numbers) - judged, judged
 
 

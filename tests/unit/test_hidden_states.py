@@ -215,10 +215,13 @@ def test_rows_of_some_images_are_read_in_pieces(flux, store, inputs):
 
 def test_held_out_images_are_others():
     fit, judge = held_out(torch.arange(3, 23))
-    assert fit & judge == set()
+    assert (len(fit), len(judge)) == (16, 4)
     assert fit | judge == set(range(3, 23))
-    assert len(judge) == 4
-    assert held_out(torch.tensor([4, 7])) == ({4}, {7})
+    assert len({number % 5 for number in judge}) > 1  # prompts may come in turns
+    assert (fit, judge) == held_out(torch.arange(3, 23))
+    fit, judge = held_out(torch.tensor([4, 7]))
+    assert sorted(fit | judge) == [4, 7]
+    assert len(judge) == 1
     with pytest.raises(UserError, match="at least 2 are needed"):
         held_out(torch.tensor([4]))
 

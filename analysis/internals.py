@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import check_writable, locked, write_safetensors
-from ..flux.checkpoint import open_safetensors
+from ..flux.checkpoint import open_safetensors, require_format
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import FAMILY_NAMES, Family
 from .recording import added
@@ -117,10 +117,7 @@ class Internals:
     def load(cls, path: str | os.PathLike[str]) -> Internals:
         """Raises `UserError` where the file is missing, damaged, or holds something else."""
         with open_safetensors(path) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                found = metadata.get("format", "a safetensors file of another kind")
-                raise UserError(f"{path} is no internals file: expected '{FORMAT}', found '{found}'.")
+            metadata = require_format(file.metadata(), path, FORMAT, "internals file")
             names = [key for key in file.keys() if "." not in key]
             try:
                 family = next(known for known in FAMILY_NAMES if known == metadata["family"])

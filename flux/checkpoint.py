@@ -10,7 +10,7 @@ Keys are canonical (no prefix, `.scale` for the q/k norms). Opening reads the he
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -63,6 +63,25 @@ class Checkpoint(Mapping[str, Tensor]):
     def tensors(self) -> dict[str, Tensor]:
         """All of it in memory."""
         return {key: self[key] for key in self}
+
+
+def scale_key(keys: Container[str], key: str) -> str | None:
+    """The key of the scale that belongs to the quantised weight `key`, or None."""
+    layer = key.removesuffix(".weight")
+    for name in (f"{layer}.weight_scale", f"{layer}.scale_weight"):
+        if name in keys:
+            return name
+    return None
+
+
+def require_format(
+    metadata: Mapping[str, str] | None, path: str | os.PathLike[str], expected: str, what: str
+) -> dict[str, str]:
+    """The header of a safetensors file whose `format` is `expected`; else `UserError`, saying that `path` is no `what`."""
+    found = (metadata or {}).get("format", "a safetensors file of another kind")
+    if found != expected:
+        raise UserError(f"{path} is no {what}: expected '{expected}', found '{found}'.")
+    return dict(metadata or {})
 
 
 def open_safetensors(path: str | os.PathLike[str], framework: str = "pt"):

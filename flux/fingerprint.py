@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, scale_key
 
 SAMPLES = 256
 
@@ -60,10 +60,8 @@ class Fingerprint:
         stored = {key: checkpoint.shape(key) for key in checkpoint}
 
         def scale(key: str, index: int) -> float:
-            for name in (f"{key}_scale", f"{key.removesuffix('.weight')}.scale_weight"):
-                if name in checkpoint:
-                    return row_scale(checkpoint[name], index, key)
-            return 1.0
+            name = scale_key(checkpoint, key)
+            return 1.0 if name is None else row_scale(checkpoint[name], index, key)
 
         return cls.of(stored, lambda key, index: checkpoint.rows(key, index, index + 1)[0], scale)
 

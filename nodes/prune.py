@@ -72,8 +72,10 @@ def _after() -> io.Input:
     )
 
 
-def _range(first: int, last: int, depth: int) -> tuple[int, int]:
-    return first, depth - 1 if last < 0 else last
+def _chosen(layout: Layout, first_layer: int, last_layer: int, first_single: int, last_single: int):
+    """The ranges of double and of single blocks that the inputs of `_ranges` stand for."""
+    last_double = layout.depth - 1 if last_layer < 0 else last_layer
+    return (first_layer, last_double), (first_single, layout.depth_single - 1 if last_single < 0 else last_single)
 
 
 def _plan_outputs() -> list[io.Output]:
@@ -184,9 +186,7 @@ class PlanByCount(io.ComfyNode):
         hidden_states, file, internals=None, after=None,
     ) -> io.NodeOutput:  # fmt: skip
         sources = Sources.of(unet_name, hidden_states, file, internals)
-        layout = sources.dense.layout
-        double = _range(first_layer, last_layer, layout.depth)
-        single = _range(first_single, last_single, layout.depth_single)
+        double, single = _chosen(sources.dense.layout, first_layer, last_layer, first_single, last_single)
         rankings = sources.ranked(score)
         plan = by_count(sources.dense, rankings, score, img_cut, txt_cut, single_cut, double, single)
         return _planned(plan, save_as, cls)
@@ -235,9 +235,7 @@ class PlanByThreshold(io.ComfyNode):
         save_as, file, internals=None, after=None,
     ) -> io.NodeOutput:  # fmt: skip
         sources = Sources.of(unet_name, DEFAULT_FOLDER, file, internals)
-        layout = sources.dense.layout
-        double = _range(first_layer, last_layer, layout.depth)
-        single = _range(first_single, last_single, layout.depth_single)
+        double, single = _chosen(sources.dense.layout, first_layer, last_layer, first_single, last_single)
         limits = img_threshold, txt_threshold, single_threshold
         return _planned(by_threshold(sources.dense, sources.internals, *limits, on, double, single), save_as, cls)
 

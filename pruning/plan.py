@@ -27,7 +27,7 @@ from torch import Tensor
 from ..analysis.internals import Internals, site_order
 from ..errors import UserError
 from ..files import write_safetensors
-from ..flux.checkpoint import open_safetensors
+from ..flux.checkpoint import open_safetensors, require_format
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import Layout, select_sites
 from .dense import Dense
@@ -151,10 +151,7 @@ class PruningPlan:
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
         """Raises `UserError` where the file is missing, damaged, or holds something else."""
         with open_safetensors(path) as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                found = header.get("format", "a safetensors file of another kind")
-                raise UserError(f"{path} is no pruning plan: expected '{FORMAT}', found '{found}'.")
+            header = require_format(file.metadata(), path, FORMAT, "pruning plan")
             try:
                 return cls.from_header(header, {key: file.get_tensor(key) for key in file.keys()})
             except (KeyError, ValueError, TypeError, SafetensorError) as error:

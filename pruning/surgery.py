@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from ..files import kind_of
-from ..flux.checkpoint import Checkpoint
+from ..flux.checkpoint import Checkpoint, scale_key
 from ..flux.layout import Site
 from .dense import Dense
 from .plan import PruningPlan
 from .repair import Repaired, Repairs
-from .weights import require_plain, scale_key, stored_like
+from .weights import require_plain, stored_like
 
 #: What a tensor is to its MLP: up projection (weight, bias, scale by row), down projection, its bias, its scale.
 Part = Literal["up", "down", "bias", "scale"]

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import UserError
+from ..flux.checkpoint import scale_key
 from ..flux.layout import Site
 
 #: ComfyUI's layer formats whose numbers stand for themselves, but for a scale.
@@ -70,15 +71,6 @@ class SiteWeights:
 def down_energy(weights: SiteWeights) -> Tensor:
     """Squared length of every column of the down projection, float64 [width]."""
     return weights.down.double().square().sum(0)
-
-
-def scale_key(tensors: Mapping[str, Tensor], key: str) -> str | None:
-    """The key of the scale that belongs to the quantised weight `key`, or None."""
-    layer = key.removesuffix(".weight")
-    for name in (f"{layer}.weight_scale", f"{layer}.scale_weight"):
-        if name in tensors:
-            return name
-    return None
 
 
 def require_plain(tensors: Mapping[str, Tensor], key: str) -> None:

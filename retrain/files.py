@@ -31,13 +31,13 @@ from torch import Tensor
 from ..analysis.blocks import Block, blocks_of
 from ..errors import UserError
 from ..files import kind_of, locked, replacing, stream_safetensors, write_safetensors, write_text
-from ..flux.checkpoint import Checkpoint, open_safetensors
+from ..flux.checkpoint import Checkpoint, open_safetensors, scale_key
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import Layout, Site, canonical_key
 from ..pruning.dense import KEPT, Dense
 from ..pruning.plan import PruningPlan
 from ..pruning.surgery import shape_of
-from ..pruning.weights import full_precision, scale_key, stored_like
+from ..pruning.weights import full_precision, stored_like
 from .trainable import stored
 
 if TYPE_CHECKING:

@@ -164,8 +164,9 @@ class DoubleBlock(nn.Module):
         else:
             (img1, img2), (txt1, txt2) = self.img_mod(vec), self.txt_mod(vec)
         words = txt.shape[1]
-        qkv = torch.cat((self.txt_attn(modulate(txt, txt1)), self.img_attn(modulate(img, img1))), dim=-2)
-        attended = attention(qkv[0], qkv[1], qkv[2], pe)
+        both = zip(self.txt_attn(modulate(txt, txt1)), self.img_attn(modulate(img, img1)), strict=True)
+        q, k, v = (torch.cat(pair, dim=-2) for pair in both)
+        attended = attention(q, k, v, pe)
         img = img + img1.gate * self.img_attn.proj(attended[:, words:])
         txt = txt + txt1.gate * self.txt_attn.proj(attended[:, :words])
         img = img + img2.gate * self.img_mlp(modulate(img, img2))
@@ -197,7 +198,7 @@ class SingleBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """The projections around attention; calling it gives q, k, v stacked, [3, batch, heads, tokens, head dim]."""
+    """The projections around attention; calling it gives q, k and v, each [batch, heads, tokens, head dim]."""
 
     def __init__(self, layout: Layout, bias: bool):
         super().__init__()
@@ -206,9 +207,9 @@ class Attention(nn.Module):
         self.norm = QKNorm(layout.head_dim)
         self.proj = nn.Linear(layout.hidden, layout.hidden, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        return torch.stack((*self.norm(q, k, v), v))
+        return (*self.norm(q, k, v), v)
 
 
 class QKNorm(nn.Module):

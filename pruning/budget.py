@@ -1,12 +1,14 @@
 """One budget for all MLPs: how much to save, spread so that the model's output suffers least.
 
-    curve = BudgetCurve.of(dense.layout, rankings, store.amplification, multiple=64, protected=protected_sites(layout,
-    "double-18")) plan = by_budget(dense, rankings, curve, "obs", share=0.5)       # or gigabytes=6, dtype=torch.bfloat16
+    protected = protected_sites(dense.layout, "double-18")
+    curve = BudgetCurve.of(dense.layout, rankings, store.amplification, multiple=64, protected=protected)
+    plan = by_budget(dense, rankings, curve, "obs", share=0.5)       # or gigabytes=6, dtype=torch.bfloat16
     curve.figure(plan)                               # memory saved against predicted error, before anything is cut
 
 Every site's ranking is a curve: predicted error against neurons cut. Times the site's amplification
 (analysis/amplification.py) it is the error of the velocity. The total is least where all curves have the same slope:
-marginal costs are sorted once, and the cheapest steps of `multiple` neurons are taken until enough is saved.
+marginal costs are sorted once, and the cheapest steps of `multiple` neurons are taken until enough is saved. Where a curve
+is not convex, its convex hull is followed (the Lagrange relaxation of the choice).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from .scores import Ranking
 class Step:
     """Cutting `neurons` more of `site`: how many parameters that saves, the error it adds, and its price per parameter.
 
-    Where an error grows by less than before, the price stays: no step comes before those it builds on.
+    Steps of a site that only pay together share their mean price, so that no step comes before those it builds on.
     """
 
     site: str
@@ -179,10 +181,22 @@ def _steps(site: Site, layout: Layout, error: torch.Tensor, multiple: int) -> li
     """From the full width down to one multiple; the first step may be a part of one."""
     widths = [site.width, *range((site.width - 1) // multiple * multiple, 0, -multiple)]
     each = neuron_parameters(layout, site)
-    steps, price = [], 0.0
-    for wide, narrow in pairwise(widths):
-        neurons = wide - narrow
-        added = (error[site.width - narrow] - error[site.width - wide]).item()
-        price = max(price, added / (neurons * each))
-        steps.append(Step(site.name, neurons, neurons * each, added, price))
-    return steps
+    neurons = [wide - narrow for wide, narrow in pairwise(widths)]
+    added = [(error[site.width - narrow] - error[site.width - wide]).item() for wide, narrow in pairwise(widths)]
+    prices = rising_means(added, [count * each for count in neurons])
+    return [
+        Step(site.name, count, count * each, more, price) for count, more, price in zip(neurons, added, prices, strict=True)
+    ]
+
+
+def rising_means(costs: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """Cost per weight of every step, those that fall pooled with what is before them into their mean (pool adjacent
+    violators, Ayer et al. 1955): slopes of the convex hull of the running sums."""
+    pools: list[tuple[float, float, int]] = []
+    for cost, weight in zip(costs, weights, strict=True):
+        pool = (cost, weight, 1)
+        while pools and pools[-1][0] * pool[1] >= pool[0] * pools[-1][1]:
+            before = pools.pop()
+            pool = (before[0] + pool[0], before[1] + pool[1], before[2] + pool[2])
+        pools.append(pool)
+    return [cost / weight for cost, weight, count in pools for _ in range(count)]

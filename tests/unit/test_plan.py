@@ -10,11 +10,12 @@ from flux_poke.analysis.hidden_states import HiddenStates
 from flux_poke.analysis.internals import Internals
 from flux_poke.analysis.statistics import SiteInternals
 from flux_poke.errors import UserError
-from flux_poke.pruning.budget import BudgetCurve, by_budget, neuron_parameters, protected_sites
+from flux_poke.pruning.budget import BudgetCurve, by_budget, neuron_parameters, protected_sites, rising_means
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan, by_count, by_threshold
 from flux_poke.pruning.scores import Ranking, rank
 from safetensors.torch import save_file
+from scipy.optimize import isotonic_regression
 
 
 @pytest.fixture
@@ -94,6 +95,24 @@ def test_a_budget_is_the_cheapest_of_all_ways_to_cut_as_much(dense):
     assert tuple(plan.cut.get(name, 0) for name in names) == best
     assert plan.velocity_error == pytest.approx(error(best))
     assert set(plan.kept) <= set(names)
+
+
+def test_neurons_that_pay_only_together_are_cut_together(dense):
+    """The first 64 neurons of one site cost 10 and the rest nothing more; 64 of the other always cost 4."""
+    rankings = curves(dense, [1.0] * 6)
+    cut = torch.arange(513)
+    rankings["double-img-0"] = Ranking(cut[:512], 10.0 * (cut / 64).clamp(max=1).double())
+    rankings["double-txt-0"] = Ranking(cut[:512], 4.0 * cut.double() / 64)
+    protected = [site.name for site in dense.layout.sites[2:]]
+    curve = BudgetCurve.of(dense.layout, rankings, None, multiple=64, protected=protected)
+    assert by_budget(dense, rankings, curve, "obs", share=192 / 3072).cut == {"double-img-0": 192}
+
+
+def test_prices_are_the_isotonic_regression_of_the_marginal_costs():
+    generator = torch.Generator().manual_seed(0)
+    costs, weights = torch.randn(40, generator=generator).double(), torch.rand(40, generator=generator).double() + 0.1
+    expected = isotonic_regression((costs / weights).numpy(), weights=weights.numpy()).x
+    assert rising_means(costs.tolist(), weights.tolist()) == pytest.approx(expected.tolist())
 
 
 def test_budget_widths_are_multiples_and_never_zero(dense):

@@ -449,15 +449,13 @@ def retrain(
 ) -> None:
     """Train what a plan leaves of the layers against what the dense model did. @arguments.txt reads options from a file."""
     from .analysis.hidden_states import HiddenStates
-    from .analysis.trajectories import Trajectories
     from .pruning.dense import Dense
     from .pruning.plan import PruningPlan
-    from .pruning.repair import Repairs
-    from .pruning.surgery import Cut
     from .retrain.distill import distill_layers
     from .retrain.files import draw_stats
-    from .retrain.layers import open_data, retrain_layers, stats_table
+    from .retrain.layers import open_data, retrain_layers
     from .retrain.options import Options, Progress
+    from .retrain.stats import stats_table
 
     whole = method == "distill"
     options = Options(
@@ -475,11 +473,7 @@ def retrain(
             update(f"{progress.layer}: held-out loss {progress.held_out_loss:.3g}", done)
 
         if whole:
-            store = HiddenStates.open(hidden_states)
-            store.require(dense.fingerprint, str(checkpoint))
-            rows = any(shard.kind == "rows" for shard in store.manifest.shards)
-            repairs = Repairs(dense, loaded, "affine" if rows else "none", rows=store, folder=out / "repairs", device=device)
-            stats = distill_layers(dense, Cut(dense, loaded, repairs), Trajectories.open(store), out, options, report)
+            stats = distill_layers(dense, loaded, HiddenStates.open(hidden_states), out, options, report)
         else:
             stats = retrain_layers(dense, loaded, open_data(hidden_states, on), layers, out, options, report)
     typer.echo(stats_table(stats))
@@ -499,17 +493,18 @@ def replace_command(
     last: Annotated[Optional[int], typer.Option(help="Last one (default: the last in the folder).")] = None,  # noqa: UP045
 ) -> None:
     """Write a checkpoint with retrained layers in place of the dense ones; it needs no other file."""
+    from .pruning.checkpoint import save_pruned
     from .pruning.dense import Dense
-    from .retrain.files import Replaced, RetrainedLayers, save_replaced
+    from .retrain.replaced import Replaced, RetrainedLayers
 
     dense = Dense.open(checkpoint)
     layers = RetrainedLayers.open(layers_dir, dense, first, last)
     replaced = Replaced(dense, layers)
     with progress_bar() as update:
-        save_replaced(out, replaced, lambda key, n, of: update(f"writing {out}", n / of))
+        save_pruned(out, replaced, progress=lambda key, n, of: update(f"writing {out}", n / of))
     if layers.missing:
         typer.echo(layers.describe_missing(dense.layout))
-    typer.echo(f"{out}: {out.stat().st_size / 1e6:,.1f} MB, neurons cut: {replaced.masked_count}")
+    typer.echo(f"{out}: {out.stat().st_size / 1e6:,.1f} MB, neurons cut: {replaced.plan.masked_count}")
 
 
 @app.command("inspect")

@@ -37,6 +37,7 @@ from .pruning.budget import BudgetCurve, by_budget
 from .pruning.checkpoint import save_changed, save_pruned
 from .pruning.dense import Dense
 from .pruning.plan import PruningPlan, by_count
+from .pruning.refit import RepairReport
 from .pruning.repair import Repairs
 from .pruning.scores import rank
 from .pruning.surgery import Cut
@@ -124,7 +125,8 @@ def run_demo(out: Path, seed: int = 0, progress: Progress | None = None) -> dict
     taught, _ = trajectory(exam.tiny.flux, exam.tiny.noise(TAUGHT, 30_000 + 1_000 * seed), FluxTimer(STEPS).sigmas(), *texts)
     distilled = distill(cut, Trajectories.of(taught))
     file = out / "retrained.safetensors"
-    save_changed(file, out / "budget-obs-affine.safetensors", distilled.tensors)
+    report = dict.fromkeys(budget.kept, RepairReport("retrained", before=distilled.before, after=distilled.after))
+    save_changed(file, out / "budget-obs-affine.safetensors", distilled.tensors, report)
     tensors = {**cut, **distilled.tensors}
     spent = time.perf_counter() - begun
     variants.append(exam.measured("retrained", tensors, budget, "affine", file.stat().st_size, spent))

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..flux.layout import Layout
+from ..flux.layout import Layout, Site
 from .hooks import hooks_heard
 
 Kind = Literal["double", "single"]
@@ -53,11 +53,22 @@ class Block:
     def title(self) -> str:
         return f"{self.kind} block {self.index}"
 
+    @property
+    def path(self) -> str:
+        """Module path in the checkpoint."""
+        return f"{self.kind}_blocks.{self.index}"
+
 
 def blocks_of(layout: Layout) -> tuple[Block, ...]:
     """All blocks, as they run; the place of a block is its number in here."""
     doubles = (Block("double", index) for index in range(layout.depth))
     return (*doubles, *(Block("single", index) for index in range(layout.depth_single)))
+
+
+def sites_at(layout: Layout, place: int) -> tuple[Site, ...]:
+    """The MLPs of the block at a place."""
+    path = blocks_of(layout)[place].path
+    return tuple(site for site in layout.sites if site.block == path)
 
 
 def choose_blocks(text: str, layout: Layout) -> tuple[Block, ...]:

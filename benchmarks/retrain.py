@@ -1,11 +1,13 @@
 """Retraining cut layers: the original flux-poke's recipe and this project's default, on the same data in one run.
 
-    uv run python benchmarks/retrain.py [--images 60] [--steps-each 4] [--layers all] [--threads 1]
+    uv run python benchmarks/retrain.py [--only layers|pairs] [--images 60] [--steps-each 4] [--seed 0] [--threads 1]
 
 The shipped tiny FLUX, half of every MLP cut by frequency. The original's recipe: AdamW 5e-5 with a cosine, 1,000 steps,
 batch 8, squared error of the block states. Both train the MLPs of one block at a time, on the same block states, with the same
 images held out, and both are judged by the same code: squared error on the held-out images relative to the states' mean
-square, img and txt alike, and plain. They take turns layer by layer. Times are seconds of the process.
+square, img and txt alike, and plain. They take turns layer by layer. Times are seconds of the process. The second table has the
+held-out error after the second of two blocks, trained each by itself, the second on what the first one gives, and together. A
+seed stands for other drawings, other prompts, another split and other batches.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -28,24 +31,25 @@ from flux_poke.pruning.plan import PruningPlan, by_count
 from flux_poke.pruning.scores import rank
 from flux_poke.pruning.surgery import Cut
 from flux_poke.retrain.blocks import BlockProblem, Chain
-from flux_poke.retrain.layers import choose_layers, retrain_layers
+from flux_poke.retrain.layers import retrain_layers
 from flux_poke.retrain.loop import Loss, batch, held_out_loss
 from flux_poke.retrain.options import Options
+from flux_poke.retrain.replaced import Replaced, RetrainedLayers
 from flux_poke.retrain.trainable import mlp_parameters
 from torch.nn import functional as F
 
 
-def originals_recipe(dense: Dense, plan: PruningPlan, states: BlockStates, place: int) -> tuple[Loss, float]:
+def originals_recipe(dense: Dense, plan: PruningPlan, states: BlockStates, place: int, seed: int) -> tuple[Loss, float]:
     """Held-out loss and seconds of 1,000 steps; its four evaluations on the way are not counted against it."""
     begun = time.process_time()
     chain = Chain.load(Cut(dense, plan), range(place, place + 1))
-    problem = BlockProblem("original", chain, states, Options())
+    problem = BlockProblem("original", chain, states, Options(seed=seed))
     mlp_parameters(chain, chain.sites)
     weights = [weight for weight in chain.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=5e-5)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
     for step in range(1000):
-        samples = batch(problem.train, 8, 0, step)
+        samples = batch(problem.train, 8, seed, step)
         found, expected = chain(problem.state(samples)), states.tokens(samples, place + 1)
         loss = F.mse_loss(torch.cat(found, dim=1), torch.cat(expected, dim=1))
         optimizer.zero_grad()
@@ -56,11 +60,53 @@ def originals_recipe(dense: Dense, plan: PruningPlan, states: BlockStates, place
     return held_out_loss(problem, Options()), seconds
 
 
+def compare_recipes(dense: Dense, plan: PruningPlan, states: BlockStates, seed: int, folder: Path) -> None:
+    """Every layer: the original's recipe and the default."""
+    print(f"{'':<12}{'as cut':>10}{'original':>24}{'this project':>24}{'ratios':>24}")
+    print(
+        f"{'layer':<12}{'relative':>10}" + f"{'relative':>10}{'plain':>8}{'s':>6}" * 2 + f"{'loss':>10}{'plain':>7}{'time':>7}"
+    )
+    for place, block in enumerate(blocks_of(dense.layout)):
+        theirs, seconds = originals_recipe(dense, plan, states, place, seed)
+        begun = time.process_time()
+        (ours,) = retrain_layers(dense, plan, states, str(place), folder, Options(seed=seed))
+        own = time.process_time() - begun
+        print(
+            f"{block.name:<12}{ours.relative_cut:>10.2e}"
+            f"{theirs.relative:>10.2e}{theirs.mse:>8.4f}{seconds:>6.1f}"
+            f"{ours.relative_final:>10.2e}{ours.final_loss:>8.4f}{own:>6.1f}"
+            f"{ours.relative_final / theirs.relative:>10.3f}{ours.final_loss / theirs.mse:>7.3f}{own / seconds:>7.3f}",
+            flush=True,
+        )
+
+
+def compare_pairs(dense: Dense, plan: PruningPlan, states: BlockStates, seed: int, folder: Path) -> None:
+    """Every two consecutive blocks: the error after the second one, by how they are trained."""
+    ways = {"each by itself": {}, "one after the other": {"sequential": True}, "together": {"thickness": 2}}
+    print(f"{'pair':<22}{'steps':>6}" + "".join(f"{way:>28}" for way in ways))
+    print(" " * 28 + f"{'relative':>22}{'s':>6}" * len(ways))
+    blocks = blocks_of(dense.layout)
+    for place, (first, second) in enumerate(pairwise(blocks)):
+        pair = range(place, place + 2)
+        for steps in (32, 256):
+            line = f"{first.name + ', ' + second.name:<22}{steps:>6}"
+            for way, how in ways.items():
+                options = Options(steps=steps, seed=seed, **how)
+                begun = time.process_time()
+                retrain_layers(dense, plan, states, f"{pair[0]}-{pair[1]}", folder / way, options)
+                seconds = time.process_time() - begun
+                layers = RetrainedLayers.open(folder / way, dense, pair[0], pair[1])
+                problem = BlockProblem(way, Chain.load(Replaced(dense, layers), pair), states, options)
+                line += f"{held_out_loss(problem, options).relative:>22.3e}{seconds:>6.1f}"
+            print(line, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", choices=("layers", "pairs"))
     parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--steps-each", type=int, default=4)
-    parser.add_argument("--layers", default="all")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -68,31 +114,19 @@ def main() -> None:
     dense = Dense.open(checkpoint)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prompts = [digit_prompts(number % 10)[number // 10 % 13] for number in range(given.images)]
-        internals: Internals = record_prompts(checkpoint, prompts, folder / "internals.safetensors", batch=30)
-        record_states(checkpoint, prompts, "blocks", folder / "states", choice=StateChoice(given.steps_each), batch=10)
+        prompts = [digit_prompts(number % 10)[(number // 10 + 6 * given.seed) % 13] for number in range(given.images)]
+        noise = 10_000 * given.seed
+        internals: Internals = record_prompts(checkpoint, prompts, folder / "internals.safetensors", noise, batch=30)
+        choice = StateChoice(given.steps_each, seed=given.seed)
+        record_states(checkpoint, prompts, "blocks", folder / "states", choice=choice, seed=noise, batch=10)
         half = dense.layout.sites[0].width // 2
         plan = by_count(dense, rank("frequency", dense, internals), "frequency", half, half, half)
         states = BlockStates.open(folder / "states")
         print(f"torch {torch.__version__}, {given.threads} threads; {len(states)} states of {given.images} images")
-        print(f"{'':<12}{'as cut':>10}{'original':>24}{'this project':>24}{'ratios':>24}")
-        print(
-            f"{'layer':<12}{'relative':>10}"
-            + f"{'relative':>10}{'plain':>8}{'s':>6}" * 2
-            + f"{'loss':>10}{'plain':>7}{'time':>7}"
-        )
-        for place in choose_layers(given.layers, dense.layout):
-            theirs, seconds = originals_recipe(dense, plan, states, place)
-            begun = time.process_time()
-            (ours,) = retrain_layers(dense, plan, states, str(place), folder / "layers", Options())
-            own = time.process_time() - begun
-            print(
-                f"{blocks_of(dense.layout)[place].name:<12}{ours.relative_cut:>10.2e}"
-                f"{theirs.relative:>10.2e}{theirs.mse:>8.4f}{seconds:>6.1f}"
-                f"{ours.relative_final:>10.2e}{ours.final_loss:>8.4f}{own:>6.1f}"
-                f"{ours.relative_final / theirs.relative:>10.3f}{ours.final_loss / theirs.mse:>7.3f}{own / seconds:>7.3f}",
-                flush=True,
-            )
+        if given.only != "pairs":
+            compare_recipes(dense, plan, states, given.seed, folder / "layers")
+        if given.only != "layers":
+            compare_pairs(dense, plan, states, given.seed, folder / "pairs")
 
 
 if __name__ == "__main__":

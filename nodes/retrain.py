@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw
 
 from ..analysis.hidden_states import HiddenStates
 from ..analysis.report import figure_pixels
-from ..analysis.trajectories import Trajectories
 from ..pruning.dense import Dense
-from ..pruning.repair import Repairs
-from ..pruning.surgery import Cut
 from ..retrain.distill import distill_layers
-from ..retrain.files import LayerStats, Replaced, RetrainedLayers, draw_stats, stats_figure
-from ..retrain.layers import open_data, retrain_layers, stats_table
+from ..retrain.files import draw_stats
+from ..retrain.layers import open_data, retrain_layers
 from ..retrain.options import Options, Progress
+from ..retrain.replaced import Replaced, RetrainedLayers
+from ..retrain.stats import stats_figure, stats_table
 from . import host, loading
-from .prune import DEFAULT_FOLDER, PlanType, _checkpoint_input, _weight_dtype_input
+from .prune import DEFAULT_FOLDER, PRUNED, PlanType, PrunedModel, _checkpoint_input, _weight_dtype_input
 
 DEFAULT_LAYERS = "retrained_layers"
 DISTILL = "distill"
@@ -104,21 +102,14 @@ class RetrainLayers(io.ComfyNode):
         )  # fmt: skip
         with loading.training():
             if method == DISTILL:
-                stats = _distilled(dense, plan, source, out, options)
+                store, repairs = HiddenStates.open(source), host.output_path("repairs")
+                stats = distill_layers(dense, plan, store, out, options, LossCurve(), repairs)
             else:
                 stats = retrain_layers(dense, plan, open_data(source, train_on), layers, out, options, LossCurve())
         draw_stats(out)
         text, image = stats_table(stats), host.to_image(figure_pixels(stats_figure(stats)))
         host.say(cls.hidden.unique_id, text)
         return io.NodeOutput(folder, text, image, ui=ui.PreviewImage(image, cls=cls))
-
-
-def _distilled(dense: Dense, plan, source: Path, out: Path, options: Options) -> list[LayerStats]:
-    store = HiddenStates.open(source)
-    store.require(dense.fingerprint, dense.source)
-    rows = any(shard.kind == "rows" for shard in store.manifest.shards)
-    repairs = Repairs(dense, plan, "affine" if rows else "none", rows=store, folder=host.output_path("repairs"))
-    return distill_layers(dense, Cut(dense, plan, repairs), Trajectories.open(store), out, options, LossCurve())
 
 
 class LossCurve:
@@ -194,6 +185,9 @@ class LoadReplacedFlux(io.ComfyNode):
         layers = RetrainedLayers.open(host.output_path(folder), dense, first_layer, None if last_layer < 0 else last_layer)
         replaced = Replaced(dense, layers)
         model = loading.load_flux(replaced, weight_dtype, dense.metadata)
-        text = f"{len(layers.files)} layers replaced, neurons cut: {replaced.masked_count}"
+        folds = {name: replaced.fold(name) for name in replaced.plan.kept}
+        model.set_attachments(PRUNED, PrunedModel(dense.layout, replaced.plan, folds, replaced.report))
+        masked_count = replaced.plan.masked_count
+        text = f"{len(layers.layers)} layers replaced, neurons cut: {masked_count}"
         host.say(cls.hidden.unique_id, " ".join([text, layers.describe_missing(dense.layout)]).strip())
-        return io.NodeOutput(model, replaced.masked_count)
+        return io.NodeOutput(model, masked_count)

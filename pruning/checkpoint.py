@@ -1,6 +1,6 @@
 """A pruned checkpoint: one file that needs no other, and tells what was done to it.
 
-    save_pruned("flux1-dev-8b.safetensors", cut)
+    save_pruned("flux1-dev-8b.safetensors", cut)     # or a model with retrained layers in it
     pruned = Pruned.open("flux1-dev-8b.safetensors")
     model = Flux.load(pruned.tensors)
     pruned.plan.table(), pruned.report
@@ -26,12 +26,11 @@ from ..errors import UserError
 from ..files import kind_of, stream_safetensors, write_safetensors
 from ..flux.checkpoint import Checkpoint, open_safetensors
 from ..flux.layout import FAMILY_NAMES, Layout, canonical_key
-from .dense import KEPT
+from .dense import KEPT, PRUNED_FORMAT, Dense
 from .plan import PruningPlan
 from .repair import Fold, RepairReport, report_table
-from .surgery import Cut
+from .surgery import Changed
 
-FORMAT = "flux-poke pruned 1"
 FOLD = "flux_poke.fold."
 
 
@@ -52,10 +51,10 @@ class Pruned:
         """Reads the header; raises `UserError` where the file is damaged or no pruned checkpoint."""
         with open_safetensors(path) as file:
             header = file.metadata() or {}
-            if header.get("format") != FORMAT:
+            if header.get("format") != PRUNED_FORMAT:
                 raise UserError(
-                    f"{path} is no pruned checkpoint: expected '{FORMAT}' in its header, found {header.get('format')!r}. "
-                    "Dense checkpoints load in the ordinary loader."
+                    f"{path} is no pruned checkpoint: expected '{PRUNED_FORMAT}' in its header, found "
+                    f"{header.get('format')!r}. Dense checkpoints load in the ordinary loader."
                 )
             try:
                 kept = {key.removeprefix(KEPT): file.get_tensor(key) for key in file.keys() if key.startswith(KEPT)}
@@ -76,36 +75,41 @@ class Pruned:
 
 
 def save_pruned(
-    path: str | os.PathLike[str], cut: Cut, fold: bool = False, progress: Callable[[str, int, int], None] | None = None
+    path: str | os.PathLike[str], changed: Changed, fold: bool = False, progress: Callable[[str, int, int], None] | None = None
 ) -> None:
-    """Writes the cut checkpoint as a whole, one tensor in memory at a time.
+    """Writes a cut or replaced checkpoint as a whole, one tensor in memory at a time.
 
     Args:
         fold: also write what exact conversion of LoRAs needs after affine repair: [cut, kept] numbers in bf16 per MLP, on
         disk only. progress: told after every tensor; an exception from it leaves no file.
     """
-    if fold and cut.repairs.method == "affine" and not cut.repairs.fold:
-        raise UserError("The repair was computed without folds: compute it with fold to save what LoRAs need.")
-    cut.repairs.compute()
-    kinds = {key: cut.kind(key) for key in cut}
+    report = changed.report
+    kinds = {key: changed.kind(key) for key in changed}
     extra: dict[str, Callable[[], Tensor]] = {}
-    for name, kept in cut.plan.kept.items():
+    for name, kept in changed.plan.kept.items():
         extra[f"{KEPT}{name}"] = kept.int
         kinds[f"{KEPT}{name}"] = kind_of(kept.int())
-    for name in cut.plan.kept:
-        found = cut.repairs[name].fold if cut.repairs.method != "none" else Fold(None, None)
+    for name in changed.plan.kept:
+        found = changed.fold(name)
+        if fold and report[name].method == "affine" and found.matrix is None:
+            raise UserError("The repair was computed without folds: compute it with fold to save what LoRAs need.")
         parts = {"offset": found.offset, "matrix": found.matrix.bfloat16() if fold and found.matrix is not None else None}
         for part, value in parts.items():
             if value is not None:
                 kinds[f"{FOLD}{name}.{part}"] = kind_of(value)
-                extra[f"{FOLD}{name}.{part}"] = lambda name=name, part=part: _fold_part(cut, name, part)  # type: ignore[misc]
-    report = {name: asdict(site) for name, site in cut.repairs.report.items()}
-    header = {**_passed_on(cut), **cut.plan.header(), "format": FORMAT, "repair": json.dumps(report)}
+                extra[f"{FOLD}{name}.{part}"] = lambda name=name, part=part: _fold_part(changed.fold(name), part)  # type: ignore[misc]
+    repaired = {name: asdict(site) for name, site in report.items()}
+    header = {
+        **_passed_on(changed.dense),
+        **changed.plan.header(),
+        "format": PRUNED_FORMAT,
+        "repair": json.dumps(repaired),
+    }
     done = 0
 
     def tensor(key: str) -> Tensor:
         nonlocal done
-        value = extra[key]() if key in extra else cut[key]
+        value = extra[key]() if key in extra else changed[key]
         done += 1
         if progress is not None:
             progress(key, done, len(kinds))
@@ -114,14 +118,24 @@ def save_pruned(
     stream_safetensors(path, kinds, tensor, header)
 
 
-def save_changed(path: str | os.PathLike[str], pruned: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
-    """Writes the pruned checkpoint `pruned` with some of its tensors (canonical keys) replaced, as retraining gives them."""
+def save_changed(
+    path: str | os.PathLike[str],
+    pruned: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    report: Mapping[str, RepairReport],
+) -> None:
+    """Writes the pruned checkpoint `pruned` with some of its tensors (canonical keys) replaced, as retraining gives them.
+
+    `report` tells of the sites they belong to.
+    """
     with open_safetensors(pruned) as file:
         unknown = sorted(tensors.keys() - set(file.keys()))
         if unknown:
             raise UserError(f"{pruned} has no {unknown[0]}: these tensors belong to another model.")
         whole = {key: tensors[key] if key in tensors else file.get_tensor(key) for key in file.keys()}
-        write_safetensors(path, whole, file.metadata())
+        header = file.metadata()
+        told = {**json.loads(header["repair"]), **{name: asdict(site) for name, site in report.items()}}
+        write_safetensors(path, whole, {**header, "repair": json.dumps(told)})
 
 
 def inspect(path: str | os.PathLike[str]) -> str:
@@ -131,7 +145,7 @@ def inspect(path: str | os.PathLike[str]) -> str:
     """
     checkpoint = Checkpoint(path)
     layout = checkpoint.layout
-    pruned = checkpoint.metadata.get("format") == FORMAT
+    pruned = checkpoint.metadata.get("format") == PRUNED_FORMAT
     parameters = sum(torch.Size(shape).numel() for key, shape in checkpoint.shapes.items() if not key.startswith("flux_poke."))
     lines = [
         f"{FAMILY_NAMES[layout.family]}{', pruned' if pruned else ''}: {layout.depth} double and {layout.depth_single} single "
@@ -182,19 +196,18 @@ class _Folds(Mapping[str, Fold]):
         return len(self.sites)
 
 
-def _fold_part(cut: Cut, name: str, part: str) -> Tensor:
-    fold = cut.repairs[name].fold
+def _fold_part(fold: Fold, part: str) -> Tensor:
     value = fold.matrix.bfloat16() if part == "matrix" and fold.matrix is not None else fold.offset
     assert value is not None
     return value
 
 
-def _passed_on(cut: Cut) -> dict[str, str]:
+def _passed_on(dense: Dense) -> dict[str, str]:
     """The dense file's header; names of quantised layers lose the prefix that the keys lose."""
-    header = {key: value for key, value in cut.dense.metadata.items() if key != "format"}
+    header = {key: value for key, value in dense.metadata.items() if key != "format"}
     quantised = header.get("_quantization_metadata")
     if quantised is not None:
         found = json.loads(quantised)
-        found["layers"] = {canonical_key(name, cut.dense.layout.prefix): v for name, v in found.get("layers", {}).items()}
+        found["layers"] = {canonical_key(name, dense.layout.prefix): v for name, v in found.get("layers", {}).items()}
         header["_quantization_metadata"] = json.dumps(found)
     return header

@@ -7,7 +7,7 @@ dense = Dense.of(model.state_dict())             # tensors in memory
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -19,6 +19,8 @@ from ..flux.layout import Layout, canonical_key, read_layout
 
 #: What the kept neuron indices of site S are called in a pruned checkpoint: `flux_poke.kept.S`.
 KEPT = "flux_poke.kept."
+#: The format in a pruned checkpoint's header.
+PRUNED_FORMAT = "flux-poke pruned 1"
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Dense:
     def open(cls, path: str | os.PathLike[str]) -> Dense:
         """A checkpoint file; raises `UserError` where it is none of a FLUX, or is pruned already."""
         checkpoint = Checkpoint(path)
-        _require_dense(checkpoint.shapes, str(path))
+        _require_dense(checkpoint.shapes, str(path), checkpoint.metadata)
         return cls(checkpoint, checkpoint.layout, Fingerprint.of_checkpoint(checkpoint), str(path), checkpoint.metadata)
 
     @classmethod
@@ -47,6 +49,6 @@ class Dense:
         return cls(own, layout, Fingerprint.of_tensors(own), source)
 
 
-def _require_dense(keys: Mapping[str, object], source: str) -> None:
-    if any(key.startswith(KEPT) for key in keys):
+def _require_dense(keys: Iterable[str], source: str, header: Mapping[str, str] | None = None) -> None:
+    if (header or {}).get("format") == PRUNED_FORMAT or any(key.startswith(KEPT) for key in keys):
         raise UserError(f"{source} is pruned already: plans, repairs and cuts start from the dense model.")

@@ -52,6 +52,12 @@ _REASONS = {
     "set_weight": "it replaces the weight as a whole",
 }  # fmt: skip
 
+#: By what the cut neurons were made up for, why a LoRA cannot follow that where there is no fold.
+_LOST = {
+    "affine": "the repair was stored without its fold",
+    "retrained": "training does not tell what now stands in for the cut ones",
+}
+
 
 @dataclass(frozen=True)
 class LoraModule:
@@ -109,6 +115,8 @@ def convert_lora(
             modules.append(LoraModule(name, "applied", "its weight was not cut"))
             continue
         try:
+            if target.site.name in plan.unknown:
+                raise _Unfit("which of the MLP's neurons were kept is not known")
             # only what reads the neurons has to follow their repair
             fold = folds[target.site.name] if target.down else Fold(None, None)
             changed, why = _converted(parts, target, plan, fold, report[target.site.name])
@@ -179,8 +187,8 @@ def _converted(
     if moved is not None:
         new[".diff_b"] = moved
     why = f"columns of the kept neurons of {name}"
-    if report.method == "affine" and fold.matrix is None:
-        return new, f"{why} only: the repair was stored without its fold, so what the cut ones would have added is lost"
+    if report.method in _LOST and fold.matrix is None:
+        return new, f"{why} only: {_LOST[report.method]}, so what the cut ones would have added is lost"
     return new, why if report.method == "none" else f"{why}, with the cut ones' folded in"
 
 
@@ -188,7 +196,7 @@ def _targets(layout: Layout, plan: PruningPlan) -> dict[str, _Target]:
     """Every name that a module of a cut site goes by in LoRA files."""
     found: dict[str, _Target] = {}
     for own in layout.sites:
-        if own.name not in plan.kept:
+        if own.name not in plan.cut:
             continue
         site = replace(own, width=plan.widths[own.name])
         for target in (_Target(site, down=False), _Target(site, down=True)):

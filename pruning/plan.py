@@ -14,8 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -49,6 +49,7 @@ class PruningPlan:
         score: what ranked them. made: how, in words.
         predicted: by site, predicted squared error of its output relative to the output's energy, if the score predicts it.
         velocity_error: predicted relative squared error of the velocity, where amplifications were measured.
+        unknown: by site, how many neurons are kept where nobody wrote down which: layers of the original flux-poke.
     """
 
     family: str
@@ -59,6 +60,7 @@ class PruningPlan:
     made: str
     predicted: Mapping[str, float] = field(default_factory=dict)
     velocity_error: float | None = None
+    unknown: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def keeping_all(cls, dense: Dense) -> PruningPlan:
@@ -68,7 +70,8 @@ class PruningPlan:
     @property
     def cut(self) -> dict[str, int]:
         """By site, how many neurons go."""
-        return {name: self.widths[name] - len(indices) for name, indices in self.kept.items()}
+        left = {**{name: len(indices) for name, indices in self.kept.items()}, **self.unknown}
+        return {name: self.widths[name] - count for name, count in left.items()}
 
     @property
     def neurons(self) -> tuple[int, int]:
@@ -114,11 +117,31 @@ class PruningPlan:
         if self.velocity_error is not None:
             lines.append(f"predicted relative velocity error {self.velocity_error:.3g}")
         lines.append(f"{'site':<16}{'width':>8}{'kept':>8}{'cut':>8}{'predicted error':>18}")
-        for name in sorted(self.kept, key=site_order):
-            width, indices = self.widths[name], self.kept[name]
+        for name in sorted(self.cut, key=site_order):
+            width, gone = self.widths[name], self.cut[name]
             error = f"{self.predicted[name]:.3g}" if name in self.predicted else "–"
-            lines.append(f"{name:<16}{width:>8}{len(indices):>8}{1 - len(indices) / width:>8.1%}{error:>18}")
+            lines.append(f"{name:<16}{width:>8}{width - gone:>8}{gone / width:>8.1%}{error:>18}")
+        if self.unknown:
+            lines.append(f"Which neurons were kept is not known of {', '.join(sorted(self.unknown, key=site_order))}.")
         return "\n".join(lines)
+
+    def part(self, sites: Collection[str]) -> PruningPlan:
+        """What it says of some sites; the others stay whole."""
+
+        def of_these(values: Mapping) -> dict:
+            return {name: value for name, value in values.items() if name in sites}
+
+        kept, predicted, unknown = map(of_these, (self.kept, self.predicted, self.unknown))
+        return replace(self, kept=kept, predicted=predicted, velocity_error=None, unknown=unknown)
+
+    def joined(self, other: PruningPlan) -> PruningPlan:
+        """Both together, plans of one model for different sites."""
+        said = {(self.score, self.made), (other.score, other.made)}
+        score, made = ("; ".join(sorted(set(words))) for words in zip(*said, strict=True))
+        return replace(
+            self, kept={**self.kept, **other.kept}, score=score, made=made, predicted={**self.predicted, **other.predicted},
+            velocity_error=None, unknown={**self.unknown, **other.unknown},
+        )  # fmt: skip
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file as a whole, in place of what was there."""
@@ -128,7 +151,7 @@ class PruningPlan:
         """Everything but the indices, as safetensors metadata."""
         facts = {
             "widths": dict(self.widths), "score": self.score, "made": self.made, "predicted": dict(self.predicted),
-            "velocity_error": self.velocity_error,
+            "velocity_error": self.velocity_error, "unknown": dict(self.unknown),
         }  # fmt: skip
         return {"format": FORMAT, "family": self.family, "model": self.fingerprint.to_json(), "plan": json.dumps(facts)}
 
@@ -145,6 +168,7 @@ class PruningPlan:
             made=facts["made"],
             predicted=facts["predicted"],
             velocity_error=facts["velocity_error"],
+            unknown=facts.get("unknown", {}),
         )
 
     @classmethod

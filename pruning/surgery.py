@@ -12,6 +12,7 @@ scales. A repaired down projection goes back into the precision it came in.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
@@ -23,6 +24,7 @@ from ..flux.checkpoint import Checkpoint, scale_key
 from ..flux.layout import Site
 from .dense import Dense
 from .plan import PruningPlan
+from .refit import Fold, RepairReport
 from .repair import Repaired, Repairs
 from .weights import require_plain, stored_like
 
@@ -30,8 +32,44 @@ from .weights import require_plain, stored_like
 Part = Literal["up", "down", "bias", "scale"]
 
 
-class Cut(Mapping[str, Tensor]):
-    """The tensors of `dense` without the neurons that `plan` cuts, under the same keys; each is made when it is asked for.
+class Changed(Mapping[str, Tensor]):
+    """The tensors of `dense` under the same keys and in the same precision, some of them narrower or of other values; each is
+    made when it is asked for. `plan` tells which neurons are left.
+    """
+
+    dense: Dense
+    plan: PruningPlan
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.dense.tensors)
+
+    def __len__(self) -> int:
+        return len(self.dense.tensors)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.dense.tensors
+
+    @abstractmethod
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of a tensor, without making it."""
+
+    def kind(self, key: str) -> tuple[str, tuple[int, ...]]:
+        """Type (in safetensors' words) and shape of a tensor, without making it."""
+        tensors = self.dense.tensors
+        return tensors.dtype(key) if isinstance(tensors, Checkpoint) else kind_of(tensors[key])[0], self.shape(key)
+
+    @property
+    @abstractmethod
+    def report(self) -> Mapping[str, RepairReport]:
+        """By site, how it was made up for; only of sites that were changed."""
+
+    def fold(self, site: str) -> Fold:
+        """How a LoRA follows what was cut of `site`."""
+        return Fold(None, None)
+
+
+class Cut(Changed):
+    """The tensors of `dense` without the neurons that `plan` cuts, repaired.
 
     Raises `UserError` where the plan is of another model, or a weight to be cut is quantised in blocks.
     """
@@ -57,15 +95,6 @@ class Cut(Mapping[str, Tensor]):
             if down_scale is not None:
                 self._parts[down_scale] = "scale", site
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.dense.tensors)
-
-    def __len__(self) -> int:
-        return len(self.dense.tensors)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.dense.tensors
-
     def __getitem__(self, key: str) -> Tensor:
         stored = self.dense.tensors[key]
         if key not in self._parts:
@@ -76,7 +105,7 @@ class Cut(Mapping[str, Tensor]):
             return taken(stored, up_rows(site, kept), 0)
         if self.repairs.method == "none":
             return taken(stored, down_columns(site, kept), 1) if part == "down" else stored
-        repaired = self._repaired(site)
+        repaired = self._repaired(site.name)
         if part == "bias":
             return stored if repaired.bias is None else repaired.bias.to(stored.dtype)
         if repaired.report.method != "affine":  # the bias alone
@@ -84,32 +113,34 @@ class Cut(Mapping[str, Tensor]):
         weight, scale = stored_like(repaired.down, self.dense.tensors, f"{site.down}.weight")
         return weight if part == "down" or scale is None else scale
 
-    def kind(self, key: str) -> tuple[str, tuple[int, ...]]:
-        """Type (in safetensors' words) and shape of a tensor, without making it."""
-        tensors = self.dense.tensors
-        dtype = tensors.dtype(key) if isinstance(tensors, Checkpoint) else kind_of(tensors[key])[0]
-        shape = shape_of(tensors, key)
-        if key in self._parts:
-            part, site = self._parts[key]
-            kept = self.plan.kept[site.name]
-            if part == "up":
-                shape = (len(up_rows(site, kept)), *shape[1:])
-            elif part == "down":
-                shape = (shape[0], len(down_columns(site, kept)))
-        return dtype, shape
+    def shape(self, key: str) -> tuple[int, ...]:
+        shape = shape_of(self.dense.tensors, key)
+        if key not in self._parts:
+            return shape
+        part, site = self._parts[key]
+        kept = self.plan.kept[site.name]
+        if part == "up":
+            return (len(up_rows(site, kept)), *shape[1:])
+        return (shape[0], len(down_columns(site, kept))) if part == "down" else shape
 
-    def _repaired(self, site: Site) -> Repaired:
+    @property
+    def report(self) -> Mapping[str, RepairReport]:
+        self.repairs.compute()
+        return self.repairs.report
+
+    def fold(self, site: str) -> Fold:
+        return Fold(None, None) if self.repairs.method == "none" else self._repaired(site).fold
+
+    def _repaired(self, site: str) -> Repaired:
         """One site's repair; the last one is kept, since its tensors are asked for one after the other."""
-        if self._last is None or self._last[0] != site.name:
-            self._last = site.name, self.repairs[site.name]
+        if self._last is None or self._last[0] != site:
+            self._last = site, self.repairs[site]
         return self._last[1]
 
 
 def shape_of(tensors: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
     """The shape of a tensor, without reading or making it where `tensors` knows it otherwise."""
-    if isinstance(tensors, Checkpoint):
-        return tensors.shape(key)
-    return tensors.kind(key)[1] if hasattr(tensors, "kind") else tuple(tensors[key].shape)
+    return tensors.shape(key) if isinstance(tensors, Checkpoint | Changed) else tuple(tensors[key].shape)
 
 
 def taken(stored: Tensor, chosen: Tensor, dim: int) -> Tensor:

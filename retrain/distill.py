@@ -24,14 +24,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..analysis.blocks import blocks_of
+from ..analysis.hidden_states import HiddenStates
 from ..analysis.trajectories import Trajectories
 from ..flux.model import Flux
 from ..pruning.dense import Dense
 from ..pruning.plan import PruningPlan
+from ..pruning.repair import Repairs
 from ..pruning.surgery import Cut
-from .files import Layer, LayerStats, block_sites, plan_stats, write_layer
+from .files import Layer, write_layer
 from .loop import Loss, fit, held_out_loss, samples_of, split_images, squared
 from .options import Options, Report
+from .stats import LayerStats, cut_places, plan_stats
 from .trainable import mlp_parameters, rounded
 
 DEFAULT = Options(steps=200, learning_rate=5e-4, batch=32, eval_every=50)
@@ -97,27 +100,33 @@ def distill(
 
 def distill_layers(
     dense: Dense,
-    cut: Cut,
-    samples: Trajectories,
+    plan: PruningPlan,
+    store: HiddenStates,
     folder: str | os.PathLike[str],
     options: Options | None = None,
     report: Report | None = None,
+    repairs: str | os.PathLike[str] | None = None,
 ) -> list[LayerStats]:
-    """`distill`, with every block's share written to `folder` as a retrained layer.
+    """`distill` on recorded trajectories, with every block's share written to `folder` as a retrained layer.
 
-    The losses in the stats are the whole model's: its relative velocity error, before and after.
+    It starts from affine repair where `store` holds rows as well (kept in the folder `repairs`), else from the cut alone. The
+    losses in the stats are the whole model's: its relative velocity error, before and after.
     """
     options, begun, folder = options or DEFAULT, time.monotonic(), Path(folder)
-    made = hashlib.sha256(
-        f"{cut.plan.digest} {len(samples)} {replace(options, device='', tensorboard=None)}".encode()
-    ).hexdigest()
-    found = distill(cut, samples, options, folder / f".distill.{made[:16]}.training.safetensors", report)
-    places = [place for place in range(len(blocks_of(dense.layout))) if _is_cut(dense, cut.plan, place)]
+    store.require(dense.fingerprint, dense.source)
+    samples = Trajectories.open(store)
+    rows = any(shard.kind == "rows" for shard in store.manifest.shards)
+    repair = Repairs(
+        dense, plan, "affine" if rows else "none", rows=store, folder=repairs or folder / "repairs", device=options.device
+    )
+    described = replace(options, device="", tensorboard=None)
+    made = hashlib.sha256(f"{plan.digest} {store.digest} {repair.method} {described}".encode()).hexdigest()[:16]
+    found = distill(Cut(dense, plan, repair), samples, options, folder / f".distill.{made}.training.safetensors", report)
     stats = [
         LayerStats(
             layer=place,
             name=blocks_of(dense.layout)[place].name,
-            **plan_stats(dense.layout, cut.plan, place),
+            **plan_stats(dense.layout, plan, place),
             initial_loss=found.before,
             final_loss=found.after,
             train_loss=None,
@@ -131,15 +140,11 @@ def distill_layers(
             held_out_images=sorted(found.images),
             save_dtype=options.save_dtype,
         )
-        for place in places
+        for place in sorted(cut_places(dense.layout, plan))
     ]
     for layer in [] if options.just_evaluate else stats:
-        write_layer(folder, Layer.of(dense, cut.plan, layer.layer, found.tensors, layer, made[:16]))
+        write_layer(folder, Layer.of(dense, plan, layer.layer, found.tensors, layer, made))
     return stats
-
-
-def _is_cut(dense: Dense, plan: PruningPlan, place: int) -> bool:
-    return any(site.name in plan.kept for site in block_sites(dense.layout, place))
 
 
 def _loss_with(problem: VelocityProblem, tensors: Mapping[str, Tensor], options: Options) -> Loss:

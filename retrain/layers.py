@@ -15,8 +15,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,23 +24,24 @@ import torch
 from torch import Tensor
 
 from ..analysis.block_states import BlockStates
-from ..analysis.blocks import blocks_of, choose_blocks
-from ..analysis.hidden_states import MANIFEST, HiddenStates, Manifest, Rows
+from ..analysis.blocks import blocks_of, choose_blocks, sites_at
+from ..analysis.hidden_states import MANIFEST, HiddenStates, Manifest
 from ..errors import UserError
 from ..flux.layout import Layout, Site
 from ..pruning.dense import Dense
-from ..pruning.moments import gather
 from ..pruning.plan import PruningPlan
-from ..pruning.refit import Repaired, affine, bias, choose
+from ..pruning.refit import Repaired
 from ..pruning.scores import require_rows
 from ..pruning.surgery import Cut
 from ..pruning.weights import SiteWeights, full_precision
+from .best import Losses, closed_form, together, train_best
 from .blocks import BlockProblem, Chain
-from .files import Layer, LayerStats, Replaced, RetrainedLayers, block_sites, layer_files, plan_stats, read_header, write_layer
-from .loop import Loss, fit, held_out_loss
+from .files import Layer, layer_files, read_header, write_layer
 from .options import Options, Progress, Report
+from .replaced import Replaced, RetrainedLayers
 from .rows import ROWS_PER_SAMPLE, RowProblem
-from .trainable import mlp_parameters, rounded
+from .stats import LayerStats, cut_places, plan_stats
+from .trainable import mlp_parameters
 
 Data = BlockStates | HiddenStates
 
@@ -64,7 +65,8 @@ def retrain_layers(
     """
     options = options or Options()
     plan.require(dense)
-    groups = [group for group in grouped(choose_layers(layers, dense.layout), options.thickness) if _cut_in(dense, plan, group)]
+    touched = cut_places(dense.layout, plan)
+    groups = [group for group in grouped(choose_layers(layers, dense.layout), options.thickness) if touched & {*group}]
     if not groups:
         raise UserError(f"The plan cuts nothing of the layers {layers}: there is nothing to retrain. Choose other layers.")
     trainer: _OnBlocks | _OnRows
@@ -90,20 +92,6 @@ def open_data(folder: str | os.PathLike[str], what: Literal["auto", "blocks", "r
         recorded = {shard.kind for shard in Manifest.load(Path(folder)).shards} if path.exists() else {"blocks"}
         what = "blocks" if "blocks" in recorded else "rows"
     return BlockStates.open(folder) if what == "blocks" else HiddenStates.open(folder)
-
-
-def stats_table(stats: Sequence[LayerStats]) -> str:
-    """Text, one line per layer: neurons kept, and the relative held-out losses as cut, as training began, at the end."""
-    lines = [f"{'layer':<12}{'kept':>16}{'cut only':>11}{'start':>11}{'retrained':>11}{'steps':>7}{'seconds':>9}"]
-    for layer in stats:
-        kept = " + ".join(str(n) for n in (layer.img_lines, layer.txt_lines, layer.single_lines) if n is not None)
-        losses = (layer.relative_cut, layer.relative_start, layer.relative_final)
-        lines.append(
-            f"{layer.name:<12}{kept:>16}"
-            + "".join(f"{loss:>11.3g}" for loss in losses)
-            + f"{layer.steps:>7}{layer.seconds:>9.1f}"
-        )
-    return "\n".join(lines)
 
 
 def choose_layers(text: str, layout: Layout) -> tuple[int, ...]:
@@ -136,15 +124,6 @@ def grouped(places: Sequence[int], thickness: int) -> list[range]:
         else:
             groups.append(range(place, place + 1))
     return groups
-
-
-def closed_form(weights: SiteWeights, kept: Tensor, fit_rows: Iterable[Rows], judge_rows: Iterable[Rows]) -> Repaired:
-    """Least squares on some rows, with the ridge that does best on others; the bias alone where no ridge does better."""
-    moments = gather(weights, fit_rows)
-    found = choose(weights, kept, moments, judge_rows)
-    if found.ridge is None:
-        return bias(weights, kept, moments.mean[moments.attn :])
-    return affine(weights, kept, moments, found.ridge)
 
 
 class _Trainer:
@@ -183,7 +162,7 @@ class _Trainer:
         for path in self.folder.glob(f".*.{self.made(group)}.training.safetensors*"):
             path.unlink()
 
-    def stats(self, place: int, losses: _Losses, seconds: float, images: Set[int]) -> LayerStats:
+    def stats(self, place: int, losses: Losses, seconds: float, images: Set[int]) -> LayerStats:
         return LayerStats(
             layer=place,
             name=blocks_of(self.dense.layout)[place].name,
@@ -201,17 +180,6 @@ class _Trainer:
             held_out_images=sorted(images),
             save_dtype=self.options.save_dtype,
         )
-
-
-@dataclass(frozen=True)
-class _Losses:
-    """Held out: as cut, as training began, at the end; on the last training batch; and the steps in between."""
-
-    cut: Loss
-    start: Loss
-    final: Loss
-    train: Loss | None
-    steps: int
 
 
 class _OnBlocks(_Trainer):
@@ -240,7 +208,7 @@ class _OnBlocks(_Trainer):
         name = "_".join(blocks_of(self.dense.layout)[place].name for place in group)
         problem = BlockProblem(name, student, self.states, options, self.before)
         keys = mlp_parameters(student, student.sites)
-        losses = _trained(problem, keys, lambda: self._closed_form(problem), options, self.state_file(group, name), report)
+        losses = train_best(problem, keys, lambda: self._closed_form(problem), options, self.state_file(group, name), report)
         weights = student.state_dict()
         seconds = time.monotonic() - begun
         stats = [self.stats(place, losses, seconds, problem.images[1]) for place in group]
@@ -282,11 +250,11 @@ class _OnRows(_Trainer):
 
     def retrain(self, group: range, report: Report) -> list[LayerStats]:
         begun = time.monotonic()
-        sites = [site for site in block_sites(self.dense.layout, group.start) if site.name in self.plan.kept]
+        sites = [site for site in sites_at(self.dense.layout, group.start) if site.name in self.plan.kept]
         store = require_rows(self.rows, self.dense, sites, "retraining on rows")
         options = replace(self.options, batch=self.options.batch * ROWS_PER_SAMPLE)
         tensors: dict[str, Tensor] = {}
-        found: list[_Losses] = []
+        found: list[Losses] = []
         held_out: set[int] = set()
         for site in sites:
             weights = SiteWeights.read(self.dense.tensors, site, options.device)
@@ -299,9 +267,9 @@ class _OnRows(_Trainer):
                 return {"down": repaired.down} | ({} if repaired.bias is None else {"bias": repaired.bias})
 
             keys = [name for name, _ in problem.module.named_parameters()]
-            found.append(_trained(problem, keys, start, options, self.state_file(group, site.name), report))
+            found.append(train_best(problem, keys, start, options, self.state_file(group, site.name), report))
             tensors |= self._tensors(site, problem.module.site_weights())
-        stats = self.stats(group.start, _together(found), time.monotonic() - begun, held_out)
+        stats = self.stats(group.start, together(found), time.monotonic() - begun, held_out)
         self.write(group, tensors, [stats])
         return [stats]
 
@@ -316,56 +284,6 @@ class _OnRows(_Trainer):
         tensors = {f"{site.up}.weight": up, f"{site.down}.weight": down}
         biases = {f"{site.up}.bias": up_bias, f"{site.down}.bias": weights.bias}
         return tensors | {key: tensor for key, tensor in biases.items() if tensor is not None}
-
-
-def _trained(
-    problem: BlockProblem | RowProblem,
-    keys: Sequence[str],
-    start: Callable[[], Mapping[str, Tensor]],
-    options: Options,
-    saved: Path,
-    report: Report,
-) -> _Losses:
-    """Closed form, then gradient, as the options say; leaves in the module what does best as it will be saved."""
-    weights = dict(problem.module.named_parameters())
-
-    def judged(values: Mapping[str, Tensor]) -> tuple[Loss, dict[str, Tensor]]:
-        """The held-out loss with `values` as they will be saved, which the module holds from now on."""
-        values = {key: rounded(tensor.detach(), options.dtype).float() for key, tensor in values.items()}
-        problem.module.load_state_dict(values, strict=False)
-        return held_out_loss(problem, options), values
-
-    at_first, best = judged({key: weights[key] for key in keys})
-    began, final, train, steps = at_first, at_first, None, 0
-    if options.method != "gradient":
-        loss, values = judged({**best, **start()})
-        if loss.relative < final.relative:
-            began, final, best = loss, loss, values
-        problem.module.load_state_dict(best, strict=False)
-    if options.method != "closed form" and not options.just_evaluate:
-        fitted = fit(problem, began, options, saved, report)
-        train, steps = fitted.train, fitted.steps
-        loss, values = judged({key: weights[key] for key in keys})
-        if loss.relative < final.relative:
-            final, best = loss, values
-    problem.module.load_state_dict(best, strict=False)
-    return _Losses(at_first, began, final, train, steps)
-
-
-def _together(losses: Sequence[_Losses]) -> _Losses:
-    """Means over the MLPs of one block."""
-
-    def mean(which: str) -> Loss:
-        parts: list[Loss] = [getattr(one, which) for one in losses]
-        relative, squares = tuple(part.relative for part in parts), tuple(square for part in parts for square in part.squares)
-        return Loss(sum(relative) / len(parts), sum(part.mse for part in parts) / len(parts), relative, squares)
-
-    trained = all(one.train is not None for one in losses)
-    return _Losses(mean("cut"), mean("start"), mean("final"), mean("train") if trained else None, max(o.steps for o in losses))
-
-
-def _cut_in(dense: Dense, plan: PruningPlan, group: range) -> bool:
-    return any(site.name in plan.kept for place in group for site in block_sites(dense.layout, place))
 
 
 def _down(site: Site, repaired: Repaired) -> dict[str, Tensor]:

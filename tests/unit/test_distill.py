@@ -1,16 +1,19 @@
 """Training a whole cut model against the dense velocity (retrain/distill.py, retrain/loop.py)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from flux_poke.analysis.trajectories import Trajectories, trajectory, velocity_error
 from flux_poke.errors import UserError
-from flux_poke.flux.model import Flux
+from flux_poke.flux.model import Flux, SingleBlock
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.surgery import Cut
 from flux_poke.retrain.distill import distill
 from flux_poke.retrain.loop import split_images
 from flux_poke.retrain.options import Options
+from safetensors.torch import load_file
 
 SIGMAS = torch.linspace(1, 0, 4)
 OPTIONS = Options(steps=40, learning_rate=1e-3, batch=4, eval_every=10, save_dtype="float32")
@@ -78,13 +81,75 @@ def test_only_mlps_are_changed(drawn):
         assert not torch.equal(found[key][3 * 128 :], drawn.cut[key][3 * 128 :])
 
 
-def test_recomputing_activations_changes_nothing_but_the_memory(drawn):
-    one, other = (
-        distill(drawn.cut, drawn.samples, Options(steps=3, batch=4, save_dtype="float32", recompute=recompute)).tensors
-        for recompute in (False, True)
-    )
-    for key, tensor in one.items():
-        torch.testing.assert_close(other[key], tensor)
+def test_recomputing_activations_gives_the_same_weights_and_runs_every_block_twice(drawn, monkeypatch):
+    runs, forward = [], SingleBlock.forward
+
+    def counted(block, *args, **kwargs):
+        runs.append(torch.is_grad_enabled())
+        return forward(block, *args, **kwargs)
+
+    monkeypatch.setattr(SingleBlock, "forward", counted)
+    found = []
+    for recompute in (False, True):
+        runs.clear()
+        options = Options(steps=3, batch=4, eval_every=3, save_dtype="float32", recompute=recompute)
+        found.append(distill(drawn.cut, drawn.samples, options).tensors)
+        assert sum(runs) == (2 if recompute else 1) * options.steps
+    for key, tensor in found[0].items():
+        torch.testing.assert_close(found[1][key], tensor)
+
+
+def test_mixed_precision_trains_float32_weights_with_products_in_bfloat16(drawn, monkeypatch):
+    products, multiply = set(), torch.nn.functional.linear
+
+    def seen(*args):
+        products.add((out := multiply(*args)).dtype)
+        return out
+
+    monkeypatch.setattr("torch.nn.functional.linear", seen)
+    found = distill(drawn.cut, drawn.samples, replace(OPTIONS, mixed_precision=True))
+    assert products == {torch.bfloat16}
+    assert {tensor.dtype for tensor in found.tensors.values()} == {torch.float32}
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in found.tensors.values())
+    whole = distill(drawn.cut, drawn.samples, OPTIONS)
+    assert found.before == pytest.approx(whole.before, rel=0.05)
+    assert found.before != whole.before
+    assert found.after == pytest.approx(whole.after, rel=0.05)
+
+
+def test_adafactor_trains_as_well_with_a_fraction_of_the_state(drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr("flux_poke.retrain.loop.SAVE_EVERY", 0.0)
+    sizes, found = {}, {}
+    for optimizer in ("adamw", "adafactor"):
+        saved = tmp_path / f"{optimizer}.safetensors"
+
+        def look(progress, saved=saved, optimizer=optimizer):
+            if saved.exists():
+                tensors = load_file(saved)
+                sizes[optimizer] = sum(tensor.numel() for key, tensor in tensors.items() if key.startswith("optimizer."))
+
+        options = replace(OPTIONS, optimizer=optimizer, learning_rate=1e-2 if optimizer == "adafactor" else 1e-3)
+        found[optimizer] = distill(drawn.cut, drawn.samples, options, saved, look)
+    assert found["adafactor"].after < 0.97 * found["adafactor"].before
+    assert sizes["adafactor"] < 0.05 * sizes["adamw"]
+
+
+def test_event_files_hold_the_losses_that_were_told(drawn, tmp_path):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    told = []
+    distill(drawn.cut, drawn.samples, replace(OPTIONS, tensorboard=tmp_path), report=told.append)
+    events = accumulators.EventAccumulator(str(tmp_path / "the whole model")).Reload()
+    at_evaluations = [progress for progress in told if progress.step and progress.step % OPTIONS.eval_every == 0]
+    for tag, name in (("loss/held out", "held_out_loss"), ("loss/train", "train_loss")):
+        scalars = events.Scalars(tag)
+        assert [scalar.step for scalar in scalars] == [10, 20, 30, 40]
+        expected = {progress.step: getattr(progress, name) for progress in at_evaluations}
+        assert [scalar.value for scalar in scalars] == pytest.approx([expected[scalar.step] for scalar in scalars], rel=1e-6)
+
+
+def test_it_stops_when_the_held_out_loss_stands_still(drawn):
+    options = replace(OPTIONS, steps=1000, learning_rate=1e-9, eval_every=3, patience=2)
+    assert distill(drawn.cut, drawn.samples, options).steps == 6
 
 
 def test_a_training_that_only_does_harm_gives_back_what_it_began_with(drawn):
@@ -94,7 +159,9 @@ def test_a_training_that_only_does_harm_gives_back_what_it_began_with(drawn):
         assert torch.equal(tensor, drawn.cut[key])
 
 
-def test_a_training_that_was_cut_off_goes_on_bit_for_bit(drawn, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_training_that_was_cut_off_goes_on_bit_for_bit(drawn, optimizer, tmp_path, monkeypatch):
+    options = replace(OPTIONS, optimizer=optimizer)
     monkeypatch.setattr("flux_poke.retrain.loop.SAVE_EVERY", 0.0)
 
     class Stop(Exception):
@@ -104,13 +171,13 @@ def test_a_training_that_was_cut_off_goes_on_bit_for_bit(drawn, tmp_path, monkey
         if progress.step >= 20:
             raise Stop
 
-    whole = distill(drawn.cut, drawn.samples, OPTIONS).tensors
+    whole = distill(drawn.cut, drawn.samples, options).tensors
     saved = tmp_path / "state.safetensors"
     with pytest.raises(Stop):
-        distill(drawn.cut, drawn.samples, OPTIONS, saved, stop)
+        distill(drawn.cut, drawn.samples, options, saved, stop)
     assert saved.exists()
     steps = []
-    rest = distill(drawn.cut, drawn.samples, OPTIONS, saved, lambda progress: steps.append(progress.step)).tensors
+    rest = distill(drawn.cut, drawn.samples, options, saved, lambda progress: steps.append(progress.step)).tensors
     assert min(steps) > 0
     assert not saved.exists()
     assert all(torch.equal(rest[key], tensor) for key, tensor in whole.items())

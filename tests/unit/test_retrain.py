@@ -20,7 +20,6 @@ from flux_poke.analysis.row_recording import RowChoice, RowRecorder
 from flux_poke.analysis.state_recording import StateChoice, StateRecorder
 from flux_poke.analysis.trajectories import trajectory
 from flux_poke.errors import UserError
-from flux_poke.flux.checkpoint import Checkpoint
 from flux_poke.flux.model import Flux
 from flux_poke.flux.tiny import FOLDER
 from flux_poke.flux.tiny.words import digit_prompts
@@ -28,10 +27,11 @@ from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.surgery import Cut
 from flux_poke.retrain.blocks import BlockProblem, Chain
-from flux_poke.retrain.files import PICTURE, STATS, Replaced, RetrainedLayers, draw_stats, save_replaced
+from flux_poke.retrain.files import PICTURE, STATS, draw_stats
 from flux_poke.retrain.layers import choose_layers, grouped, retrain_layers
 from flux_poke.retrain.loop import held_out_loss
 from flux_poke.retrain.options import Options, Progress
+from flux_poke.retrain.replaced import Replaced, RetrainedLayers
 from safetensors.torch import load_file, save_file
 
 SIGMAS = torch.linspace(1, 0, 5)
@@ -277,6 +277,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from flux_poke.analysis.block_states import BlockStates
+from flux_poke.pruning.checkpoint import save_pruned
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.retrain import loop
@@ -312,20 +313,15 @@ def test_killed_at_any_time_its_files_are_whole_or_absent_and_it_goes_on(recorde
     assert yaml.safe_load((out / STATS).read_text()).keys() == {f"layer{n}" for n in range(4)}
 
 
-def test_a_replaced_checkpoint_loads_alone_and_runs_as_the_mapping_does(recorded, inputs, tmp_path):
-    retrain_layers(recorded.dense, recorded.plan, recorded.states, "0, 2-3", tmp_path, QUICK)
+def test_layers_that_are_missing_are_named_and_stay_dense(recorded, tmp_path):
+    retrain_layers(recorded.dense, recorded.plan, recorded.states, "0, 2-3", tmp_path, Options(method="closed form"))
     layers = RetrainedLayers.open(tmp_path, recorded.dense, 0, 3)
     assert layers.missing == (1,)
     assert "double block 1: left dense" in layers.describe_missing(recorded.dense.layout)
     replaced = Replaced(recorded.dense, layers)
-    assert replaced.masked_count == "img256_txt256_single512"
-    save_replaced(tmp_path / "out" / "model.safetensors", replaced)
-    model, given = Flux.load(Checkpoint(tmp_path / "out" / "model.safetensors")), inputs(recorded.flux)
-    with torch.no_grad():
-        assert torch.equal(model(**given), Flux.load(replaced)(**given))
-        assert not torch.equal(model(**given), recorded.flux(**given))
-    assert model.layout.site("double-img-0").width == 256
-    assert model.layout.site("double-img-1").width == 512
+    assert replaced.plan.masked_count == "img256_txt256_single512"
+    layout = Flux.load(replaced).layout
+    assert [layout.site(f"double-img-{index}").width for index in (0, 1)] == [256, 512]
 
 
 def test_the_originals_files_of_whole_blocks_load(recorded, tmp_path):
@@ -333,7 +329,7 @@ def test_the_originals_files_of_whole_blocks_load(recorded, tmp_path):
     whole = {k.removeprefix("double_blocks.1."): cut[k].bfloat16() for k in cut if k.startswith("double_blocks.1.")}
     save_file({key: tensor.contiguous() for key, tensor in whole.items()}, tmp_path / "1.safetensors")
     replaced = Replaced(recorded.dense, RetrainedLayers.open(tmp_path, recorded.dense))
-    assert replaced.masked_count == "img256_txt256_single0"
+    assert replaced.plan.masked_count == "img256_txt256_single0"
     for key in cut:
         expected = cut[key].bfloat16().float() if key.startswith("double_blocks.1.") else recorded.dense.tensors[key]
         assert torch.equal(replaced[key], expected)

@@ -1,0 +1,58 @@
+"""The whole loop on the tiny FLUX, making the tiny FLUX, and what a checkpoint is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .terminal import progress_bar, table
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("flux_poke_demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the drawings.")] = 0,
+) -> None:
+    """Try the whole loop on a tiny FLUX that draws digits: no ComfyUI, no download, a minute on a CPU."""
+    from ..demo import run_demo
+
+    with progress_bar() as update:
+        summary = run_demo(out, seed, update)
+    columns = ("variant", "weights", "MB", "velocity error", "latent error", "PSNR", "read right")
+    table(
+        columns,
+        [
+            [
+                v["name"], f"{v['parameters'] / 1e6:.2f} M", v["bytes"] / 1e6,
+                v["velocity_error"], v["latent_error"], v["psnr"], f"{v['digit_accuracy']:.1%}",
+            ]
+            for v in summary["variants"]
+        ],
+    )  # fmt: skip
+    typer.echo(
+        f"{summary['seconds']:.0f} s. Look at variants.png (what each model draws), internals.png (what every neuron did) and "
+        f"budget.png (memory against error) in {out}.\n"
+        f"Next: flux-poke internals show {out / 'internals.safetensors'}\n"
+        f"      flux-poke inspect {out / 'budget-obs-affine.safetensors'}"
+    )
+
+
+def tiny(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the weights; called again, it goes on from there.")
+    ] = Path("tiny"),
+    config: Annotated[Path | None, typer.Option(help="YAML like flux/tiny/config.yaml.")] = None,
+) -> None:
+    """Make the tiny FLUX from scratch: autoencoder, transformer and word encoder, under 20 minutes on 2 cores."""
+    from ..flux.tiny.training import read_config, train_tiny
+
+    with progress_bar() as update:
+        train_tiny(out, read_config(config), lambda part, step, steps, loss: update(f"{part}: loss {loss:.4f}", step / steps))
+
+
+def inspect(file: Annotated[Path, typer.Argument(help="A FLUX checkpoint, dense or pruned.")]) -> None:
+    """Print what a checkpoint is: family, widths, what was cut, how well it was repaired."""
+    from ..pruning.checkpoint import inspect as described
+
+    typer.echo(described(file))

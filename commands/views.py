@@ -1,0 +1,115 @@
+"""Previews of blocks, the lens on them, and comparisons."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ..errors import UserError
+from .terminal import progress_bar, table
+
+
+def animate(
+    folder: Annotated[Path, typer.Argument(help="A generation's folder, or one with decoded/step_*/double_block_*.jpg.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; default: DIR/blocks.FORMAT.")] = None,
+    format_: Annotated[Literal["gif", "mp4", "webp"], typer.Option("--format")] = "gif",
+    fps: Annotated[float, typer.Option(help="Frames per second.")] = 2.0,
+    block_type: Annotated[Literal["double", "single"] | None, typer.Option(help="Default: both.")] = None,
+    max_blocks: Annotated[int | None, typer.Option(min=1, help="At most so many blocks of each type.")] = None,
+    font_size: Annotated[int, typer.Option(min=0, help="Of the captions; 0 leaves them out.")] = 24,
+    order: Annotated[
+        Literal["step", "block"], typer.Option(help="Step by step, or one block through all steps, then the next.")
+    ] = "step",
+) -> None:
+    """Make a GIF, MP4 or WebP of decoded block previews."""
+    from ..analysis.animation import captioned_frames, choose_frames, write_animation
+    from ..analysis.generation import find_previews
+
+    chosen = choose_frames(find_previews(folder), order, block_type, max_blocks)
+    path = out or folder / f"blocks.{format_}"
+    with progress_bar() as update:
+        frames = captioned_frames(chosen, font_size, lambda done, of, _: update(f"frame {done} of {of}", done / of))
+        write_animation(path, frames, fps)
+    typer.echo(f"{path}: {len(chosen)} frames")
+
+
+def compare(
+    reference: Annotated[Path, typer.Argument(help="An image, a folder of images, or a .latent: the dense model's.")],
+    variants: Annotated[list[Path], typer.Argument(help="What to compare with it, of the same size.")],
+    picture: Annotated[Path | None, typer.Option(help="Draw them side by side.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the table (.csv or .json).")] = None,
+) -> None:
+    """Relative MSE, PSNR and SSIM of images or latents against a reference."""
+    from ..analysis import metrics
+
+    goal = metrics.read_images(reference)
+    images = [metrics.read_images(variant) for variant in variants]
+    rows = [metrics.compare(image, goal, str(variant)) for image, variant in zip(images, variants, strict=True)]
+    typer.echo(metrics.comparison_table(rows))
+    if out:
+        metrics.write_comparisons(out, rows)
+    if picture:
+        named = [replace(row, name=variant.name) for row, variant in zip(rows, variants, strict=True)]
+        metrics.side_by_side(named, images, goal, reference.name).save(picture)
+
+
+def fit(
+    rows: Annotated[Path, typer.Argument(help="Folder with lens rows (Record Hidden States, what = lens rows).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("lens.safetensors"),
+    picture: Annotated[Path | None, typer.Option(help="Also draw how replaceable each block is.")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "cpu",
+) -> None:
+    """Fit the affine map from each block's tokens to the last block's."""
+    from ..analysis.contributions import lens_figure
+    from ..analysis.lens import LensRows, fit_lens
+
+    with progress_bar() as update:
+        lens = fit_lens(LensRows(rows), device=device, progress=lambda done, of: update(f"block {done} of {of}", done / of))
+    lens.save(out)
+    found = [[block.title, lens.raw_errors[block], lens.errors[block]] for block in sorted(lens.errors)]
+    table(("block", "error_without", "error_with_lens"), found)
+    if picture:
+        lens_figure(lens).savefig(picture, dpi=110)
+    typer.echo(f"{out}: fitted on {lens.rows:,} tokens of {lens.images:,} images; errors are on images it was not fitted on")
+
+
+def capture(
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; may be given more than once.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.")] = None,
+    model: Annotated[str, typer.Option(help="flux-schnell, flux-dev, flux-dev-krea, tiny, or a file's name.")] = "flux-schnell",
+    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16; default: the workflow's.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16; default: the workflow's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first image, the next take the next; default: random.")] = None,
+    num_steps: Annotated[int | None, typer.Option(min=1, help="Default: 4 for schnell, 20 for tiny, else 50.")] = None,
+    guidance: Annotated[float, typer.Option(help="Distilled guidance, where the model takes one.")] = 2.5,
+    output_dir: Annotated[Path, typer.Option(help="One folder per image goes in here.")] = Path("output"),
+    decode_intermediates: Annotated[bool, typer.Option(help="Write previews as pictures, or their latents.")] = True,
+    add_sampling_metadata: Annotated[bool, typer.Option(help="Write how it was drawn into EXIF and PNG text.")] = True,
+    server: Annotated[str | None, typer.Option(help="host:port of a ComfyUI that runs.")] = None,
+    comfyui: Annotated[Path | None, typer.Option(help="Folder of a ComfyUI to start, and stop afterwards.")] = None,
+    offload: Annotated[bool, typer.Option(help="Start it in its low-memory mode.")] = False,
+    multi_gpu: Annotated[bool, typer.Option(help="Start one for each GPU and spread the prompts over them.")] = False,
+) -> None:
+    """Draw prompts on ComfyUI, with what every block predicted at every step."""
+    from ..headless.capture import CaptureRequest, capture_everywhere, capture_servers
+    from ..prompts import read_prompts
+
+    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+    if not texts:
+        raise UserError("There is nothing to draw: give --prompt or --prompts.")
+    requests = [
+        CaptureRequest(
+            text, model, width, height, None if seed is None else seed + number, num_steps, guidance,
+            decode_intermediates, add_sampling_metadata,
+        )
+        for number, text in enumerate(texts)
+    ]  # fmt: skip
+    with progress_bar() as update:
+        update("waiting for ComfyUI", 0.0)
+        with capture_servers(server, comfyui, offload, multi_gpu) as servers:
+            found = capture_everywhere(servers, requests, output_dir, update)
+    for one in found:
+        typer.echo(f"{one.generation_id}  {one.folder}  {one.request.prompt}")

@@ -1,0 +1,218 @@
+"""Runs with retrained layers in place of the dense ones.
+
+    layers = RetrainedLayers.open(folder, dense, first=0, last=18)
+    replaced = Replaced(dense, layers)
+    model = Flux.load(replaced)
+    save_pruned("replaced.safetensors", replaced)    # pruning/checkpoint.py: a file that needs no other
+
+Files that hold a whole block, as the original flux-poke wrote them, are read like those of `files.py`; which model they belong
+to can be told by their shapes alone, and which neurons they keep not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path
+
+from torch import Tensor
+
+from ..analysis.blocks import blocks_of, sites_at
+from ..errors import UserError
+from ..flux.checkpoint import open_safetensors, scale_key
+from ..flux.fingerprint import Fingerprint
+from ..flux.layout import Layout, Site, canonical_key
+from ..pruning.dense import KEPT, Dense
+from ..pruning.plan import PruningPlan
+from ..pruning.refit import RepairReport
+from ..pruning.surgery import Changed, shape_of
+from ..pruning.weights import full_precision, stored_like
+from .files import FORMAT, layer_files
+
+_SCALES = ("scale_weight", "weight_scale")
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One block's file, which fits one dense model. Keys are the dense model's.
+
+    Attributes:
+        names: what a tensor is called in the file. shapes: of all but the scales.
+        plan: what is cut of this block. report: how its MLPs came about.
+    """
+
+    path: Path
+    names: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    plan: PruningPlan
+    report: Mapping[str, RepairReport]
+
+    @classmethod
+    def open(cls, path: Path, dense: Dense, place: int) -> StoredLayer:
+        """Raises `UserError` where the file is damaged, of another model, or no layer that can stand at `place`."""
+        block, sites = blocks_of(dense.layout)[place], sites_at(dense.layout, place)
+        with open_safetensors(path) as file:
+            header = file.metadata() or {}
+            kept = {key.removeprefix(KEPT): file.get_tensor(key) for key in file.keys() if key.startswith(KEPT)}
+            names = {f"{block.path}.{canonical_key(key)}": key for key in file.keys() if not key.startswith(KEPT)}
+            found = {key: tuple(file.get_slice(name).get_shape()) for key, name in names.items()}
+        shapes = {key: shape for key, shape in found.items() if not key.endswith(_SCALES)}
+        plan = replace(PruningPlan.keeping_all(dense), kept=kept, score="unknown", made="unknown")
+        stats: dict = {}
+        if header.get("format") == FORMAT:
+            try:
+                stats, model = json.loads(header["stats"]), Fingerprint.from_json(header["model"])
+                plan = PruningPlan.from_header(header, kept)
+            except (KeyError, ValueError, TypeError) as error:
+                raise UserError(f"{path} is a damaged retrained layer ({error}): retrain it.") from error
+            if not model.matches(dense.fingerprint):
+                raise UserError(
+                    f"{path} was trained for another model than {dense.source}: {model.difference(dense.fingerprint)}. Choose "
+                    "the checkpoint it was made from, or retrain."
+                )
+        for key, shape in shapes.items():
+            if key not in dense.tensors:
+                raise UserError(
+                    f"{path} has {names[key]}, which {block.title} of {dense.source} has not: it is no layer of such a model."
+                )
+            expected = shape_of(dense.tensors, key)
+            if not _fits(shape, expected, _part_of(key, sites)):
+                raise UserError(
+                    f"{path}: {names[key]} has the shape {shape}, {block.title} of {dense.source} {expected}: the layer does "
+                    "not fit."
+                )
+        widths = {site.name: _width(path, site, dense, shapes, kept.get(site.name)) for site in sites}
+        unknown = {site.name: widths[site.name] for site in sites if widths[site.name] < site.width and site.name not in kept}
+        report = RepairReport("retrained", before=stats.get("relative_cut"), after=stats.get("relative_final"))
+        replaced = [site.name for site in sites if f"{site.down}.weight" in shapes]
+        return cls(path, names, shapes, replace(plan, unknown=unknown), dict.fromkeys(replaced, report))
+
+    def read(self, key: str) -> Tensor:
+        """A tensor in float32, with its scale undone."""
+        layer = key.removesuffix(".weight")
+        wanted = (key, *(f"{layer}.{scale}" for scale in _SCALES))
+        with open_safetensors(self.path) as file:
+            tensors = {name: file.get_tensor(self.names[name]) for name in wanted if name in self.names}
+        return full_precision(tensors, key) if key.endswith(".weight") else tensors[key].float()
+
+
+@dataclass(frozen=True)
+class RetrainedLayers:
+    """Layers from a folder that fit one dense model, by place; `missing` are places of the range that have no file."""
+
+    folder: Path
+    layers: Mapping[int, StoredLayer]
+    missing: tuple[int, ...]
+
+    @classmethod
+    def open(
+        cls, folder: str | os.PathLike[str], dense: Dense, first: int | None = None, last: int | None = None
+    ) -> RetrainedLayers:
+        """Raises `UserError` where the folder holds no layer in the range, another model's, or one whose shapes do not fit."""
+        folder = Path(folder)
+        files, blocks = layer_files(folder), len(blocks_of(dense.layout))
+        if not files:
+            raise UserError(f"{folder} holds no retrained layers: expected files such as 0.safetensors in it.")
+        low = 0 if first is None else first
+        high = max(files) if last is None else last
+        if not 0 <= low <= high < blocks:
+            raise UserError(f"Layers {low} to {high} are asked for, but {dense.source} has blocks 0 to {blocks - 1}.")
+        chosen = {place: StoredLayer.open(path, dense, place) for place, path in files.items() if low <= place <= high}
+        if not chosen:
+            raise UserError(f"{folder} holds no layer from {low} to {high}; it has {', '.join(map(str, files))}.")
+        return cls(folder, chosen, tuple(place for place in range(low, high + 1) if place not in chosen))
+
+    def describe_missing(self, layout: Layout) -> str:
+        """A sentence about the missing layers, or nothing."""
+        names = [blocks_of(layout)[place].title for place in self.missing]
+        return f"{self.folder} has no file for {', '.join(names)}: left dense." if names else ""
+
+
+class Replaced(Changed):
+    """The tensors of `dense` with the retrained layers in place.
+
+    Weights come back in what `dense` stores them as, with new scales where it has any. The plan is put together from the
+    layers' own; of the original flux-poke's layers it knows only how many neurons they keep.
+    """
+
+    def __init__(self, dense: Dense, layers: RetrainedLayers):
+        self.dense, self.layers = dense, layers
+        plans = [layer.plan for layer in layers.layers.values() if layer.plan.cut]
+        plan = reduce(PruningPlan.joined, plans) if plans else PruningPlan.keeping_all(dense)
+        self.plan = replace(plan, fingerprint=dense.fingerprint)
+        self._layer_of: dict[str, StoredLayer] = {}
+        self._scaled: dict[str, str] = {}  # the dense model's scales of replaced weights, and those weights
+        for layer in layers.layers.values():
+            for key in layer.shapes:
+                self._layer_of[key] = layer
+                scale = scale_key(dense.tensors, key) if key.endswith(".weight") else None
+                if scale is not None:
+                    self._scaled[scale] = key
+
+    def __getitem__(self, key: str) -> Tensor:
+        weight_key = self._scaled.get(key, key)
+        if weight_key not in self._layer_of:
+            return self.dense.tensors[key]
+        value = self._layer_of[weight_key].read(weight_key)
+        if not weight_key.endswith(".weight"):
+            return value.to(self.dense.tensors[key].dtype)
+        like = {weight_key: self.dense.tensors[weight_key]}
+        scale = scale_key(self.dense.tensors, weight_key)
+        if scale is not None:
+            old = self.dense.tensors[scale]
+            like[scale] = old if old.numel() == 1 else old[: len(value)]
+        weight, new_scale = stored_like(value, like, weight_key)
+        return weight if key == weight_key or new_scale is None else new_scale
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        dense, weight_key = shape_of(self.dense.tensors, key), self._scaled.get(key, key)
+        if weight_key not in self._layer_of:
+            return dense
+        shape = self._layer_of[weight_key].shapes[weight_key]
+        if weight_key == key:
+            return shape
+        return (shape[0], *dense[1:]) if len(dense) and dense[0] > 1 else dense  # a scale by row, or one for all
+
+    @property
+    def report(self) -> Mapping[str, RepairReport]:
+        return {name: report for layer in self.layers.layers.values() for name, report in layer.report.items()}
+
+
+def _part_of(key: str, sites: tuple[Site, ...]) -> tuple[Site, str] | None:
+    """The MLP that a tensor belongs to, and as what; None where its size does not depend on one's width."""
+    for site in sites:
+        if key.startswith(f"{site.up}."):
+            return site, "up"
+        if key == f"{site.down}.weight":
+            return site, "down"
+    return None
+
+
+def _width_in(shape: tuple[int, ...], site: Site, part: str) -> float:
+    """How many neurons a projection of that shape has."""
+    return (shape[0] - site.up_row) / (2 if site.gated else 1) if part == "up" else shape[1] - site.down_column
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int, ...], part: tuple[Site, str] | None) -> bool:
+    """Whether a tensor can stand in for one of the shape `expected`, but for the width of an MLP."""
+    if part is None or len(shape) != len(expected):
+        return shape == expected
+    same = shape[1:] == expected[1:] if part[1] == "up" else shape[0] == expected[0]
+    width = _width_in(shape, *part)
+    return same and 1 <= width <= part[0].width and width == int(width)
+
+
+def _width(path: Path, site: Site, dense: Dense, shapes: Mapping[str, tuple[int, ...]], kept: Tensor | None) -> int:
+    """The neurons of an MLP with a layer in place; raises `UserError` where the layer's tensors disagree about it."""
+    widths = set()
+    for key, part in ((f"{site.up}.weight", "up"), (f"{site.up}.bias", "up"), (f"{site.down}.weight", "down")):
+        if key in dense.tensors:
+            widths.add(int(_width_in(shapes[key], site, part)) if key in shapes else site.width)
+    if kept is not None:
+        widths.add(len(kept))
+    if len(widths) > 1:
+        raise UserError(f"{path}: the tensors of {site.name} disagree about its width ({sorted(widths)}): it is damaged.")
+    return widths.pop()

@@ -1,0 +1,94 @@
+"""The commands retrain and replace (commands/layers.py), on recordings that the command record makes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from flux_poke.cli import app, args_with_files
+from flux_poke.errors import UserError
+from flux_poke.flux.tiny import FOLDER
+from flux_poke.flux.tiny.words import digit_prompts
+from flux_poke.pruning.checkpoint import Pruned
+from flux_poke.pruning.plan import PruningPlan
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+CHECKPOINT = FOLDER / "flux.safetensors"
+QUICK = ("--layers", "0, 3", "--method", "closed form", "--save-dtype", "float32")
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, args_with_files([str(argument) for argument in arguments]))
+    if isinstance(result.exception, UserError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> Path:
+    """Internals, rows and block states of the tiny FLUX on twenty prompts."""
+    folder = tmp_path_factory.mktemp("recorded")
+    (folder / "prompts.txt").write_text("\n".join(digit_prompts(number % 10)[0] for number in range(20)))
+    given = ("record", CHECKPOINT, "--prompts", folder / "prompts.txt", "--steps", 4, "--hidden-states", folder / "states")
+    run(*given, "--out", folder / "internals.safetensors", "--rows-steps", 4)
+    run(*given, "--what", "blocks", "--states-steps", 2)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("cuts", "named"),
+    [
+        (("--img-cut", 100, "--single-cut", 200, "--score", "frequency"), "by count, img 100 txt 0 single 200"),
+        (("--img-threshold", 0.3, "--single-threshold", 0.2, "--on-rate"), "by threshold on rate, img 0.3 txt 0 single 0.2"),
+        (("--share", 0.5, "--score", "obs", "--multiple", 32), "by budget, 50% of the neurons, score obs"),
+    ],
+)
+def test_retrain_takes_what_to_cut_as_plan_does(recorded, tmp_path, cuts, named):
+    internals = recorded / "internals.safetensors"
+    rows = ("--rows", recorded / "states")
+    run("plan", internals, "--checkpoint", CHECKPOINT, *rows, *cuts, "--out", tmp_path / "plan.safetensors")
+    given = ("retrain", CHECKPOINT, "--hidden-states", recorded / "states", *QUICK)
+    run(*given, "--plan", tmp_path / "plan.safetensors", "--out", tmp_path / "by_plan")
+    output = run(*given, "--internals", internals, *cuts, "--out", tmp_path / "by_cuts")
+    assert PruningPlan.load(tmp_path / "plan.safetensors").table() in output
+    files = sorted(path.name for path in (tmp_path / "by_plan").glob("*.safetensors"))
+    assert files == ["0.safetensors", "3.safetensors"]
+    for name in files:
+        one, other = (load_file(tmp_path / folder / name) for folder in ("by_plan", "by_cuts"))
+        assert all(torch.equal(other[key], tensor) for key, tensor in one.items())
+    run("replace", CHECKPOINT, "--layers-dir", tmp_path / "by_cuts", "--out", tmp_path / "out.safetensors")
+    plan = Pruned.open(tmp_path / "out.safetensors").plan
+    assert named in plan.made
+    assert named in run("inspect", tmp_path / "out.safetensors")
+    kept = load_file(tmp_path / "by_cuts" / "3.safetensors").get("flux_poke.kept.single-1")
+    assert kept is not None
+    assert torch.equal(plan.kept["single-1"], kept.long())
+
+
+def test_arguments_in_a_file_are_as_on_the_command_line(recorded, tmp_path):
+    (tmp_path / "arguments.txt").write_text(
+        f"""--hidden-states '{recorded / "states"}'   # where the states are
+        --internals '{recorded / "internals.safetensors"}'
+        --img-cut 50 --txt-cut 50
+        --method "closed form"
+        """
+    )
+    output = run("retrain", CHECKPOINT, f"@{tmp_path / 'arguments.txt'}", "--layers", "1", "--out", tmp_path / "out")
+    assert "462 + 462" in output
+    assert (tmp_path / "out" / "1.safetensors").exists()
+    assert (tmp_path / "out" / "layer_stats.png").exists()
+
+
+def test_what_to_cut_is_said_once(recorded, tmp_path):
+    given = ("retrain", CHECKPOINT, "--hidden-states", recorded / "states")
+    internals = ("--internals", recorded / "internals.safetensors")
+    run("plan", internals[1], "--checkpoint", CHECKPOINT, "--img-cut", 5, "--out", tmp_path / "plan.safetensors")
+    plan = ("--plan", tmp_path / "plan.safetensors")
+    for wrong in ((), (*plan, *internals)):
+        with pytest.raises(UserError, match="is said once"):
+            run(*given, *wrong)
+    with pytest.raises(UserError, match="says already what to cut"):
+        run(*given, *plan, "--img-cut", 7)
+    with pytest.raises(UserError, match="cuts nothing"):
+        run(*given, *internals)

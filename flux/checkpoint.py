@@ -60,6 +60,10 @@ class Checkpoint(Mapping[str, Tensor]):
         """Rows `start:stop` of a tensor, without reading the others."""
         return self._file.get_slice(self._stored[key])[start:stop]
 
+    def release(self) -> None:
+        """Gives back the memory that read tensors take as pages of the file, but for those still in use."""
+        self._file = open_safetensors(self.path)
+
     def tensors(self) -> dict[str, Tensor]:
         """All of it in memory."""
         return {key: self[key] for key in self}

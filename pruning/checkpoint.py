@@ -101,6 +101,7 @@ def save_pruned(
 
     def tensor(key: str) -> Tensor:
         nonlocal done
+        cut.dense.release()
         value = extra[key]() if key in extra else cut[key]
         done += 1
         if progress is not None:

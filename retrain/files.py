@@ -371,6 +371,7 @@ def save_replaced(
 
     def tensor(key: str) -> Tensor:
         nonlocal done
+        replaced.dense.release()
         value = replaced[key]
         done += 1
         if progress is not None:

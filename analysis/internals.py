@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError
@@ -116,42 +117,53 @@ class Internals:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Internals:
         """Raises `UserError` where the file is missing, damaged, or holds something else."""
-        with open_safetensors(path) as file:
-            metadata = require_format(file.metadata(), path, FORMAT, "internals file")
+        with _opened(path) as (file, metadata):
             names = [key for key in file.keys() if "." not in key]
-            try:
-                family = next(known for known in FAMILY_NAMES if known == metadata["family"])
-                sites = {
-                    name: _whole(
-                        name,
-                        SiteInternals(
-                            fires=file.get_tensor(name),
-                            tokens=int(file.get_tensor(f"{name}.tokens")),
-                            sum=file.get_tensor(f"{name}.sum"),
-                            sum_sq=file.get_tensor(f"{name}.sum_sq"),
-                        ),
-                    )
-                    for name in sorted(names, key=site_order)
-                }
-                return cls(
-                    family=family,
-                    fingerprint=Fingerprint.from_json(metadata["model"]),
-                    sites=sites,
-                    runs=int(metadata["runs"]),
-                    steps=int(metadata["steps"]),
-                    created=metadata["created"],
-                    updated=metadata["updated"],
-                    workflow={key: metadata[key] for key in ("workflow", "prompt") if key in metadata},
+            family = next(known for known in FAMILY_NAMES if known == metadata["family"])
+            sites = {
+                name: _whole(
+                    name,
+                    SiteInternals(
+                        fires=file.get_tensor(name),
+                        tokens=int(file.get_tensor(f"{name}.tokens")),
+                        sum=file.get_tensor(f"{name}.sum"),
+                        sum_sq=file.get_tensor(f"{name}.sum_sq"),
+                    ),
                 )
-            except (KeyError, ValueError, TypeError, RuntimeError, StopIteration, SafetensorError) as error:
-                raise UserError(f"{path} is a damaged internals file ({error}): record again or use a copy.") from error
+                for name in sorted(names, key=site_order)
+            }
+            return cls(
+                family=family,
+                fingerprint=Fingerprint.from_json(metadata["model"]),
+                sites=sites,
+                runs=int(metadata["runs"]),
+                steps=int(metadata["steps"]),
+                created=metadata["created"],
+                updated=metadata["updated"],
+                workflow={key: metadata[key] for key in ("workflow", "prompt") if key in metadata},
+            )
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[safe_open, dict[str, str]]]:
+    """An internals file and its header; what is found missing or wrong while it is read makes it a damaged one."""
+    with open_safetensors(path) as file:
+        metadata = require_format(file.metadata(), path, FORMAT, "internals file")
+        try:
+            yield file, metadata
+        except (KeyError, ValueError, TypeError, RuntimeError, StopIteration, SafetensorError) as error:
+            raise UserError(f"{path} is a damaged internals file ({error}): record again or use a copy.") from error
 
 
 def check_file(path: str | os.PathLike[str], fingerprint: Fingerprint) -> None:
-    """Raises `UserError` where a recording of the model with `fingerprint` could not be added to the file at `path`."""
+    """Raises `UserError` where a recording of the model with `fingerprint` could not be added to the file at `path`.
+
+    Reads the header alone.
+    """
     if Path(path).exists():
         check_writable(path)
-        found = Internals.load(path).fingerprint
+        with _opened(path) as (_, metadata):
+            found = Fingerprint.from_json(metadata["model"])
         if not found.matches(fingerprint):
             raise UserError(
                 f"{path} was recorded on another model than this one: {found.difference(fingerprint)}. "

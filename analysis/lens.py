@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from ..errors import UserError
 from ..files import write_safetensors
-from ..flux.checkpoint import open_safetensors
+from ..flux.checkpoint import open_safetensors, require_format
 from ..flux.layout import Layout
 from .blocks import Block, Rows, blocks_of, watching_image_tokens
 from .hidden_states import HiddenStates, Limit
@@ -93,10 +93,7 @@ class Lens:
     def load(cls, path: str | os.PathLike[str]) -> Lens:
         """Raises `UserError` where the file is missing, damaged, or holds something else."""
         with open_safetensors(path) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                found = metadata.get("format", "a safetensors file of another kind")
-                raise UserError(f"{path} is no lens: expected '{FORMAT}', found '{found}'. `flux-poke lens fit` makes one.")
+            metadata = require_format(file.metadata(), path, FORMAT, "lens", "`flux-poke lens fit` makes one.")
             try:
                 errors = {Block.named(name): error for name, error in json.loads(metadata["errors"]).items()}
                 raw = {Block.named(name): error for name, error in json.loads(metadata["raw_errors"]).items()}

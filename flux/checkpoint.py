@@ -60,6 +60,10 @@ class Checkpoint(Mapping[str, Tensor]):
         """Rows `start:stop` of a tensor, without reading the others."""
         return self._file.get_slice(self._stored[key])[start:stop]
 
+    def release(self) -> None:
+        """Gives back the memory that read tensors take as pages of the file, but for those still in use."""
+        self._file = open_safetensors(self.path)
+
     def tensors(self) -> dict[str, Tensor]:
         """All of it in memory."""
         return {key: self[key] for key in self}
@@ -75,12 +79,15 @@ def scale_key(keys: Container[str], key: str) -> str | None:
 
 
 def require_format(
-    metadata: Mapping[str, str] | None, path: str | os.PathLike[str], expected: str, what: str
+    metadata: Mapping[str, str] | None, path: str | os.PathLike[str], expected: str, what: str, advice: str = ""
 ) -> dict[str, str]:
-    """The header of a safetensors file whose `format` is `expected`; else `UserError`, saying that `path` is no `what`."""
+    """The header of a safetensors file whose `format` is `expected`.
+
+    Else raises `UserError`, saying that `path` is no `what`, with the sentence `advice` on what to do.
+    """
     found = (metadata or {}).get("format", "a safetensors file of another kind")
     if found != expected:
-        raise UserError(f"{path} is no {what}: expected '{expected}', found '{found}'.")
+        raise UserError(f"{path} is no {what}: expected '{expected}', found '{found}'. {advice}".rstrip())
     return dict(metadata or {})
 
 

@@ -3,8 +3,9 @@
     fingerprint = Fingerprint.of_checkpoint(Checkpoint(path))
     fingerprint.matches(other)
 
-It holds a digest of all shapes and 256 weights from fixed places. The same model in another precision matches: each
-weight is compared at the coarser of the two, with quantisation scales undone. A fine-tune does not match.
+It holds a digest of all shapes and 256 weights from fixed places. The same model in another precision matches, also where
+only some of its layers are: each weight is compared at the coarser of its two precisions, with quantisation scales undone. A
+fine-tune does not match.
 """
 
 from __future__ import annotations
@@ -73,23 +74,18 @@ class Fingerprint:
 
     def matches(self, other: Fingerprint) -> bool:
         """Whether both are of one model, perhaps in two precisions."""
-        if self.shapes != other.shapes:
-            return False
-        agree = sum(a == b for a, b in zip(self.steps, other.steps, strict=True))
-        if 2 * agree > len(self.steps):  # stored alike
-            return self.values == other.values
-        # Each was rounded by at most half a step; a little more for the scales' own rounding.
-        return all(
-            abs(a - b) <= 0.501 * (step_a + step_b)
-            for a, b, step_a, step_b in zip(self.values, other.values, self.steps, other.steps, strict=True)
-        )
+        return self.shapes == other.shapes and not self._changed(other)
 
     def difference(self, other: Fingerprint) -> str:
         """In a few words, why `other` does not match."""
         if self.shapes != other.shapes:
             return "its layers have other shapes"
-        changed = sum(a != b for a, b in zip(self.values, other.values, strict=True))
-        return f"its weights differ ({changed} of {len(self.values)} sampled ones), as a fine-tune's do"
+        return f"its weights differ ({self._changed(other)} of {len(self.values)} sampled ones), as a fine-tune's do"
+
+    def _changed(self, other: Fingerprint) -> int:
+        """How many of the sampled weights are not one number in two precisions."""
+        pairs = zip(self.values, self.steps, other.values, other.steps, strict=True)
+        return sum(not _same(*pair) for pair in pairs)
 
     def to_json(self) -> str:
         return json.dumps({"shapes": self.shapes, "values": self.values, "steps": self.steps})
@@ -113,8 +109,18 @@ def row_scale(scale: Tensor, index: int, key: str) -> float:
     )
 
 
+def _same(a: float, step_a: float, b: float, step_b: float) -> bool:
+    """Whether `a` and `b` may be one number, given the distance to the next one where each is stored."""
+    if step_a == step_b:  # multiples of one step: the number was rounded to the same one
+        return a == b
+    # Each was rounded by at most half a step, and perhaps to bf16 before: half of a sixteenth of float8_e4m3fn's step.
+    return abs(a - b) <= 0.54 * (step_a + step_b)
+
+
 def _spacing(number: Tensor) -> float:
     """Distance from `number` to the next one in its own precision."""
+    if not number.is_floating_point():
+        return 1.0
     info = torch.finfo(number.dtype)
     size = abs(number.item())
     if not math.isfinite(size):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files import write_safetensors
-from .checkpoint import open_safetensors
+from .checkpoint import open_safetensors, require_format
 
 FORMAT = "flux-poke training 1"
 
@@ -48,9 +48,7 @@ def load_training(
     Raises `UserError` where the file holds something else or another model's training.
     """
     with open_safetensors(path) as file:
-        header = file.metadata() or {}
-        if header.get("format") != FORMAT:
-            raise UserError(f"{path} is no saved training: expected '{FORMAT}', found '{header.get('format')}'. Remove it.")
+        header = require_format(file.metadata(), path, FORMAT, "saved training", "Remove it.")
         tensors = {key: file.get_tensor(key) for key in file.keys()}
     try:
         model.load_state_dict({key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")})

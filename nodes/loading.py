@@ -1,13 +1,15 @@
 """Loading a FLUX of any MLP widths through ComfyUI's own detection and memory management.
 
-    model = load_flux(cut, "default")                # a MODEL whose layers have the widths of the tensors
+    model = load_flux(cut, "default")                # a MODEL whose MLPs have the widths of the tensors
+    model = load_pruned(Pruned.open(path), "default")
 
-ComfyUI builds its model at the dense widths; each of its linear layers here takes the width of what is loaded into it.
+ComfyUI builds its model at the dense widths. Its linear layers here take no memory until they are loaded, and those of the
+MLPs take the width of what is loaded: at no time is there room for the dense model, in memory or on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,9 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..flux.layout import read_layout
 from ..flux.tiny import FOLDER as TINY_FOLDER
+from ..pruning.checkpoint import Pruned
 
 #: What the loaders offer beside the files in models/diffusion_models.
 TINY = "tiny FLUX (ships with the pack)"
@@ -53,9 +57,22 @@ def load_flux(tensors: Mapping[str, Tensor], weight_dtype: str, metadata: Mappin
 
     Raises `UserError` where ComfyUI does not know the model.
     """
+    return _reloadable(lambda: dict(tensors), weight_dtype, metadata or {})
 
+
+def load_pruned(pruned: Pruned, weight_dtype: str) -> ModelPatcher:
+    """As `load_flux`, from a file that ComfyUI reads itself: so its own options for reading files hold for this one."""
+
+    def read() -> dict[str, Tensor]:
+        stored = read_tensors(str(pruned.path))
+        return {key: stored[key] for key in pruned.tensors}
+
+    return _reloadable(read, weight_dtype, pruned.metadata)
+
+
+def _reloadable(read: Callable[[], dict[str, Tensor]], weight_dtype: str, metadata: Mapping[str, str]) -> ModelPatcher:
     def load(disable_dynamic: bool = False) -> ModelPatcher:
-        return _load(dict(tensors), weight_dtype, dict(metadata or {}), disable_dynamic)
+        return _load(read(), weight_dtype, dict(metadata), disable_dynamic)
 
     model = load()
     # torch.compile and hooked conditioning ask for the model anew.
@@ -72,10 +89,6 @@ def _load(state: dict[str, Tensor], weight_dtype: str, metadata: dict[str, str],
         options["fp8_optimizations"] = weight_dtype.endswith("fast")
     options["custom_operations"] = _operations(state, metadata, options)
     model = comfy.sd.load_diffusion_model_state_dict(state, options, metadata=metadata, **_dynamic(disable_dynamic))
-    if model is None:
-        raise UserError(
-            "ComfyUI does not recognise this FLUX: update ComfyUI, or check that the file loads in Load Diffusion Model."
-        )
     for block in model.model.diffusion_model.single_blocks:
         block.mlp_hidden_dim = block.mlp_hidden_dim_first = block.linear1.out_features - 3 * block.linear1.in_features
     return model
@@ -100,26 +113,29 @@ def _operations(state: dict[str, Tensor], metadata: dict[str, str], options: dic
     chosen = comfy.ops.pick_operations(
         stored, computed, load_device=device, fp8_optimizations=options.get("fp8_optimizations", False), model_config=config
     )
-    return of_any_width(chosen)
+    sites = read_layout({key: tensor.shape for key, tensor in state.items()}).sites
+    return of_any_width(chosen, {path for site in sites for path in (site.up, site.down)})
 
 
-def of_any_width(operations: type) -> type:
-    """ComfyUI operations whose linear layers take their width from what is loaded."""
+def of_any_width(operations: type, layers: Collection[str]) -> type:
+    """ComfyUI operations whose linear layers are empty until they are loaded; then those in `layers` fit what is loaded.
+
+    Others stay as they were asked for: the shape in which a file packs a weight need not be the weight's own.
+    """
 
     class Linear(operations.Linear):  # type: ignore[name-defined]
-        in_features: int
-        out_features: int
+        def __init__(self, in_features: int, out_features: int, *args, **kwargs):
+            super().__init__(0, 0, *args, **kwargs)
+            self.in_features, self.out_features = in_features, out_features
 
         def _load_from_state_dict(self, state_dict, prefix, *rest):
-            weight = state_dict.get(f"{prefix}weight")
-            if weight is not None and weight.shape != (self.out_features, self.in_features):
-                self.out_features, self.in_features = weight.shape
-                self._orig_shape = tuple(weight.shape)
-                for name in ("weight", "bias"):
-                    old = getattr(self, name, None)
-                    if old is not None:
-                        shape = weight.shape if name == "weight" else weight.shape[:1]
-                        setattr(self, name, nn.Parameter(torch.empty(shape, dtype=old.dtype, device=old.device), False))
+            if prefix.removesuffix(".") in layers:
+                self.out_features, self.in_features = state_dict[f"{prefix}weight"].shape
+            self._orig_shape = self.out_features, self.in_features
+            for name, shape in (("weight", self._orig_shape), ("bias", self._orig_shape[:1])):
+                empty = getattr(self, name, None)
+                if empty is not None:
+                    setattr(self, name, nn.Parameter(empty.new_empty(shape), requires_grad=False))
             super()._load_from_state_dict(state_dict, prefix, *rest)
 
     return type("AnyWidth", (operations,), {"Linear": Linear})

@@ -415,7 +415,7 @@ class LoadPrunedCheckpoint(io.ComfyNode):
     @classmethod
     def execute(cls, unet_name: str, weight_dtype: str) -> io.NodeOutput:
         pruned = Pruned.open(loading.checkpoint_path(unet_name))
-        model = loading.load_flux(pruned.tensors, weight_dtype, pruned.metadata)
+        model = loading.load_pruned(pruned, weight_dtype)
         model.set_attachments(PRUNED, PrunedModel(pruned.layout, pruned.plan, pruned.folds, pruned.report))
         host.say(cls.hidden.unique_id, pruned.plan.table())
         return io.NodeOutput(model, pruned.plan.masked_count)

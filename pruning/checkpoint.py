@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import kind_of, stream_safetensors, write_safetensors
-from ..flux.checkpoint import Checkpoint, open_safetensors
+from ..flux.checkpoint import Checkpoint, open_safetensors, require_format
 from ..flux.layout import FAMILY_NAMES, Layout, canonical_key
 from .dense import KEPT, PRUNED_FORMAT, Dense
 from .plan import PruningPlan
@@ -50,12 +50,8 @@ class Pruned:
     def open(cls, path: str | os.PathLike[str]) -> Pruned:
         """Reads the header; raises `UserError` where the file is damaged or no pruned checkpoint."""
         with open_safetensors(path) as file:
-            header = file.metadata() or {}
-            if header.get("format") != PRUNED_FORMAT:
-                raise UserError(
-                    f"{path} is no pruned checkpoint: expected '{PRUNED_FORMAT}' in its header, found "
-                    f"{header.get('format')!r}. Dense checkpoints load in the ordinary loader."
-                )
+            advice = "Dense checkpoints load in the ordinary loader."
+            header = require_format(file.metadata(), path, PRUNED_FORMAT, "pruned checkpoint", advice)
             try:
                 kept = {key.removeprefix(KEPT): file.get_tensor(key) for key in file.keys() if key.startswith(KEPT)}
                 plan = PruningPlan.from_header(header, kept)
@@ -109,6 +105,7 @@ def save_pruned(
 
     def tensor(key: str) -> Tensor:
         nonlocal done
+        changed.dense.release()
         value = extra[key]() if key in extra else changed[key]
         done += 1
         if progress is not None:

@@ -48,6 +48,11 @@ class Dense:
         own = {canonical_key(k, layout.prefix): tensor for k, tensor in tensors.items() if k.startswith(layout.prefix)}
         return cls(own, layout, Fingerprint.of_tensors(own), source)
 
+    def release(self) -> None:
+        """Gives back what was read of the file and is no longer in use: to be called on the way through a whole model."""
+        if isinstance(self.tensors, Checkpoint):
+            self.tensors.release()
+
 
 def _require_dense(keys: Iterable[str], source: str, header: Mapping[str, str] | None = None) -> None:
     if (header or {}).get("format") == PRUNED_FORMAT or any(key.startswith(KEPT) for key in keys):

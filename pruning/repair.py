@@ -99,6 +99,7 @@ class Repairs(Mapping[str, Repaired]):
         for done, (name, site) in enumerate(self.sites.items(), start=1):
             if self.method == "affine" and not self._path(name).exists():
                 self._compute(site)
+                self.dense.release()
             if progress is not None:
                 progress(name, done, len(self))
 

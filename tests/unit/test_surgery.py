@@ -2,6 +2,8 @@
 # mypy: disable-error-code="union-attr, index"
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,3 +179,17 @@ def test_a_pruned_checkpoint_is_not_pruned_again_and_a_dense_one_is_not_taken_fo
     save_file(dict(dense.tensors), tmp_path / "dense.safetensors")
     with pytest.raises(UserError, match="no pruned checkpoint"):
         Pruned.open(tmp_path / "dense.safetensors")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_writing_a_pruned_checkpoint_takes_memory_for_a_few_tensors_and_not_for_the_model(tensors, tmp_path):
+    def mapped() -> int:
+        """Bytes of files in this process's memory."""
+        return 1024 * int(re.findall(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())[0])
+
+    path = tmp_path / "dense.safetensors"
+    save_file(tensors("flux1", hidden=384, depth=1, depth_single=4), path)
+    before, seen = mapped(), []
+    dense = Dense.open(path)
+    save_pruned(tmp_path / "pruned.safetensors", Cut(dense, random_plan(dense)), progress=lambda *_: seen.append(mapped()))
+    assert max(seen) - before < path.stat().st_size / 4

@@ -27,6 +27,7 @@ from .analysis.record import RowsTo, record_prompts
 from .analysis.report import internals_figure
 from .analysis.row_recording import RowChoice
 from .analysis.trajectories import Trajectories, relative_error, trajectory, velocity_error
+from .errors import UserError
 from .files import write_text
 from .flux.model import Flux
 from .flux.sampling import FluxTimer
@@ -45,6 +46,8 @@ from .retrain.distill import distill
 
 #: Told what is being done, and how far all of it is (0..1).
 Progress = Callable[[str, float], None]
+
+SUMMARY = "summary.json"
 
 RECORDED, MEASURED, TAUGHT = 120, 200, 60
 #: Velocities are compared on the first of the measured images, all else on all of them.
@@ -70,17 +73,30 @@ class Variant:
 
 
 def run_demo(out: Path, seed: int = 0, progress: Progress | None = None) -> dict:
-    """Runs it, writes everything to `out`, and returns what `summary.json` holds."""
+    """Runs it, writes everything to `out`, and returns what `summary.json` holds.
+
+    Raises `UserError` where `out` holds recordings that no demo made.
+    """
     started = time.perf_counter()
     say = progress or (lambda *_: None)
-    out.mkdir(parents=True, exist_ok=True)
+    _make_room(out)
     checkpoint, internals_file, rows_folder = FOLDER / "flux.safetensors", out / "internals.safetensors", out / "hidden_states"
+    dense = Dense.open(checkpoint)
+    variants: list[Variant] = []
 
+    def write_summary() -> dict:
+        summary = {
+            "family": dense.layout.family,
+            "seed": seed,
+            "seconds": round(time.perf_counter() - started, 2),
+            "variants": [asdict(variant) for variant in variants],
+        }
+        write_text(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    write_summary()  # tells the next demo, also after an interrupt, whose folder this is
     say(f"drawing {RECORDED} digits, recording every neuron", 0.0)
     prompts = [digit_prompt(number, 0) for number in range(RECORDED)]
-    # what an earlier run left: its recordings would be added to
-    internals_file.unlink(missing_ok=True)
-    shutil.rmtree(rows_folder, ignore_errors=True)
     internals = record_prompts(
         checkpoint,
         prompts,
@@ -94,8 +110,7 @@ def run_demo(out: Path, seed: int = 0, progress: Progress | None = None) -> dict
 
     say("drawing others to measure on", 0.2)
     exam = Exam.of(TinyFlux.load(), seed)
-    dense = Dense.open(checkpoint)
-    variants = [exam.measured("dense", dense.tensors, PruningPlan.keeping_all(dense), "none", checkpoint.stat().st_size)]
+    variants.append(exam.measured("dense", dense.tensors, PruningPlan.keeping_all(dense), "none", checkpoint.stat().st_size))
 
     half = (dense.layout.sites[0].width // 2,) * 3  # of img, txt and single
     frequency = rank("frequency", dense, internals)
@@ -132,15 +147,23 @@ def run_demo(out: Path, seed: int = 0, progress: Progress | None = None) -> dict
     variants.append(exam.measured("retrained", tensors, budget, "affine", file.stat().st_size, spent))
     variants_figure(variants, exam).savefig(out / "variants.png", dpi=110)
 
-    summary = {
-        "family": dense.layout.family,
-        "seed": seed,
-        "seconds": round(time.perf_counter() - started, 2),
-        "variants": [asdict(variant) for variant in variants],
-    }
-    write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    summary = write_summary()
     say("done", 1.0)
     return summary
+
+
+def _make_room(out: Path) -> None:
+    """Removes what an earlier demo recorded in `out`, which would be added to; recordings that are no demo's are refused."""
+    internals, rows = out / "internals.safetensors", out / "hidden_states"
+    try:
+        ours = "variants" in json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        ours = False
+    for found in (internals, rows):
+        if found.exists() and not ours:
+            raise UserError(f"{found} was not made by a demo, which would replace it: choose another folder with --out.")
+    internals.unlink(missing_ok=True)
+    shutil.rmtree(rows, ignore_errors=True)
 
 
 class Exam:

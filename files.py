@@ -2,23 +2,24 @@
 
 with locked(path):                               # other processes wait
     write_safetensors(path, tensors, metadata)   # temporary name, fsync, rename
+
+Only a file of its own kind is replaced: a plan takes the place of a plan, never that of a recording or a checkpoint.
 """
 
 from __future__ import annotations
 
-import glob
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
 
@@ -33,20 +34,26 @@ _DTYPES = {
 }  # fmt: skip
 _BYTES = dict(_DTYPES.values())
 
+#: What the names of folders end in that hold a file as long as it is being written.
+_UNFINISHED = ".unfinished"
+#: What the names of formats end in.
+_VERSION = " 0123456789"
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Where to write a new file; it takes `path`'s place when the `with` ends well, and is gone otherwise.
 
-    It has the name of `path`, in a hidden folder beside it, where a library may put temporary files of its own.
-    Raises `UserError` where the folder or the file cannot be written.
+    It stands in a hidden folder beside `path`, where a library may put temporary files of its own, and its name ends in `.new`,
+    so that nobody takes it for a model. Raises `UserError` where the folder or the file cannot be written.
     """
     path = Path(path)
     with _explained(path):
         check_writable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent))
-    new = folder / path.name
+        _remove_abandoned(path.parent)
+        folder, lock = _claimed_folder(path)
+    new = folder / f"{path.name}.new"
     try:
         yield new
         with _explained(path):
@@ -57,6 +64,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
                 os.fsync(file.fileno())
             os.replace(new, path)
     finally:
+        lock.release()
         shutil.rmtree(folder, ignore_errors=True)
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -64,6 +72,55 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _claimed_folder(path: Path) -> tuple[Path, FileLock]:
+    """A new hidden folder beside `path` and its lock, held: one that nobody holds was left by a writer that was killed."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_UNFINISHED, dir=path.parent))
+        lock = FileLock(folder / "lock")
+        with suppress(OSError, NotImplementedError):  # without locks, nobody removes what is abandoned either
+            lock.acquire()
+        if folder.is_dir():  # nobody took it for abandoned before it was locked
+            return folder, lock
+        lock.release()
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes from `folder` what killed writers left unfinished."""
+    for abandoned in folder.glob(f".*{_UNFINISHED}"):
+        lock = FileLock(abandoned / "lock")
+        try:
+            lock.acquire(blocking=False)
+        except (OSError, NotImplementedError):  # somebody is writing there
+            continue
+        shutil.rmtree(abandoned, ignore_errors=True)
+        lock.release()
+
+
+def check_replaces(path: str | os.PathLike[str], format: str | None) -> None:
+    """Raises `UserError` where a file stands at `path` whose header names another `format`, or none; its version may differ."""
+    path = Path(path)
+    if not path.is_file():
+        return
+    try:
+        with safe_open(path, "np") as file:
+            found = (file.metadata() or {}).get("format", "")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no safetensors file ({error}): remove it, or choose another name.") from error
+    if found.rstrip(_VERSION) != (format or "").rstrip(_VERSION):
+        raise UserError(
+            f"{path} is something else and is not replaced: expected '{format}', found '{found or 'no format'}'. "
+            "Choose another name."
+        )
+
+
+def check_output(path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str] | None], format: str | None) -> None:
+    """What to ask before long work: raises `UserError` where `path` is one of the `inputs`, or `check_replaces` refuses it."""
+    for found in inputs:
+        if found is not None and Path(path).resolve() == Path(found).resolve():
+            raise UserError(f"{path} is also what is read: choose another name for what is written.")
+    check_replaces(path, format)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -86,10 +143,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Holds the lock of `path` (a `.lock` file next to it) against other processes and threads.
-
-    Whoever holds it is the only one that writes: what a killed writer left half-written beside `path` is removed.
-    """
+    """Holds the lock of `path` (a `.lock` file next to it) against other processes and threads."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,17 +154,16 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
             f"{path} cannot be locked for writing ({error}): choose another place or change its permissions."
         ) from error
     try:
-        for abandoned in path.parent.glob(f".{glob.escape(path.name)}.*.new"):
-            shutil.rmtree(abandoned, ignore_errors=True)
         yield
     finally:
         lock.release()
 
 
 def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, replaced as a whole."""
+    """A safetensors file, replaced as a whole; raises `UserError` where a file of another `format` stands there."""
     from safetensors.torch import save_file
 
+    check_replaces(path, metadata.get("format"))
     with replacing(path) as new, _explained(Path(path)):
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, new, dict(metadata))
 
@@ -121,7 +174,7 @@ def stream_safetensors(
     tensor: Callable[[str], Tensor],
     metadata: Mapping[str, str],
 ) -> None:
-    """A safetensors file, replaced as a whole, with one tensor in memory at a time.
+    """`write_safetensors` with one tensor in memory at a time.
 
     `kinds` gives every key's type in the format's words ("BF16", …) and shape; `tensor(key)` is asked for each in turn, and
     must be of that type and shape. The format: 8 bytes little-endian length, JSON header padded to 8 bytes, data without gaps
@@ -129,6 +182,7 @@ def stream_safetensors(
     """
     import torch
 
+    check_replaces(path, metadata.get("format"))
     order = sorted(kinds, key=lambda key: (-_BYTES[kinds[key][0]], key))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0

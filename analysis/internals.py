@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -179,6 +179,22 @@ def add_to_file(path: str | os.PathLike[str], new: Internals) -> Internals:
     with locked(path):
         total = Internals.load(path).merged(new, "This run") if Path(path).exists() else new
         total.save(path)
+    return total
+
+
+def merge_files(out: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]]) -> Internals:
+    """The sum of the recordings in `files`, written to `out`, which is a new file or one of them; the total.
+
+    Raises `UserError`, with `out` as it was, where another file stands there, or the recordings are not of one model.
+    """
+    out = Path(out)
+    with locked(out):
+        if out.exists() and out.resolve() not in {Path(file).resolve() for file in files}:
+            raise UserError(f"{out} is there already and is none of the files to add up: choose another name, or add it too.")
+        total, *others = [Internals.load(file) for file in files]
+        for file, other in zip(files[1:], others, strict=True):
+            total = total.merged(other, str(file))
+        total.save(out)
     return total
 
 

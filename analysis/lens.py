@@ -134,12 +134,12 @@ class LensRecorder:
         blocks = list(self._states)
         patch = self.layout.patch
         available = -(-x.shape[-2] // patch) * -(-x.shape[-1] // patch)
-        chosen = torch.randperm(available, generator=self._random)[: self.tokens].sort().values
+        chosen = torch.randperm(available, generator=self._random)[: self.tokens].sort().values.to(x.device)
         seen: list[Tensor] = []
 
         @torch.no_grad()
         def see(place: int, img: Tensor) -> None:
-            seen.append(img[rows][:, chosen.to(img.device)].flatten(0, 1))
+            seen.append(img[rows][:, chosen].flatten(0, 1))
 
         with watching_image_tokens(model, range(1, len(blocks) + 1), see):
             yield

@@ -212,8 +212,8 @@ class _Call:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy in main memory; from a GPU it is under way, to be used after an event that is recorded later."""
+    """A copy in main memory; from a CUDA device it is under way, to be used after an event that is recorded later."""
     if not tensor.is_cuda:
-        return tensor.clone()
+        return tensor.to("cpu", copy=True)
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)

@@ -88,12 +88,12 @@ class NeuronStatistics:
 def partial_sums(h: Tensor, gate: Tensor | None = None, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Fires, sums and sums of squares over at most `TILE` tokens each: three [tiles, width], exact counts and float32.
 
-    One pass over `h` by a Triton kernel on a GPU that has one, else tile by tile with torch.
+    One pass over `h` by a Triton kernel on a GPU for which Triton can compile one, else tile by tile with torch.
     """
     if h.is_cuda:
         from . import statistics_triton
 
-        if statistics_triton.AVAILABLE:
+        if statistics_triton.works(h.device, h.dtype):
             return statistics_triton.partial_sums(h, gate, keep)
     return partial_sums_eager(h, gate, keep)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,8 @@ try:
     AVAILABLE = True
 except ImportError:  # pragma: no cover - platforms without Triton take the eager way
     AVAILABLE = False
+
+log = logging.getLogger("flux-poke")
 
 COLUMNS = 128
 ROWS = 32
@@ -48,6 +53,20 @@ if AVAILABLE:
         tl.store(squares + out, second, mask=inside)
 
 
+@cache
+def works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton compiles here, tried once: it may be installed without a C compiler, or for newer GPUs than this one."""
+    if not AVAILABLE:
+        return False
+    try:
+        partial_sums(torch.zeros(ROWS, COLUMNS, dtype=dtype, device=device))
+    except Exception as error:  # of the compiler, the linker or the driver
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        log.warning("Triton cannot be used (%s): neurons are counted with torch, which takes longer.", reason)
+        return False
+    return True
+
+
 def partial_sums(h: Tensor, gate: Tensor | None = None, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """As `statistics.partial_sums`; h and gate [tokens, width] with contiguous rows, on a GPU."""
     from .statistics import TILE
@@ -55,9 +74,10 @@ def partial_sums(h: Tensor, gate: Tensor | None = None, keep: Tensor | None = No
     tokens, width = h.shape
     tiles = triton.cdiv(tokens, TILE)
     partial = torch.empty(3, tiles, width, dtype=torch.float32, device=h.device)
-    _partial_sums[(triton.cdiv(width, COLUMNS), tiles)](
-        h, h if gate is None else gate, h if keep is None else keep.view(torch.uint8), partial[0], partial[1], partial[2],
-        tokens, width, h.stride(0), h.stride(0) if gate is None else gate.stride(0),
-        gated=gate is not None, masked=keep is not None, tile=TILE, rows=ROWS, columns=COLUMNS,
-    )  # fmt: skip
+    with torch.cuda.device_of(h):  # Triton launches on the current one
+        _partial_sums[(triton.cdiv(width, COLUMNS), tiles)](
+            h, h if gate is None else gate, h if keep is None else keep.view(torch.uint8), partial[0], partial[1], partial[2],
+            tokens, width, h.stride(0), h.stride(0) if gate is None else gate.stride(0),
+            gated=gate is not None, masked=keep is not None, tile=TILE, rows=ROWS, columns=COLUMNS,
+        )  # fmt: skip
     return partial[0], partial[1], partial[2]

@@ -82,17 +82,21 @@ def capture(client: ComfyClient, request: CaptureRequest, out: Path, progress: P
     """Draws one image on the server and brings its files to `out/{generation_id}`.
 
     Raises `UserError` where the server lacks the nodes or the model, or the run fails or is stopped there. Where `progress`
-    raises, the run is stopped on the server.
+    raises (it is called every few seconds at least), the run is stopped on the server, or taken out of its queue.
     """
     graph = filled_graph(request, [] if request.model == "tiny" else client.models("diffusion_models"))
     started: set[str] = set()
+    state = ("waiting for its turn", 0.0)
 
     def on_progress(node: str, value: int, total: int) -> None:
-        started.add(node)
-        if progress is not None:
+        nonlocal state
+        if node:
+            started.add(node)
             title = graph[node].get("_meta", {}).get("title") or graph[node]["class_type"] if node in graph else "running"
             part = value / total if total else 0.0
-            progress(f"{title}: {value}/{total}" if total else title, (len(started) - 1 + part) / len(graph))
+            state = f"{title}: {value}/{total}" if total else title, (len(started) - 1 + part) / len(graph)
+        if progress is not None:
+            progress(*state)
 
     prompt_id = client.queue(graph)
     try:
@@ -102,7 +106,7 @@ def capture(client: ComfyClient, request: CaptureRequest, out: Path, progress: P
     except UserError:
         raise
     except BaseException:
-        client.interrupt(prompt_id)
+        client.cancel(prompt_id)
         raise
     found = result.files("flux_poke")
     if not found:

@@ -22,7 +22,7 @@ from ..errors import UserError
 
 Graph = Mapping[str, Mapping[str, Any]]
 
-#: Told which node is at work, its step and its number of steps (0, 0 when it starts).
+#: Told which node is at work, its step and its number of steps (0, 0 when it starts); of no node ("") where all is silent.
 Progress = Callable[[str, int, int], None]
 
 #: Seconds without a message after which the history is asked instead.
@@ -81,6 +81,10 @@ class ComfyClient:
         texts: dict[str, str] = {}
         executed: list[str] = []
         for kind, data in self._messages(prompt_id):
+            if kind == "silence":
+                if on_progress:
+                    on_progress("", 0, 0)
+                continue
             if kind == "text":
                 texts[data["node"]] = data["text"]
                 continue
@@ -108,6 +112,11 @@ class ComfyClient:
         """The server's record of a finished run; empty while it has none."""
         return self._ask("GET", f"history/{prompt_id}").json().get(prompt_id, {})
 
+    def cancel(self, prompt_id: str) -> None:
+        """Takes the run with this id out of the queue, or stops it if it is running."""
+        self._ask("POST", "queue", json={"delete": [prompt_id]})
+        self.interrupt(prompt_id)
+
     def interrupt(self, prompt_id: str | None = None) -> None:
         """Stops the run with this id, or whichever is running."""
         body = {"prompt_id": prompt_id} if prompt_id else {}
@@ -131,12 +140,13 @@ class ComfyClient:
         return self._ask("GET", "system_stats").json()
 
     def _messages(self, prompt_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Messages as (type, data); on silence and after a lost connection, what the history knows of the run."""
+        """Messages as (type, data); on silence (which is told) and after a lost connection, what the history knows of it."""
         while True:
             try:
                 self._socket.settimeout(SILENCE)
                 message = self._socket.recv()
             except websocket.WebSocketTimeoutException:
+                yield "silence", {}
                 yield from self._past_messages(prompt_id)
                 continue
             except (OSError, websocket.WebSocketException):

@@ -218,7 +218,7 @@ class LensRun(host.SamplingWatcher):
             first = self.store.new_images(call.images)
             self.recorder = LensRecorder(self.layout, self.choice.rows, seed=self.choice.seed + first)
             self.images = torch.arange(first, first + call.images)
-            self.steps = self.choice.drawn_steps(call.sigmas.tolist(), first)
+            self.steps = self.choice.drawn_steps(call.sigmas, first)
         if call.step not in self.steps or call.positive_rows is None:
             yield
             return

@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -164,9 +165,12 @@ def to_pictures(image: Tensor) -> list[Image.Image]:
     return [to_picture(one[..., :3].movedim(-1, 0)) for one in image]
 
 
-def to_images(pictures: Iterable[Image.Image]) -> Tensor:
+def to_images(pictures: Sequence[Image.Image]) -> Tensor:
     """Pictures of one size as the host's IMAGE [batch, height, width, 3] float."""
-    return torch.cat([to_image(np.array(picture.convert("RGB"))) for picture in pictures])
+    images = torch.empty(len(pictures), pictures[0].height, pictures[0].width, 3)
+    for image, picture in zip(images, pictures, strict=True):
+        image.copy_(torch.from_numpy(np.array(picture.convert("RGB"))))
+    return images.div_(255)
 
 
 def to_image(pixels: np.ndarray) -> Tensor:
@@ -214,12 +218,12 @@ class ModelCall:
         model: the transformer, with the checkpoint's module names.
         x: latents [batch, channels, height, width], as the sampler holds them.
         sigma: noise levels [batch].
-        sigmas: noise levels of the whole run [steps + 1].
+        sigmas: noise levels of the whole run, steps + 1 numbers: no device has to be waited for.
         context: text [batch, words, width].
         conditional: for each row of the batch; False for those of the negative prompt (CFG).
         images: how many images are drawn; the batch has so many rows for each prompt.
         references: latents of reference pictures, whose tokens follow those of the image.
-        guidance: what distilled guidance is told, where it is told anything.
+        guidance: what distilled guidance is told, where it is told anything, [1] or [batch].
         seed: the sampler's.
         again: makes the same call once more, unwatched; the denoised latents.
     """
@@ -227,12 +231,12 @@ class ModelCall:
     model: nn.Module
     x: Tensor
     sigma: Tensor
-    sigmas: Tensor
+    sigmas: tuple[float, ...]
     context: Tensor
     conditional: tuple[bool, ...]
     images: int
     references: tuple[Tensor, ...]
-    guidance: float | None
+    guidance: Tensor | None
     seed: int | None
     again: Callable[[], Tensor]
 
@@ -241,10 +245,11 @@ class ModelCall:
         sigma = self.sigma.view(-1, *(1,) * (self.x.ndim - 1))
         return (self.x - self.again()) / sigma
 
-    @property
+    @cached_property
     def step(self) -> int:
-        """Which of the run's steps this is, from 0."""
-        return max(int((self.sigmas[:-1] >= self.sigma.max().to(self.sigmas.device)).sum()) - 1, 0)
+        """Which of the run's steps this is, from 0; the first who asks waits for the device."""
+        now = self.sigma.max().item()
+        return max(sum(level >= now for level in self.sigmas[:-1]) - 1, 0)
 
     @property
     def positive_rows(self) -> slice | None:
@@ -314,17 +319,26 @@ def sampling_clone(model: ModelPatcher, start: Callable[[], SamplingWatcher]) ->
     return clone
 
 
+@dataclass
+class _Run:
+    """A sampling run that is under way; its sigmas are known from the first call on."""
+
+    seed: int | None
+    watchers: list[SamplingWatcher] = field(default_factory=list)
+    sigmas: tuple[float, ...] = ()
+
+
 class _Watched:
     """The wrappers of one clone: `starts` make the watchers of each sampling run."""
 
     def __init__(self, starts: tuple[Callable[[], SamplingWatcher], ...]):
         self.starts = starts
-        self._running: list[tuple[list[SamplingWatcher], int | None]] = []
+        self._running: list[_Run] = []
 
     def sampling(self, executor, *args, **kwargs):
-        watchers: list[SamplingWatcher] = []
-        seed = inspect.signature(executor.original).bind(*args, **kwargs).arguments.get("seed")
-        self._running.append((watchers, seed))
+        run = _Run(inspect.signature(executor.original).bind(*args, **kwargs).arguments.get("seed"))
+        watchers = run.watchers
+        self._running.append(run)
         try:
             for start in self.starts:
                 watchers.append(start())
@@ -343,19 +357,19 @@ class _Watched:
     def model_call(self, executor, *args, **kwargs):
         if not self._running:  # a call outside of sampling, such as a test of memory
             return executor(*args, **kwargs)
-        watchers, seed = self._running[-1]
-        call = _model_call(executor.class_obj.diffusion_model, seed, lambda: executor(*args, **kwargs), *args, **kwargs)
-        for watcher in watchers:
+        run = self._running[-1]
+        call = _model_call(executor.class_obj.diffusion_model, run, lambda: executor(*args, **kwargs), *args, **kwargs)
+        for watcher in run.watchers:
             watcher.before(call)
         with ExitStack() as all_watching:
-            for watcher in watchers:
+            for watcher in run.watchers:
                 all_watching.enter_context(watcher.watching(call))
             return executor(*args, **kwargs)
 
 
 def _model_call(
     model: nn.Module,
-    seed: int | None,
+    run: _Run,
     again: Callable[[], Tensor],
     x,
     t,
@@ -372,16 +386,18 @@ def _model_call(
     options = transformer_options
     parts = options.get("cond_or_uncond") or [0]
     images = len(x) // len(parts)
+    if not run.sigmas:
+        run.sigmas = tuple(options["sample_sigmas"].tolist())
     return ModelCall(
         model=model,
         x=x,
         sigma=t,
-        sigmas=options["sample_sigmas"],
+        sigmas=run.sigmas,
         context=c_crossattn,
         conditional=tuple(part == 0 for part in parts for _ in range(images)),
         images=images,
         references=tuple(ref_latents or ()),
-        guidance=None if guidance is None else guidance.flatten()[0].item(),
-        seed=seed,
+        guidance=guidance,
+        seed=run.seed,
         again=again,
     )

@@ -110,6 +110,7 @@ class TappingRun(host.SamplingWatcher):
     def __init__(self, recorder: TapRecorder, tapped: TappedRun, node_id: str | None):
         self.recorder, self.tapped, self.node_id = recorder, tapped, node_id
         tapped.taps.clear()
+        tapped.timesteps = ()
 
     @contextmanager
     def watching(self, call: host.ModelCall):
@@ -117,8 +118,11 @@ class TappingRun(host.SamplingWatcher):
         if rows is None:
             yield
             return
-        tapped.timesteps, tapped.guidance, tapped.seed = tuple(call.sigmas.tolist()), call.guidance, call.seed
-        with self.recorder.watching(call.model, Moment.at(call.x, call.sigma, call.sigmas, rows), tapped.taps):
+        if not tapped.timesteps:
+            guidance = None if call.guidance is None else call.guidance.flatten()[0].item()
+            tapped.timesteps, tapped.guidance, tapped.seed = call.sigmas, guidance, call.seed
+        moment = Moment(call.step, call.x, call.sigma, call.sigmas[call.step + 1], rows)
+        with self.recorder.watching(call.model, moment, tapped.taps):
             yield
 
     def finish(self) -> None:
@@ -165,10 +169,11 @@ class DecodeBlockPreviews(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "largest",
-                    default=512,
+                    default=256,
                     min=64,
                     max=8192,
-                    tooltip="Longest side of the pictures in `images`, which are held in memory; files are of full size.",
+                    tooltip="Longest side of the pictures in `images`, which are held in memory (at 256, up to 0.8 MB each); "
+                    "files are of full size.",
                 ),
                 io.String.Input(
                     "prompt",
@@ -225,7 +230,7 @@ class DecodeBlockPreviews(io.ComfyNode):
         }
 
         def drawn(name: str):
-            return host.to_images(Image.open(folder / name) for folder in folders)
+            return host.to_images([Image.open(folder / name) for folder in folders])
 
         chart = drawn("contributions.png")
         if not decode:

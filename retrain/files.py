@@ -92,7 +92,7 @@ def draw_stats(folder: str | os.PathLike[str]) -> Path | None:
         return None
     path = Path(folder) / PICTURE
     with replacing(path) as new:
-        stats_figure(stats).savefig(new, dpi=110)
+        stats_figure(stats).savefig(new, format="png", dpi=110)
     return path
 
 

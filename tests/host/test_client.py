@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import socket
 import threading
+import time
 
 import numpy as np
 import pytest
 from flux_poke.errors import UserError
+from flux_poke.headless.capture import CaptureRequest, capture
 from flux_poke.headless.client import ComfyClient, Interrupted
 from flux_poke.headless.server import ComfyServer, free_port
 from PIL import Image
@@ -90,6 +92,41 @@ def test_an_interrupted_run_ends_as_one(client):
 
     with pytest.raises(Interrupted):
         client.wait(prompt_id, stop)
+
+
+def test_a_run_that_waits_is_taken_out_of_the_queue_and_one_that_is_running_is_stopped(client):
+    running, waiting = client.queue(slow_graph(4)), client.queue(slow_graph(5))
+
+    def stop(node: str, step: int, steps: int) -> None:
+        if node == "5":
+            client.cancel(waiting)
+            client.cancel(running)
+
+    with pytest.raises(Interrupted):
+        client.wait(running, stop)
+    time.sleep(1)
+    assert client.history(waiting) == {}
+    assert client._ask("GET", "queue").json() == {"queue_running": [], "queue_pending": []}
+
+
+def test_a_drawing_that_waits_for_its_turn_can_be_given_up(client, tmp_path, monkeypatch):
+    monkeypatch.setattr("flux_poke.headless.client.SILENCE", 0.2)
+    running = client.queue(slow_graph(6))
+    said: list[str] = []
+
+    def give_up(doing: str, part: float) -> None:
+        said.append(doing)
+        raise KeyboardInterrupt
+
+    with ComfyClient(client.address) as other, pytest.raises(KeyboardInterrupt):
+        capture(other, CaptureRequest("a 7", "tiny"), tmp_path, give_up)
+    queue = client._ask("GET", "queue").json()
+    assert [entry[1] for entry in queue["queue_running"]] == [running], "the other run goes on"
+    assert queue["queue_pending"] == []
+    assert said == ["waiting for its turn"]
+    client.cancel(running)
+    with pytest.raises(Interrupted):
+        client.wait(running)
 
 
 def test_a_run_survives_a_lost_connection(client):

@@ -232,10 +232,13 @@ def test_taps_leave_no_trace_and_a_run_that_fails_leaves_no_predictions(load, ta
     assert traces(model) == before
 
 
-def test_guidance_is_that_of_the_prompt(load, tap):
+def test_guidance_and_noise_levels_are_those_of_the_latest_run(load, tap):
     watched, tapped = tap(load(FLUX1))
-    sample(watched, guidance=2.25)
-    assert (tapped.guidance, tapped.layout.guidance) == (2.25, True)
+    for guidance, sampler in ((2.25, "euler"), (3.5, "heun")):
+        sample(watched, guidance=guidance, sampler=sampler)
+        assert (tapped.guidance, tapped.layout.guidance) == (guidance, True)
+        assert len(tapped.timesteps) == STEPS + 1
+        assert [tapped.taps.sigma(step) for step in range(STEPS)] == list(tapped.timesteps[:-1])
 
 
 def test_a_lora_does_not_make_it_another_model(load, in_process):

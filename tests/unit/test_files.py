@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from flux_poke.errors import UserError
-from flux_poke.files import locked, replacing, write_safetensors, write_text
+from flux_poke.files import check_output, locked, replacing, stream_safetensors, write_safetensors, write_text
 from safetensors.torch import load_file
 
 
@@ -22,7 +22,6 @@ def test_a_new_file_appears_whole_and_its_folder_with_it(tmp_path):
     path = tmp_path / "a" / "b" / "text.txt"
     with replacing(path) as new:
         new.write_text("half")
-        assert new.name == path.name, "libraries go by the ending"
         (new.parent / "of a library").write_text("temporary")
         assert not path.exists()
         new.write_text("whole")
@@ -79,19 +78,118 @@ from flux_poke.errors import UserError
 from flux_poke.files import write_safetensors, write_text
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-for write, content in ((write_text, ["x" * 10_000]), (write_safetensors, [{"x": torch.zeros(10_000)}, {}])):
+writers = {"text.txt": (write_text, ["x" * 10_000]), "new.safetensors": (write_safetensors, [{"x": torch.zeros(10_000)}, {}])}
+for name, (write, content) in writers.items():
     try:
-        write(sys.argv[1], *content)
+        write(f"{sys.argv[1]}/{name}", *content)
     except UserError as error:
         print(error)
 """
     path = tmp_path / "text.txt"
     path.write_text("old")
-    run = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     said = run.stdout.splitlines()
     assert len(said) == 2, run.stderr
-    assert all(line.startswith(f"{path} cannot be written (") and "File too large" in line for line in said), said
+    for name, line in zip(("text.txt", "new.safetensors"), said, strict=True):
+        assert line.startswith(f"{tmp_path / name} cannot be written ("), line
+        assert "File too large" in line
     assert (path.read_text(), names(tmp_path)) == ("old", ["text.txt"])
+
+
+#: Each writes half of what it announced to the file it is given, says so, and waits.
+HALF = {
+    "replacing": """
+with replacing(path) as new:
+    new.write_bytes(b"half")
+    wait()
+""",
+    "write_safetensors": """
+import safetensors.torch
+def half(tensors, path, metadata):
+    path.write_bytes(b"half")
+    wait()
+safetensors.torch.save_file = half
+write_safetensors(path, {"x": torch.zeros(3)}, {})
+""",
+    "stream_safetensors": """
+def tensor(key):
+    if key == "b":
+        wait()
+    return torch.zeros(100_000)
+stream_safetensors(path, {"a": ("F32", (100_000,)), "b": ("F32", (100_000,))}, tensor, {})
+""",
+}
+
+
+@pytest.fixture(params=HALF)
+def half_written(request, tmp_path):
+    """`model.safetensors` being written by another process, which waits half way."""
+    code = f"""
+import sys, time, torch
+from flux_poke.files import replacing, stream_safetensors, write_safetensors
+path = sys.argv[1]
+def wait():
+    print("half", flush=True)
+    time.sleep(600)
+{HALF[request.param]}"""
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "model.safetensors")], stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == "half\n"
+    yield writer
+    writer.kill()
+    writer.wait()
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_file_in_its_folder(tmp_path, half_written):
+    (unfinished,) = names(tmp_path)
+    write_text(tmp_path / "other.txt", "")
+    assert names(tmp_path) == [unfinished, "other.txt"], "what is still being written stays"
+    half_written.kill()
+    half_written.wait()
+    write_text(tmp_path / "other.txt", "")
+    assert names(tmp_path) == ["other.txt"]
+
+
+def test_what_is_half_written_has_no_models_ending(tmp_path, half_written):
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files
+    assert not [path for path in files if path.suffix == ".safetensors"]
+
+
+def test_files_of_another_kind_are_not_replaced(tmp_path):
+    path, tensors = tmp_path / "model.safetensors", {"x": torch.ones(2)}
+    plan, recording = {"format": "flux-poke plan 1"}, {"format": "flux-poke internals 1"}
+    writers = {
+        "whole": lambda metadata: write_safetensors(path, {"x": torch.zeros(2)}, metadata),
+        "streamed": lambda metadata: stream_safetensors(path, {"x": ("F32", (2,))}, lambda key: torch.zeros(2), metadata),
+    }
+    for write in writers.values():
+        for there in (recording, {"format": "pt"}, {}):
+            path.unlink(missing_ok=True)
+            write_safetensors(path, tensors, there)
+            with pytest.raises(UserError, match=r"model\.safetensors is something else .* 'flux-poke plan 1', found '"):
+                write(plan)
+            assert torch.equal(load_file(path)["x"], tensors["x"])
+        path.write_text("notes")
+        with pytest.raises(UserError, match=r"model\.safetensors is no safetensors file"):
+            write(plan)
+        assert path.read_text() == "notes"
+        path.unlink()
+        write_safetensors(path, tensors, {"format": "flux-poke plan 10"})
+        write(plan)
+        assert torch.equal(load_file(path)["x"], torch.zeros(2)), "another version of the same kind"
+
+
+def test_what_is_read_is_no_place_to_write_to(tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, {"x": torch.ones(2)}, {"format": "flux-poke plan 1"})
+    (tmp_path / "link").symlink_to(path)
+    for inputs in ([path], [None, tmp_path / "link"], [tmp_path / "." / "model.safetensors"]):
+        with pytest.raises(UserError, match="is also what is read"):
+            check_output(path, inputs, "flux-poke plan 1")
+    check_output(tmp_path / "new", [None, path], "flux-poke plan 1")
 
 
 def test_tensors_of_any_layout_and_metadata_come_back(tmp_path):

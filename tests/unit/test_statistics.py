@@ -137,9 +137,19 @@ def test_the_kernel_equals_the_eager_way_in_tritons_interpreter():
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.skipif(not statistics_triton.AVAILABLE, reason="Triton is not there")
+def test_where_the_kernel_cannot_run_that_is_said_once(caplog):
+    statistics_triton.works.cache_clear()
+    assert [statistics_triton.works(torch.device("cpu"), torch.float32) for _ in range(3)] == [False] * 3
+    (line,) = caplog.messages
+    assert line.startswith("Triton cannot be used (")
+    assert "\n" not in line
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not (torch.cuda.is_available() and statistics_triton.AVAILABLE), reason="needs a CUDA device and Triton")
 def test_the_kernel_equals_the_eager_way_on_a_gpu():
+    assert statistics_triton.works(torch.device("cuda", 0), torch.bfloat16)
     compare_kernel_with_eager("cuda")
 
 

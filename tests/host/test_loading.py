@@ -5,6 +5,8 @@ ComfyUI loads nothing partially on a CPU by itself, so these tests tell its Mode
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from flux_poke.flux.tiny import FOLDER
@@ -110,7 +112,8 @@ def test_layers_are_empty_until_they_are_loaded_and_only_those_of_mlps_change_th
     import comfy.ops
     from flux_poke.nodes.loading import of_any_width
 
-    layers = torch.nn.ModuleDict({name: of_any_width(comfy.ops.manual_cast, {"mlp"}).Linear(8, 6) for name in ("mlp", "qkv")})
+    operations: Any = of_any_width(comfy.ops.manual_cast, {"mlp"})
+    layers = torch.nn.ModuleDict({name: operations.Linear(8, 6) for name in ("mlp", "qkv")})
     assert sum(parameter.numel() for parameter in layers.parameters()) == 0
     weights = {"mlp.weight": torch.randn(4, 8), "mlp.bias": torch.randn(4), "qkv.weight": torch.randn(6, 8)}
     layers.load_state_dict(weights | {"qkv.bias": torch.randn(6)})

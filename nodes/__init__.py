@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .choose import ChooseModel
 from .compare import Compare
 from .hidden_states import RecordHiddenStates
 from .prompts import Counter, Prompts
 from .prune import (
+    LoadPlan,
     LoadPrunedCheckpoint,
     LoadPrunedFlux,
     LoadPrunedLora,
@@ -32,12 +34,14 @@ class FluxPokeExtension(ComfyExtension):
             PlanByCount,
             PlanByThreshold,
             PlanByBudget,
+            LoadPlan,
             LoadPrunedFlux,
             SavePrunedFlux,
             LoadPrunedCheckpoint,
             LoadPrunedLora,
             RetrainLayers,
             LoadReplacedFlux,
+            ChooseModel,
             TapBlocks,
             DecodeBlockPreviews,
             AnimateBlockPreviews,

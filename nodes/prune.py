@@ -28,6 +28,7 @@ from .record import DEFAULT_FILE, InternalsType
 
 PlanType = io.Custom("PRUNING_PLAN")
 DEFAULT_FOLDER = "hidden_states"
+DEFAULT_PLAN = "plan.safetensors"
 PRUNED = "flux_poke.pruned"
 REPAIRS = ("none", "bias", "affine")
 
@@ -141,7 +142,7 @@ def _planned(plan: PruningPlan, name: str, node: type[io.ComfyNode], figure=None
 
 
 def _save_as() -> io.Input:
-    return io.String.Input("save_as", default="plan.safetensors", tooltip="The plan is also written to output/flux_poke.")
+    return io.String.Input("save_as", default=DEFAULT_PLAN, tooltip="The plan is also written to output/flux_poke.")
 
 
 class PlanByCount(io.ComfyNode):
@@ -296,6 +297,31 @@ class PlanByBudget(io.ComfyNode):
         return _planned(plan, save_as, cls, curve.figure(plan))
 
 
+class LoadPlan(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FluxPokeLoadPlan",
+            display_name="Load Plan",
+            category=host.CATEGORY,
+            description="Reads a plan that a Plan Pruning node or `flux-poke plan` wrote.",
+            inputs=[io.String.Input("file", default=DEFAULT_PLAN, tooltip="Name in output/flux_poke.")],
+            outputs=[PlanType.Output(display_name="plan", tooltip="What to keep."), io.String.Output(display_name="text")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> int:
+        path = host.output_path(file, ".safetensors")
+        return path.stat().st_mtime_ns if path.is_file() else 0
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        plan = PruningPlan.load(host.output_path(file, ".safetensors"))
+        host.say(cls.hidden.unique_id, plan.table())
+        return io.NodeOutput(plan, plan.table())
+
+
 class LoadPrunedFlux(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -307,7 +333,7 @@ class LoadPrunedFlux(io.ComfyNode):
             inputs=[
                 _checkpoint_input(),
                 _weight_dtype_input(),
-                PlanType.Input("plan", tooltip="From a Plan Pruning node."),
+                PlanType.Input("plan", tooltip="From a Plan Pruning node or Load Plan."),
                 io.Combo.Input(
                     "repair",
                     options=list(REPAIRS),
@@ -369,7 +395,7 @@ class SavePrunedFlux(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 _checkpoint_input(),
-                PlanType.Input("plan", tooltip="From a Plan Pruning node."),
+                PlanType.Input("plan", tooltip="From a Plan Pruning node or Load Plan."),
                 io.Combo.Input("repair", options=list(REPAIRS), default="affine", tooltip="As in Load Pruned FLUX."),
                 io.String.Input("save_as", default="flux-pruned.safetensors", tooltip="Name in models/diffusion_models."),
                 io.Boolean.Input(

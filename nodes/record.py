@@ -98,7 +98,7 @@ class InternalsRun(host.SamplingWatcher):
             return host.say(self.node_id, "The sampler made no step: nothing was recorded.")
         new = Internals.new(self.layout.family, self.fingerprint, recorded, self.calls, workflow=self.graph)
         total = add_to_file(self.path, new)
-        host.say(self.node_id, f"{self.path.name}: {total.runs} runs, {total.steps} model calls")
+        host.say(self.node_id, f"{self.path.name}: {total.runs} run{'s' if total.runs > 1 else ''}, {total.steps} model calls")
 
     def abandon(self) -> None:
         host.say(self.node_id, f"The run did not finish: nothing was added to {self.path.name}.")

@@ -35,7 +35,7 @@ class RetrainLayers(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 _checkpoint_input(),
-                PlanType.Input("plan", tooltip="From a Plan Pruning node."),
+                PlanType.Input("plan", tooltip="From a Plan Pruning node or Load Plan."),
                 io.String.Input(
                     "hidden_states",
                     default=DEFAULT_FOLDER,
@@ -108,6 +108,7 @@ class RetrainLayers(io.ComfyNode):
                 stats = retrain_layers(dense, plan, open_data(source, train_on), layers, out, options, LossCurve())
         draw_stats(out)
         text, image = stats_table(stats), host.to_image(figure_pixels(stats_figure(stats)))
+        host.PictureProgress().end(host.to_pictures(image)[0])
         host.say(cls.hidden.unique_id, text)
         return io.NodeOutput(folder, text, image, ui=ui.PreviewImage(image, cls=cls))
 
@@ -144,7 +145,9 @@ def curve_picture(progress: Progress, curve: list[tuple[int, float]]) -> Image.I
         draw.line(places, fill=(31, 119, 180), width=3)
     title = f"{progress.layer} ({progress.layers_done + 1} of {progress.layers}), {progress.seconds_left:.0f} s left"
     title += f", held-out loss {progress.held_out_loss:.3g}"
-    draw.text((edge, edge // 3), title, fill="black")
+    draw.text((edge, edge // 3), title, fill="black", font_size=16)
+    for log, y in ((high, 2 * edge), (low, height - edge)):
+        draw.text((width - edge, y), f"{10**log:.3g}", fill="gray", anchor="rm", font_size=12)
     return picture
 
 

@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -174,6 +175,8 @@ class PruningPlan:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
         """Raises `UserError` where the file is missing, damaged, or holds something else."""
+        if not Path(path).is_file():
+            raise UserError(f"There is no plan {path}: make one with a Plan Pruning node, or with `flux-poke plan`.")
         with open_safetensors(path) as file:
             header = require_format(file.metadata(), path, FORMAT, "pruning plan")
             try:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from flux_poke.analysis.internals import Internals
+from flux_poke.errors import UserError
 from PIL import Image
 
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
@@ -70,6 +71,42 @@ def test_the_sheet_of_all_blocks_takes_the_place_of_the_live_preview(canvas, hos
     )
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("_tiny")])
+def test_the_server_takes_what_needs_the_large_model_until_it_opens_the_empty_files(models, client, workflow, name: str):
+    with pytest.raises(UserError, match=r"^\w+ \(node \d+\) failed: "):  # a graph that it does not take is "refused"
+        client.run(workflow(name))
+
+
+def test_retraining_ends_with_the_errors_of_all_layers_in_place_of_the_loss_curve(canvas):
+    canvas.drop(WORKFLOWS / "retrain_layers_tiny.json")
+    assert canvas.run() == "execution_success"
+    ((width, height),) = canvas.pictures("FluxPokeRetrainLayers")
+    assert (width, height) != (512, 256)  # the curve's
+    canvas.expect_text("single-3")
+    canvas.drop(WORKFLOWS / "run_with_replaced_layers_tiny.json")
+    assert canvas.run() == "execution_success"
+    canvas.expect_text("6 layers replaced, neurons cut: img512_txt512_single1024")
+    assert canvas.pictures("SaveImage") == 4 * [[256, 256]]
+
+
+def test_all_in_one_does_what_its_note_says(canvas):
+    canvas.drop(WORKFLOWS / "flux_poke_all_in_one_tiny.json")
+
+    def draw(use: str) -> str:
+        canvas.write("FluxPokeChooseModel", "use", use)
+        return canvas.run()
+
+    assert draw("normal") == "execution_success"
+    assert draw("pruned") == "execution_error"  # nothing is planned yet
+    assert draw("analysis") == "execution_success"
+    for group, use in (("Once: plan", "pruned"), ("Once: retrain", "replaced")):
+        canvas.set_group(group, "Always")
+        assert canvas.run() == "execution_success"
+        canvas.set_group(group, "Never")
+        assert draw(use) == "execution_success"
+    assert canvas.pictures("SaveImage") == 9 * [[256, 256]]
+
+
 def test_a_recording_dropped_on_the_page_brings_its_graph_back(canvas, host):
     canvas.drop(TRY_IT)
     canvas.write(RECORD, "file", "dropped")
@@ -97,6 +134,7 @@ def test_the_templates_list_the_workflows_with_their_thumbnails(canvas):
     canvas.page.get_by_role("dialog").get_by_text("flux-poke-under-test").first.click()
     for name in NAMES:
         card = canvas.page.get_by_test_id(f"template-workflow-{name}")
+        card.scroll_into_view_if_needed()  # pictures that nobody sees are not loaded
         image = card.locator("img").first
         image.wait_for()
         assert "default-template" not in image.get_attribute("src")  # ComfyUI's own, where a pack has no picture

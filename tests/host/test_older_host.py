@@ -82,6 +82,15 @@ def test_an_older_host_has_every_node_and_says_what_it_cannot_load(older, server
             client.run({"1": {"class_type": "FluxPokeLoadTinyFlux", "inputs": {}}, "2": show})
 
 
+@pytest.mark.parametrize(("use", "sentence"), [("pruned", "Update ComfyUI"), ("normal", "Nothing is connected to 'normal'")])
+def test_an_older_host_runs_the_chosen_model_alone(older, use, sentence):
+    """The tiny FLUX, which it cannot load, stands where one may choose it or not."""
+    choose = {"class_type": "FluxPokeChooseModel", "inputs": {"use": use, "pruned": ["1", 0]}}
+    show = {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}}
+    with ComfyClient(older.address) as client, pytest.raises(UserError, match=sentence):
+        client.run({"1": {"class_type": "FluxPokeLoadTinyFlux", "inputs": {}}, "2": choose, "3": show})
+
+
 def test_an_older_host_records_flux_at_full_width(older_path, tmp_path):
     command = [sys.executable, "-c", RECORD, str(older_path), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)

@@ -116,6 +116,15 @@ def test_the_host_draws_what_the_reference_transformer_draws_with_the_same_cut(c
     assert difference(found, images) < 1.0
 
 
+def test_a_plan_that_was_saved_cuts_the_same_without_planning_again(client: ComfyClient, recorded: Path):
+    planned = pictures(client, drawing({"plan": by_count(cut=100), "load": load(repair="none")}))
+    read = {"plan": node("FluxPokeLoadPlan", file="plan"), "load": load(repair="none")}
+    assert np.array_equal(planned, pictures(client, drawing(read)))
+    assert "load" not in client.run(drawing(read)).executed  # whereas a node that plans does so on every run
+    with pytest.raises(UserError, match=r"There is no plan .*nowhere\.safetensors: make one"):
+        client.run({"plan": node("FluxPokeLoadPlan", file="nowhere"), "show": node("PreviewAny", source=["plan", 1])})
+
+
 def test_the_masked_count_says_how_many_neurons_go(client: ComfyClient, recorded: Path):
     graph = {"plan": by_count(cut=100, last_layer=0, last_single=1), "load": load(repair="bias")}
     graph["show"] = node("PreviewAny", source=["load", 1])
@@ -220,7 +229,7 @@ def test_a_model_that_is_no_flux_is_refused(client: ComfyClient, host, recorded:
 
 
 def test_the_shipped_workflow_prunes_in_one_go(client: ComfyClient, host, workflow):
-    result = client.run(workflow("prune_tiny"))
+    result = client.run(workflow("prune_and_compare_tiny"))
     order = [result.executed.index(number) for number in ("7", "8", "9", "12", "15")]  # record, plan, load, draw, compare
     assert order == sorted(order)
     plan = PruningPlan.load(host.output / "flux_poke" / "prune_tiny_plan.safetensors")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import threading
 import time
@@ -174,15 +173,60 @@ def test_another_models_layers_are_refused_with_a_sentence(recorded, server, hos
         client.run(graph)
 
 
-def stored_graph(name: str) -> dict:
-    return json.loads((Path(__file__).parent / "graphs" / f"{name}.json").read_text())
-
-
-def test_one_graph_retrains_in_one_go_and_another_runs_with_its_layers(server):
+def test_one_workflow_retrains_in_one_go_and_another_runs_with_its_layers(server, workflow):
     with ComfyClient(server.address) as client:
-        result = client.run(stored_graph("retrain_layers_tiny"))
-        order = [result.executed.index(number) for number in ("7", "8", "9", "10", "14", "19")]
+        result = client.run(workflow("retrain_layers_tiny"))
+        record, plan, train, replace, draw, compare = "7", "8", "9", "10", "14", "19"
+        order = [result.executed.index(number) for number in (record, plan, train, replace, draw, compare)]
         assert order == sorted(order)
-        retrained, cut_only = (float(value) for value in re.findall(r"PSNR ([\d.]+) dB", result.texts["19"]))
+        retrained, cut_only = (float(value) for value in re.findall(r"PSNR ([\d.]+) dB", result.texts[compare]))
         assert retrained > cut_only + 3
-        assert len(client.run(stored_graph("run_with_replaced_layers_tiny")).files("images", "8")) == 4
+        again = client.run(workflow("run_with_replaced_layers_tiny"))
+        assert again.outputs["13"]["text"] == ["img512_txt512_single1024"]
+        assert f"PSNR {retrained} dB" in again.texts["10"]
+        assert len(again.files("images", "12")) == 4
+
+
+def test_all_in_one_runs_what_is_chosen_and_nothing_else(server, workflow):
+    """Each choice draws what the nodes behind it draw by themselves."""
+    graph = workflow("flux_poke_all_in_one_tiny")
+    numbers = {entry["class_type"]: number for number, entry in graph.items()}
+    choice = graph[numbers["FluxPokeChooseModel"]]["inputs"]
+    with ComfyClient(server.address) as client:
+
+        def draw(use: str) -> tuple[set[str], np.ndarray]:
+            choice["use"] = use
+            result = client.run(graph)
+            files = result.files("images", numbers["SaveImage"])
+            drawn = np.stack([np.asarray(Image.open(io.BytesIO(client.fetch(file)))) for file in files])
+            return {graph[number]["class_type"] for number in result.executed}, drawn
+
+        others = {"FluxPokeRecordHiddenStates", "FluxPokeLoadPrunedFlux", "FluxPokeLoadReplacedFlux"}
+        for use, missing in (("pruned", "There is no plan"), ("replaced", "holds no retrained layers")):
+            with pytest.raises(UserError, match=missing):
+                draw(use)
+        ran, normal = draw("normal")
+        assert not ran & others
+        ran, analysed = draw("analysis")
+        assert ran & others == {"FluxPokeRecordHiddenStates"}
+        assert np.array_equal(analysed, normal)
+
+        recordings = {name: graph[numbers["FluxPokeLoadPrunedFlux"]]["inputs"][name] for name in ("hidden_states", "file")}
+        folder = graph[numbers["FluxPokeLoadReplacedFlux"]]["inputs"]["folder"]
+        making = retrain(folder, hidden_states=recordings["hidden_states"], steps=10)
+        making["plan"] = node(
+            "FluxPokePlanByBudget", unet_name=TINY, budget="share of neurons", amount=0.5, score="obs", multiple=32, protect="",
+            save_as=graph[numbers["FluxPokeLoadPlan"]]["inputs"]["file"], **recordings,
+        )  # fmt: skip
+        client.run(making)
+        ran, pruned = draw("pruned")
+        assert ran & others == {"FluxPokeLoadPrunedFlux"}
+        ran, replaced_layers = draw("replaced")
+        assert ran & others == {"FluxPokeLoadReplacedFlux"}
+        assert 0 < difference(pruned, normal) < 10
+        assert 0 < difference(replaced_layers, normal) < 10
+        assert not np.array_equal(pruned, replaced_layers)
+
+        del choice["pruned"]
+        with pytest.raises(UserError, match="Nothing is connected to 'pruned'"):
+            draw("pruned")

@@ -115,12 +115,10 @@ def check_replaces(path: str | os.PathLike[str], format: str | None) -> None:
         )
 
 
-def check_output(path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str] | None], format: str | None) -> None:
-    """What to ask before long work: raises `UserError` where `path` is one of the `inputs`, or `check_replaces` refuses it."""
-    for found in inputs:
-        if found is not None and Path(path).resolve() == Path(found).resolve():
-            raise UserError(f"{path} is also what is read: choose another name for what is written.")
-    check_replaces(path, format)
+def check_not_read(path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Raises `UserError` where `path`, which is to be written, is one of the `inputs`."""
+    if Path(path).resolve() in {Path(found).resolve() for found in inputs}:
+        raise UserError(f"{path} is also what is read: choose another name for what is written.")
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

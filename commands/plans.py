@@ -68,8 +68,11 @@ def plan(
     """Choose which neurons to keep: by count, by threshold, or by a budget. Nothing is cut yet."""
     from ..analysis.hidden_states import HiddenStates
     from ..analysis.internals import Internals
+    from ..files import check_replaces
     from ..pruning.dense import Dense
+    from ..pruning.plan import FORMAT
 
+    check_replaces(out, FORMAT)
     store = HiddenStates.open(rows) if rows else None
     made, curve = cuts.plan(Dense.open(checkpoint), Internals.load(internals), store)
     if picture and curve:
@@ -91,12 +94,14 @@ def prune(
     """Cut what a plan says, repair what is left, and write a smaller checkpoint that needs no other file."""
     from ..analysis.hidden_states import HiddenStates
     from ..analysis.internals import Internals
+    from ..files import check_replaces
     from ..pruning.checkpoint import inspect, save_pruned
-    from ..pruning.dense import Dense
+    from ..pruning.dense import PRUNED_FORMAT, Dense
     from ..pruning.plan import PruningPlan
     from ..pruning.repair import Repairs
     from ..pruning.surgery import Cut
 
+    check_replaces(out, PRUNED_FORMAT)
     dense, loaded = Dense.open(checkpoint), PruningPlan.load(plan)
     recorded = Internals.load(internals) if internals else None
     store = HiddenStates.open(rows) if rows else None

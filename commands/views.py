@@ -44,7 +44,10 @@ def compare(
 ) -> None:
     """Relative MSE, PSNR and SSIM of images or latents against a reference."""
     from ..analysis import metrics
+    from ..files import check_not_read
 
+    for written in filter(None, (picture, out)):
+        check_not_read(written, [reference, *variants])
     goal = metrics.read_images(reference)
     images = [metrics.read_images(variant) for variant in variants]
     rows = [metrics.compare(image, goal, str(variant)) for image, variant in zip(images, variants, strict=True)]
@@ -64,8 +67,10 @@ def fit(
 ) -> None:
     """Fit the affine map from each block's tokens to the last block's."""
     from ..analysis.contributions import lens_figure
-    from ..analysis.lens import LensRows, fit_lens
+    from ..analysis.lens import FORMAT, LensRows, fit_lens
+    from ..files import check_replaces
 
+    check_replaces(out, FORMAT)
     with progress_bar() as update:
         lens = fit_lens(LensRows(rows), device=device, progress=lambda done, of: update(f"block {done} of {of}", done / of))
     lens.save(out)

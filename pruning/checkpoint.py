@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import kind_of, stream_safetensors, write_safetensors
+from ..files import check_replaces, kind_of, stream_safetensors, write_safetensors
 from ..flux.checkpoint import Checkpoint, open_safetensors, require_format
 from ..flux.layout import FAMILY_NAMES, Layout, canonical_key
 from .dense import KEPT, PRUNED_FORMAT, Dense
@@ -78,7 +78,10 @@ def save_pruned(
     Args:
         fold: also write what exact conversion of LoRAs needs after affine repair: [cut, kept] numbers in bf16 per MLP, on
         disk only. progress: told after every tensor; an exception from it leaves no file.
+
+    Raises `UserError`, before anything is computed, where a file at `path` is no pruned checkpoint.
     """
+    check_replaces(path, PRUNED_FORMAT)
     report = changed.report
     kinds = {key: changed.kind(key) for key in changed}
     extra: dict[str, Callable[[], Tensor]] = {}

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from flux_poke.errors import UserError
-from flux_poke.files import check_output, locked, replacing, stream_safetensors, write_safetensors, write_text
+from flux_poke.files import check_not_read, locked, replacing, stream_safetensors, write_safetensors, write_text
 from safetensors.torch import load_file
 
 
@@ -184,12 +184,12 @@ def test_files_of_another_kind_are_not_replaced(tmp_path):
 
 def test_what_is_read_is_no_place_to_write_to(tmp_path):
     path = tmp_path / "model.safetensors"
-    write_safetensors(path, {"x": torch.ones(2)}, {"format": "flux-poke plan 1"})
+    path.write_text("")
     (tmp_path / "link").symlink_to(path)
-    for inputs in ([path], [None, tmp_path / "link"], [tmp_path / "." / "model.safetensors"]):
+    for inputs in ([path], [tmp_path / "other", tmp_path / "link"], [tmp_path / "." / "model.safetensors"]):
         with pytest.raises(UserError, match="is also what is read"):
-            check_output(path, inputs, "flux-poke plan 1")
-    check_output(tmp_path / "new", [None, path], "flux-poke plan 1")
+            check_not_read(path, inputs)
+    check_not_read(tmp_path / "new", [path, tmp_path / "other"])
 
 
 def test_tensors_of_any_layout_and_metadata_come_back(tmp_path):

@@ -44,7 +44,7 @@ def by_hand(model: Any, x, sigma, context, vector=None, guidance=None) -> dict[s
             for stream in streams
         }
         parts = [getattr(block, f"{stream}_attn")(modulate(tokens, mods[stream][0])) for stream, tokens in streams.items()]
-        q, k, v = torch.cat(parts, dim=-2)
+        q, k, v = (torch.cat(pair, dim=-2) for pair in zip(*parts, strict=True))
         out = attention(q, k, v, pe)
         for stream, attended in (("txt", out[:, :words]), ("img", out[:, words:])):
             before, after = mods[stream]

@@ -14,6 +14,7 @@ from flux_poke.analysis.statistics import SiteInternals
 from flux_poke.cli import app
 from flux_poke.demo import run_demo
 from flux_poke.errors import UserError
+from flux_poke.files import write_text
 from flux_poke.pruning.checkpoint import save_changed, save_pruned
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan
@@ -84,7 +85,41 @@ def test_a_writer_replaces_its_own_kind_of_file_and_no_other(kind, writers, tmp_
         assert path.read_bytes() == before
 
 
-def test_a_demo_replaces_what_a_demo_recorded_and_no_other_recordings(writers, tmp_path):
+@pytest.mark.parametrize(
+    ("command", "inputs"),
+    [
+        ("plan internals --checkpoint dense", ["internals", "dense"]),
+        ("prune dense --plan plan --internals internals", ["dense", "plan", "internals"]),
+        ("replace dense --layers-dir layers", ["dense", "layers/1"]),
+        ("lens fit rows", ["internals"]),
+    ],
+)
+def test_a_command_never_writes_to_what_it_reads(command, inputs, writers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("plan", "internals"):
+        writers[name](tmp_path / name)
+    (tmp_path / "dense").symlink_to("dense.safetensors")
+    (tmp_path / "layers" / "1").symlink_to("1.safetensors")
+    for name in inputs:
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(UserError, match=f"{name} is something else and is not replaced"):
+            app([*command.split(), "--out", name], standalone_mode=False)
+        assert (tmp_path / name).read_bytes() == before
+
+
+def test_a_comparison_is_not_drawn_over_what_was_compared(tmp_path):
+    for name in ("dense.png", "pruned.png"):
+        write_text(tmp_path / name, name)
+    for option in ("--picture", "--out"):
+        with pytest.raises(UserError, match=r"pruned\.png is also what is read"):
+            app(["compare", *map(str, (tmp_path / "dense.png", tmp_path / "pruned.png", option, tmp_path / "pruned.png"))],
+                standalone_mode=False)  # fmt: skip
+    assert (tmp_path / "pruned.png").read_text() == "pruned.png"
+
+
+def test_a_demo_replaces_what_a_demo_recorded_and_no_other_recordings(writers, tmp_path, monkeypatch):
+    monkeypatch.setattr("flux_poke.demo.RECORDED", 2)
+
     class Enough(Exception):
         pass
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..analysis.hidden_states import Rows
 from ..errors import UserError
+from .symmetric import add_product, mirror
 from .weights import SiteWeights
 
 #: Called now and then; an exception from it stops the work (this is how Cancel comes in).
@@ -41,15 +42,14 @@ class Moments:
     second: Tensor
 
     def merged(self, other: Moments) -> Moments:
-        """Moments of both sets of rows together (Chan et al. 1979)."""
+        """Moments of both sets of rows together (Chan et al. 1979), in the memory of these."""
         count = self.count + other.count
         share = other.count / count
-        mean = torch.lerp(self.mean, other.mean, share)
-        second = torch.lerp(self.second, other.second, share)
+        apart = other.mean - self.mean
+        second = self.second.lerp_(other.second, share)
         if self.centred:
-            apart = other.mean - self.mean
             second.addr_(apart, apart, alpha=share * (1 - share))
-        return Moments(count, self.attn, self.centred, mean, second)
+        return Moments(count, self.attn, self.centred, self.mean + share * apart, second)
 
 
 def gather(weights: SiteWeights, rows: Iterable[Rows], check: Check | None = None) -> Moments:
@@ -67,14 +67,14 @@ def gather(weights: SiteWeights, rows: Iterable[Rows], check: Check | None = Non
             z -= guess
             count += len(z)
             total += z.sum(0, dtype=torch.float64)
-            second += z.T @ z
+            add_product(second, z, z)
             if check is not None:
                 check()
     if guess is None or total is None or second is None:
         raise UserError(f"There are no rows of {weights.site.name}: record hidden states of all MLPs that are to be cut.")
     offset = total / count
     mean = guess.double() + offset
-    second /= count
+    mirror(second).div_(count)
     second.addr_(offset, offset, alpha=-1.0)
     if weights.bias is None:
         second.addr_(mean, mean)

@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -107,8 +108,9 @@ class Repairs(Mapping[str, Repaired]):
         assert self.rows is not None
         weights, kept = SiteWeights.read(self.dense.tensors, site, self.device), self.plan.kept[site.name]
         fit, judge = held_out(self.rows.images(site.name))
-        moments = gather(weights, self.rows.rows(site.name, fit))
-        others = gather(weights, self.rows.rows(site.name, judge))
+        importance = partial(self.rows.importance, site.name)
+        moments = gather(weights, self.rows.rows(site.name, fit), importance)
+        others = gather(weights, self.rows.rows(site.name, judge), importance)
         report = choose(weights, kept, moments, others)
         moments = moments.merged(others)
         del others

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -174,9 +175,10 @@ def _by_rows(dense: Dense, site: Site, rows: HiddenStates, device: torch.device 
             return Ranking(file.get_tensor("order"), file.get_tensor("error"), file.get_tensor("energy").item())
     weights = SiteWeights.read(dense.tensors, site, device)
     fit, judge = held_out(rows.images(site.name))
-    moments = gather(weights, rows.rows(site.name, fit))
+    importance = partial(rows.importance, site.name)
+    moments = gather(weights, rows.rows(site.name, fit), importance)
     ranking = obs(moments, weights.down)
-    ranking = judged(ranking, weights, moments, gather(weights, rows.rows(site.name, judge)))
+    ranking = judged(ranking, weights, moments, gather(weights, rows.rows(site.name, judge), importance))
     assert ranking.error is not None
     energy = torch.tensor(ranking.energy, dtype=torch.float64)
     tensors = {"order": ranking.order, "error": ranking.error, "energy": energy}

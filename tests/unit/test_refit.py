@@ -54,6 +54,18 @@ def test_moments_are_numpys(site_rows):
     np.testing.assert_allclose(moments.second.numpy(), expected, atol=1e-5 * np.abs(expected).max())
 
 
+def test_moments_of_weighted_rows_are_numpys(site_rows):
+    weights, rows, z = site_rows
+    sigma = torch.linspace(0, 1, len(rows))
+    rows = Rows(rows.x, rows.attn, sigma, rows.image, rows.step)
+    moments = gather(weights, [rows[:400], rows[400:]], lambda sigma: 3 * sigma**2)
+    w, values = 3 * sigma.double().numpy() ** 2, z.numpy()
+    expected = np.cov(values.T, bias=True, aweights=w) if weights.bias is not None else (values.T * w) @ values / w.sum()
+    assert moments.count == pytest.approx(w.sum(), rel=1e-6)
+    np.testing.assert_allclose(moments.mean.numpy(), w @ values / w.sum(), atol=1e-5 * np.abs(values).max())
+    np.testing.assert_allclose(moments.second.numpy(), expected, atol=1e-5 * np.abs(expected).max())
+
+
 def test_merged_moments_are_those_of_all_rows(site_rows):
     weights, rows, _ = site_rows
     together, apart = gather(weights, [rows]), gather(weights, [rows[:300]]).merged(gather(weights, [rows[300:]]))

@@ -8,7 +8,7 @@ Frantar & Alistarh 2022, arXiv 2208.11580, for rows of weights at a time).
 
 Done one by one, each cut rewrites two width x width matrices. Here cuts are gathered in panels of `PANEL`: within a panel
 only the columns that are asked for are brought up to date, and the matrices once at its end, as one product each and below
-the diagonal alone: 2 width³ operations in all, as many as the inverse and the updates need one by one.
+the diagonal alone. The inverse and all updates together take 2 width³ operations.
 """
 
 from __future__ import annotations

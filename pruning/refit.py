@@ -117,15 +117,16 @@ def choose(
     where none of them does better than that."""
     weights = sketched(weights)
     problem = Problem.of(weights, kept, moments)
-    fitted, unit = output_energy(weights.down, moments), output_energy(weights.down, judge)
+    unit = output_energy(weights.down, judge)
     before, only_bias = (problem.error(None, judge, repaired) / unit for repaired in (False, True))
-    best = RepairReport("bias", None, before, only_bias, only_bias, problem.error(None, moments) / fitted)
+    after, best, best_change = only_bias, None, None
     for ridge in ridges:
         change = problem.solve(ridge)
-        after = problem.error(change, judge) / unit
-        if best.after is not None and after < best.after:
-            best = RepairReport("affine", ridge, before, only_bias, after, problem.error(change, moments) / fitted)
-    return best
+        error = problem.error(change, judge) / unit
+        if error < after:
+            after, best, best_change = error, ridge, change
+    predicted = problem.error(best_change, moments) / output_energy(weights.down, moments)
+    return RepairReport("bias" if best is None else "affine", best, before, only_bias, after, predicted)
 
 
 @dataclass(frozen=True)

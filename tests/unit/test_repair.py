@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from flux_poke.analysis.amplification import AmplificationProbe
+from flux_poke.analysis.amplification import AmplificationProbe, probed_steps
 from flux_poke.analysis.hidden_states import HiddenStates
 from flux_poke.analysis.internals import Internals
 from flux_poke.analysis.recording import InternalsRecorder
@@ -236,3 +236,11 @@ def test_amplification_is_the_velocitys_error_over_the_noises_energy(recorded, c
     for total, count in measured.values():
         assert total / count == pytest.approx(22 / toy.down(x).square().sum().item(), rel=1e-4)
     assert not toy.down._forward_hooks
+
+
+def test_steps_to_probe_are_spread_from_the_first_to_the_last_but_one():
+    assert probed_steps(20, 4) == {0, 6, 12, 18}
+    assert probed_steps(20, 1) == {0}
+    assert probed_steps(4, 8) == {0, 1, 2}
+    assert probed_steps(1, 4) == {0}
+    assert probed_steps(20, 0) == set()

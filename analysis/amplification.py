@@ -1,13 +1,13 @@
 """How much a small error at one MLP's output moves the final velocity.
 
     probe = AmplificationProbe(layout.sites)
-    probe.measure(model, lambda: point.run(model))           # at as many points of dense trajectories as one likes
+    probe.measure(model, sigma, lambda: point.run(model))    # at as many points of dense trajectories as one likes
     store.add_amplification(probe.results())
 
 A site's amplification is |change of the velocity|² / |velocity|², divided by the energy (mean |noise|² per token) of the
 noise that was added at the output of its down projection: times a site's squared error per token, it predicts what that
 error does to the velocity, relative and squared. Sites differ a thousandfold, which is what lets one budget be spread over
-them.
+them; noise levels differ fortyfold at one site, which is what rows are weighted by when a site is ranked and repaired.
 
 All it needs of a host is to call the model once more for every site, with the hook in place.
 """
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from ..flux.layout import Site
 from .hooks import hooks_heard
 
+#: Sums of measurements and their numbers, by site and sigma.
+Measured = dict[str, dict[float, tuple[float, int]]]
+
 #: Noise, relative to the variation of the output it is added to: small against it, large against the rounding of bf16.
 RELATIVE_NOISE = 0.1
 
@@ -32,12 +35,12 @@ class AmplificationProbe:
     def __init__(self, sites: Sequence[Site], seed: int = 0):
         self.sites = tuple(sites)
         self._generator = torch.Generator().manual_seed(seed)
-        self._measured: dict[str, tuple[float, int]] = {}
+        self._measured: Measured = {}
 
     @torch.no_grad()
     @hooks_heard()
-    def measure(self, model: nn.Module, velocity: Callable[[], Tensor]) -> None:
-        """`velocity()` runs `model` on some input; called once as it is, then once for every site with noise at its output."""
+    def measure(self, model: nn.Module, sigma: float, velocity: Callable[[], Tensor]) -> None:
+        """`velocity()` runs `model` at noise level `sigma`: once as it is, once for every site with noise at its output."""
         expected = velocity().float()
         energy = expected.square().sum().item()
         for site in self.sites:
@@ -48,13 +51,22 @@ class AmplificationProbe:
             finally:
                 handle.remove()
             noise = torch.stack(added).mean().item()
-            value, times = self._measured.get(site.name, (0.0, 0))
+            levels = self._measured.setdefault(site.name, {})
+            value, times = levels.get(sigma, (0.0, 0))
             if noise > 0 and energy > 0:
-                self._measured[site.name] = (value + moved / energy / noise, times + 1)
+                levels[sigma] = (value + moved / energy / noise, times + 1)
 
-    def results(self) -> dict[str, tuple[float, int]]:
-        """By site, the sum of all measurements and their number."""
-        return dict(self._measured)
+    def results(self) -> Measured:
+        """By site and sigma, the sum of all measurements and their number."""
+        return self._measured
+
+
+def probed_steps(steps: int, count: int) -> set[int]:
+    """`count` of the steps of a run to measure at, evenly from the first to the last but one.
+
+    At the very last an error may count several times what it does one step before, and its few rows would outweigh all others.
+    """
+    return {max(0, round(number * (steps - 2) / max(count - 1, 1))) for number in range(count)}
 
 
 def _noise(generator: torch.Generator, added: list[Tensor]):

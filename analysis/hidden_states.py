@@ -29,6 +29,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,7 +91,7 @@ class Shard:
 class Manifest:
     """What a folder holds. `images` counts those that were given a number; `halvings` is what new rows start at.
 
-    `amplification` is, by site, [sum of measurements, their number] (see `amplification.py`).
+    `amplification` is, by site and sigma, [sum of measurements, their number] (see `amplification.py`).
     """
 
     family: str
@@ -98,7 +99,7 @@ class Manifest:
     images: int = 0
     halvings: int = 0
     shards: tuple[Shard, ...] = ()
-    amplification: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    amplification: Mapping[str, Mapping[float, tuple[float, int]]] = field(default_factory=dict)
     created: str = ""
     updated: str = ""
 
@@ -126,7 +127,10 @@ class Manifest:
                 images=int(found["images"]),
                 halvings=int(found["halvings"]),
                 shards=tuple(Shard.from_json(shard) for shard in found["shards"]),
-                amplification={name: (float(a), int(n)) for name, (a, n) in found["amplification"].items()},
+                amplification={
+                    name: {float(sigma): (float(a), int(n)) for sigma, (a, n) in levels.items()}
+                    for name, levels in found["amplification"].items()
+                },
                 created=found["created"],
                 updated=found["updated"],
             )
@@ -225,25 +229,41 @@ class HiddenStates:
                 self.manifest = replace(self.manifest, shards=(*self.manifest.shards, shard))
         return True
 
-    def add_amplification(self, measured: Mapping[str, tuple[float, int]]) -> None:
-        """Adds measurements, by site (their sum, their number)."""
+    def add_amplification(self, measured: Mapping[str, Mapping[float, tuple[float, int]]]) -> None:
+        """Adds measurements, by site and sigma (their sum, their number)."""
         with self._changing():
-            total = dict(self.manifest.amplification)
-            for name, (value, count) in measured.items():
-                before, times = total.get(name, (0.0, 0))
-                total[name] = (before + value, times + count)
+            total = {name: dict(levels) for name, levels in self.manifest.amplification.items()}
+            for name, levels in measured.items():
+                known = total.setdefault(name, {})
+                for sigma, (value, count) in levels.items():
+                    before, times = known.get(sigma, (0.0, 0))
+                    known[sigma] = (before + value, times + count)
             self.manifest = replace(self.manifest, amplification=total)
 
     @property
     def amplification(self) -> dict[str, float]:
         """Mean amplification by site; empty where it was not measured."""
-        return {name: value / count for name, (value, count) in self.manifest.amplification.items() if count}
+        return {
+            name: sum(value for value, _ in levels.values()) / sum(count for _, count in levels.values())
+            for name, levels in self.manifest.amplification.items()
+            if levels
+        }
+
+    def importance(self, site: str, sigma: Tensor) -> Tensor:
+        """How much an error at a site counts at these noise levels [n]: its amplification there, relative to the mean of all;
+        1 where it was not measured. Between the levels that were, it is interpolated."""
+        levels = sorted(self.manifest.amplification.get(site, {}).items())
+        if not levels:
+            return torch.ones_like(sigma)
+        found = np.interp(sigma.numpy(), [level for level, _ in levels], [value / count for _, (value, count) in levels])
+        return torch.from_numpy(found).to(sigma) / self.amplification[site]
 
     @property
     def digest(self) -> str:
-        """Hexadecimal; changes whenever rows are added or thinned."""
+        """Hexadecimal; changes whenever rows are added or thinned, or amplification is measured."""
         shards = [asdict(shard) for shard in self.manifest.shards if shard.kind == "rows"]
-        text = json.dumps([self.manifest.created, self.manifest.fingerprint.values, shards])
+        manifest = self.manifest
+        text = json.dumps([manifest.created, manifest.fingerprint.values, shards, manifest.amplification], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def bytes(self, kind: Kind) -> int:

@@ -20,7 +20,7 @@ from ..flux.checkpoint import Checkpoint
 from ..flux.fingerprint import Fingerprint
 from ..flux.sampling import FluxTimer, euler
 from ..flux.tiny import TinyFlux
-from .amplification import AmplificationProbe
+from .amplification import AmplificationProbe, probed_steps
 from .blocks import choose_blocks
 from .hidden_states import HiddenStates, Limit
 from .internals import Internals, add_to_file
@@ -65,7 +65,7 @@ def record_prompts(
             sites, HiddenStates.for_model(rows.folder, flux.layout.family, fingerprint), rows.choice, rows.limit
         )
     noise, sigmas = tiny.noise(len(prompts), seed), FluxTimer(steps).sigmas()
-    probed = {step * steps // PROBED_STEPS for step in range(PROBED_STEPS)} if sampled is not None else set()
+    probed = probed_steps(steps, PROBED_STEPS) if sampled is not None else set()
     calls = 0
     for start in range(0, len(prompts), batch):
         if progress:
@@ -78,7 +78,7 @@ def record_prompts(
                 nonlocal calls
                 step, calls = calls - first, calls + 1
                 if step in probed and first == 0:  # before the others look on: its calls are not to be recorded
-                    probe.measure(flux, lambda: flux(x, sigma, context, vector))
+                    probe.measure(flux, sigmas[step].item(), lambda: flux(x, sigma, context, vector))
                 with ExitStack() as hooks:
                     hooks.enter_context(internals.watching(flux))
                     if run is not None:

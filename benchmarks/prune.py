@@ -6,18 +6,20 @@ blocks  one double and one single block (hidden 3072, 1024 image + 256 text toke
         against dense ones. They take turns; a ratio is the median over turns. On a CPU it is of one thread's processor time,
         which a busy machine does not lengthen. The ideal ratio is that of the operations of all products (torch's
         FlopCounterMode), those of attention included.
-site    seconds to rank, plan and repair one single block's MLP of 12,288 neurons, from `--rows` rows of random features (repair
-        in earnest wants 5 times the width; what grows with rows is the first line and the judging).
+site    seconds on the wall and of the processor to rank, judge, repair and load one single block's MLP of 12,288 neurons, from
+        `--rows` rows of random features, a fifth of them to judge by, and the memory it took (repair in earnest wants 5 times
+        the width; only the moments take longer with more rows).
 load    a pruned file read through this package, against a dense file of the same size read by safetensors alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -32,6 +34,7 @@ from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.moments import gather
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.refit import affine, choose
+from flux_poke.pruning.repair import load_repaired, save_repaired
 from flux_poke.pruning.scores import judged, obs
 from flux_poke.pruning.surgery import Cut
 from flux_poke.pruning.weights import SiteWeights
@@ -103,16 +106,21 @@ def measure_blocks(device: torch.device, dtype: torch.dtype, repeats: int) -> No
 
 @contextmanager
 def timed(what: str):
-    begun = time.perf_counter()
+    wall, processor = time.perf_counter(), time.process_time()
     yield
-    print(f"{what:<62}{time.perf_counter() - begun:>9.1f} s", flush=True)
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    print(f"{what:<56}{wall:>9.1f} s{processor:>9.1f} s{peak_memory():>9.1f} GB", flush=True)
+
+
+def peak_memory() -> float:
+    """Main memory this process has held at most, GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def measure_site(device: torch.device, rows: int) -> None:
     layout = flux_dev_layout()
     site = layout.site("single-0")
     width = site.width
-    print(f"one site: {width:,} neurons, {HIDDEN:,} attention channels, {rows:,} rows to fit and {rows // 4:,} to judge")
     up, down = 3 * HIDDEN + width, HIDDEN + width
     tensors = {
         f"{site.up}.weight": torch.randn(up, HIDDEN).mul_(0.02),
@@ -123,22 +131,36 @@ def measure_site(device: torch.device, rows: int) -> None:
     weights = SiteWeights.read(tensors, site, device)
     features = torch.randn(600, HIDDEN)
 
-    def some(count: int) -> Rows:
-        x = (torch.randn(count, 600) @ features / 24).bfloat16()
-        return Rows(x, torch.randn(count, HIDDEN).bfloat16(), *torch.zeros(3, count))
+    def some(count: int) -> Iterator[Rows]:
+        for start in range(0, count, 2048):
+            n = min(2048, count - start)
+            x = (torch.randn(n, 600) @ features / 24).bfloat16()
+            yield Rows(x, torch.randn(n, HIDDEN).bfloat16(), *torch.zeros(3, n))
 
-    fit, judge = [some(rows)], [some(rows // 4)]
-    with timed("plan: moments of the rows"):
-        moments = gather(weights, fit)
+    judged_by = rows // 5
+    print(f"one site: {width:,} neurons, {HIDDEN:,} attention channels, {rows:,} rows, {judged_by:,} of them to judge by")
+    print(f"{'':<61}wall  processor   peak memory")
+    with timed("plan and repair: moments of the rows to fit"):
+        moments = gather(weights, some(rows - judged_by))
     with timed("plan: order of all neurons by greedy OBS"):
         ranking = obs(moments, weights.down)
+    with timed("plan and repair: moments of the rows to judge by"):
+        judge = gather(weights, some(judged_by))
     with timed("plan: errors on held-out images at 4 widths"):
         judged(ranking, weights, moments, judge)
     kept = ranking.order[width // 2 :].sort().values
     with timed("repair: choice of the ridge, half of the neurons cut"):
         report = choose(weights, kept, moments, judge)
-    with timed("repair: affine"):
-        affine(weights, kept, moments, report.ridge or 1e-2)
+    with timed("repair: affine, from all rows"):
+        moments = moments.merged(judge)
+        del judge
+        repaired = affine(weights, kept, moments, report.ridge or 1e-2)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "single-0.safetensors"
+        with timed("repair: write"):
+            save_repaired(file, repaired, torch.bfloat16)
+        with timed("load"):
+            load_repaired(file)
 
 
 def measure_load(repeats: int) -> None:

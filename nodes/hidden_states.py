@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from comfy_api.latest import io
 
-from ..analysis.amplification import AmplificationProbe
+from ..analysis.amplification import AmplificationProbe, probed_steps
 from ..analysis.blocks import choose_blocks
 from ..analysis.hidden_states import HiddenStates, Limit
 from ..analysis.lens import LensRecorder
@@ -87,8 +87,9 @@ class RecordHiddenStates(io.ComfyNode):
                     default=4,
                     min=0,
                     max=1000,
-                    tooltip="At how many steps of the first run the amplification of every MLP is measured, which plans by "
-                    "budget weigh errors with. Each takes one more model call for every MLP (77 for FLUX.1).",
+                    tooltip="At how many steps of the first run the amplification of every MLP is measured, which weighs "
+                    "errors in plans by budget, and rows by their noise level. Each takes one more model call for every MLP "
+                    "(77 for FLUX.1).",
                 ),
                 io.Int.Input("sample_seed", default=0, min=0, max=2**31 - 1, tooltip="Of the drawn steps and tokens."),
             ],
@@ -145,9 +146,8 @@ class RowsRun(host.SamplingWatcher):
         self.run: RowRun | None = None
 
     def before(self, call: host.ModelCall) -> None:
-        steps = len(call.sigmas) - 1
-        if call.step in {number * steps // self.probe_steps for number in range(self.probe_steps)} and call.positive_rows:
-            self.probe.measure(call.model, call.velocity)
+        if call.step in probed_steps(len(call.sigmas) - 1, self.probe_steps) and call.positive_rows:
+            self.probe.measure(call.model, float(call.sigmas[call.step]), call.velocity)
 
     @contextmanager
     def watching(self, call: host.ModelCall):

@@ -1,6 +1,6 @@
 """Means and covariances of what a down projection reads, over rows: everything that ranking and repair need of them.
 
-    moments = gather(weights, store.rows("single-7", images=fit))
+    moments = gather(weights, store.rows("single-7", images=fit), partial(store.importance, "single-7"))
     moments.second, moments.mean                     # over [attention | neurons] in single blocks, [neurons] elsewhere
 
 Products are taken in float32 with TF32 off, and added up in float64, about a first guess of the mean so that nothing cancels.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..analysis.hidden_states import Rows
 from ..errors import UserError
+from .symmetric import add_product, mirror
 from .weights import SiteWeights
 
 #: Called now and then; an exception from it stops the work (this is how Cancel comes in).
@@ -25,36 +26,44 @@ Check = Callable[[], None]
 
 @dataclass(frozen=True)
 class Moments:
-    """Of `count` rows of regressors [attention | neurons].
+    """Of rows of regressors [attention | neurons].
 
     Attributes:
+        count: how many rows, each counted by its weight.
         attn: how many of the regressors are attention channels (0 in double blocks).
         mean: float64 [regressors].
         second: float64 [regressors, regressors]: their covariance if `centred`; in an MLP without bias, which cannot make up
             for a mean, the uncentred second moment.
     """
 
-    count: int
+    count: float
     attn: int
     centred: bool
     mean: Tensor
     second: Tensor
 
     def merged(self, other: Moments) -> Moments:
-        """Moments of both sets of rows together (Chan et al. 1979)."""
+        """Moments of both sets of rows together (Chan et al. 1979), in the memory of these."""
         count = self.count + other.count
         share = other.count / count
-        mean = torch.lerp(self.mean, other.mean, share)
-        second = torch.lerp(self.second, other.second, share)
+        apart = other.mean - self.mean
+        second = self.second.lerp_(other.second, share)
         if self.centred:
-            apart = other.mean - self.mean
             second.addr_(apart, apart, alpha=share * (1 - share))
-        return Moments(count, self.attn, self.centred, mean, second)
+        return Moments(count, self.attn, self.centred, self.mean + share * apart, second)
 
 
-def gather(weights: SiteWeights, rows: Iterable[Rows], check: Check | None = None) -> Moments:
-    """Moments of a site over `rows`, on the device of `weights`; raises `UserError` where there are none."""
-    count, attn = 0, 0
+def gather(
+    weights: SiteWeights,
+    rows: Iterable[Rows],
+    importance: Callable[[Tensor], Tensor] | None = None,
+    check: Check | None = None,
+) -> Moments:
+    """Moments of a site over `rows`, on the device of `weights`; raises `UserError` where there are none.
+
+    `importance` gives the weights of rows [n] from their noise levels [n]; without it, all weigh 1.
+    """
+    count, attn = 0.0, 0
     guess = total = second = None
     with exact_products():
         for part in rows:
@@ -65,16 +74,18 @@ def gather(weights: SiteWeights, rows: Iterable[Rows], check: Check | None = Non
                 total = torch.zeros(z.shape[1], dtype=torch.float64, device=z.device)
                 second = torch.zeros(z.shape[1], z.shape[1], dtype=torch.float64, device=z.device)
             z -= guess
-            count += len(z)
-            total += z.sum(0, dtype=torch.float64)
-            second += z.T @ z
+            weight = z.new_ones(len(z)) if importance is None else importance(part.sigma).to(z)
+            count += weight.double().sum().item()
+            total += (weight @ z).double()
+            z *= weight.sqrt()[:, None]
+            add_product(second, z, z)
             if check is not None:
                 check()
     if guess is None or total is None or second is None:
         raise UserError(f"There are no rows of {weights.site.name}: record hidden states of all MLPs that are to be cut.")
     offset = total / count
     mean = guess.double() + offset
-    second /= count
+    mirror(second).div_(count)
     second.addr_(offset, offset, alpha=-1.0)
     if weights.bias is None:
         second.addr_(mean, mean)

@@ -1,6 +1,6 @@
 """Repair of one MLP: what its kept weights must become so that they make up for the cut ones, in closed form.
 
-    report = choose(weights, kept, moments, store.rows(site.name, judge))     # bias or affine, and with which ridge
+    report = choose(weights, kept, moments, gather(weights, store.rows(site.name, judge)))  # bias or affine, with which ridge
     repaired = affine(weights, kept, moments, report.ridge)
     repaired.down, repaired.bias
 
@@ -12,26 +12,29 @@
 
 B = C_PK (C_KK + lam)⁻¹ predicts the cut neurons P from all that is kept: in a single block, neurons and attention, whose part
 goes into linear2's attention columns. An MLP without bias (FLUX.2) is repaired with uncentred moments.
+
+Errors come from second moments alone, those of the rows fitted to and those of the rows to judge by; no row is read again.
+Where one only has to compare, an MLP is seen through `SKETCH` random directions of its output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..analysis.hidden_states import Rows
-from ..errors import UserError
-from .moments import Moments, exact_products, regressors
+from .moments import Moments
+from .symmetric import BLOCK, select
 from .weights import SiteWeights
 
 METHODS = ("none", "bias", "affine")
 
 #: Ridges that affine repair chooses among on held-out images, in units of the mean variance of what it regresses on.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+#: Directions of the output in which errors are measured where it is wider than that.
+SKETCH = 256
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class RepairReport:
 
     `before` is cut without repair, `bias` with the bias repaired, `after` with what was chosen: all on held-out images. Where
     `method` is retrained, they are what the training was judged by (`retrain/stats.py`), of the block or the whole model.
-    `predicted` is the certificate: the least error of `method` on the rows it was fitted to. None = not measured.
+    `predicted` is the certificate: the error of `method` on the rows it was fitted to. None = not measured. In outputs wider
+    than `SKETCH` all four are estimates (`sketched`).
     """
 
     method: str
@@ -94,33 +98,35 @@ def affine(weights: SiteWeights, kept: Tensor, moments: Moments, ridge: float, f
         ridge: in units of the mean variance of what is regressed on; `choose` finds it.
         fold: also return the regression's matrix, which is not needed for anything but converting LoRAs.
     """
-    problem = Problem.of(weights, kept, moments)
-    mean, change = moments.mean, problem.solve(ridge)
+    problem, mean = Problem.of(weights, kept, moments), moments.mean
+    change, matrix = problem.solve(ridge), problem.matrix(ridge) if fold else None
     moved = offset = None
     if weights.bias is not None:
         lost = problem.down_cut @ mean[problem.target] - change @ mean[problem.regressed]
         moved = (weights.bias.double() + lost).float()
-    matrix = problem.matrix(ridge) if fold else None
-    if matrix is not None and weights.bias is not None:
-        offset = (mean[problem.target] - matrix @ mean[problem.regressed]).float()
-    report = RepairReport("affine", ridge, predicted=problem.certificate(change))
+        if matrix is not None:
+            offset = (mean[problem.target] - matrix @ mean[problem.regressed]).float()
     down = (_kept_columns(weights, kept).double() + change).float()
-    return Repaired(down, moved, report, Fold(None if matrix is None else matrix.float(), offset))
+    return Repaired(down, moved, RepairReport("affine", ridge), Fold(None if matrix is None else matrix.float(), offset))
 
 
 def choose(
-    weights: SiteWeights, kept: Tensor, moments: Moments, judge: Iterable[Rows], ridges: Sequence[float] = RIDGES
+    weights: SiteWeights, kept: Tensor, moments: Moments, judge: Moments, ridges: Sequence[float] = RIDGES
 ) -> RepairReport:
-    """Affine repair with the ridge that does best on the rows of other images than those of `moments`, or the bias alone where
-    none of them does better than that."""
+    """Affine repair with the ridge that does best on `judge`, rows of other images than those of `moments`, or the bias alone
+    where none of them does better than that."""
+    weights = sketched(weights)
     problem = Problem.of(weights, kept, moments)
-    changes = [problem.solve(ridge) for ridge in ridges]
-    errors = held_out_errors(weights, moments, [(problem, [None, *changes])], judge)[0]
-    only_bias, *refitted = errors.refitted
-    best = min(range(len(ridges)), key=lambda number: refitted[number])
-    if not refitted[best] < only_bias:
-        return RepairReport("bias", None, errors.none, only_bias, only_bias, problem.certificate(None))
-    return RepairReport("affine", ridges[best], errors.none, only_bias, refitted[best], problem.certificate(changes[best]))
+    unit = output_energy(weights.down, judge)
+    before, only_bias = (problem.error(None, judge, repaired) / unit for repaired in (False, True))
+    after, best, best_change = only_bias, None, None
+    for ridge in ridges:
+        change = problem.solve(ridge)
+        error = problem.error(change, judge) / unit
+        if error < after:
+            after, best, best_change = error, ridge, change
+    predicted = problem.error(best_change, moments) / output_energy(weights.down, moments)
+    return RepairReport("bias" if best is None else "affine", best, before, only_bias, after, predicted)
 
 
 @dataclass(frozen=True)
@@ -128,33 +134,25 @@ class Problem:
     """The regression of one MLP's cut neurons on what is kept, all float64 on one device.
 
     Attributes:
-        cut: indices of the neurons that go. target, regressed: places among the moments of the cut and of the kept regressors.
+        target, regressed: places among the moments of the cut neurons and of all that is kept, ascending.
         down_cut: W_P [hidden, cut].
-        among: C_KK. shared: C_KP W_Pᵀ [regressed, hidden].
-        energy: tr W_P C_PP W_Pᵀ, the error with the bias repaired.
-        down: W [hidden, width].
+        shared: C_KP W_Pᵀ [regressed, hidden].
     """
 
     moments: Moments
-    cut: Tensor
     target: Tensor
     regressed: Tensor
     down_cut: Tensor
-    among: Tensor
     shared: Tensor
-    energy: float
-    down: Tensor
 
     @classmethod
     def of(cls, weights: SiteWeights, kept: Tensor, moments: Moments) -> Problem:
-        device = weights.down.device
-        cut, a, second = _rest(weights, kept), moments.attn, moments.second
+        device, a = weights.down.device, moments.attn
+        cut = _rest(weights, kept)
         target, regressed = a + cut, torch.cat((torch.arange(a, device=device), a + kept.to(device)))
-        down = weights.down.double()
-        toward = second[:, target] @ down[:, cut].T
-        energy = (down[:, cut] * toward[target].T).sum().item()
-        among = second[regressed][:, regressed]
-        return cls(moments, cut, target, regressed, down[:, cut], among, toward[regressed], energy, down)
+        down_cut = weights.down[:, cut].double()
+        shared = torch.cat([moments.second[rows].index_select(1, target) @ down_cut.T for rows in regressed.split(BLOCK)])
+        return cls(moments, target, regressed, down_cut, shared)
 
     def solve(self, ridge: float) -> Tensor:
         """W_P B [hidden, regressed]: what is added to the kept columns."""
@@ -164,84 +162,50 @@ class Problem:
         """B [cut, regressed]."""
         return torch.cholesky_solve(self.moments.second[self.regressed][:, self.target], self._factor(ridge)).T
 
-    def certificate(self, change: Tensor | None) -> float:
-        """Squared error on the rows of the moments with `change` (None: the bias alone), relative to `whole`."""
-        error = self.energy
+    def error(self, change: Tensor | None, rows: Moments, repaired: bool = True) -> float:
+        """Squared error per row of the output over the rows of these moments, with the bias repaired (or not, without a
+        `change`) and `change` added to the kept columns."""
+        lost = self.down_cut.new_zeros(len(self.down_cut), len(rows.mean))
+        lost[:, self.target] = self.down_cut
         if change is not None:
-            error += ((change @ self.among) * change).sum().item() - 2 * (change * self.shared.T).sum().item()
-        return max(error, 0.0) / self.whole if self.whole > 0 else 0.0
-
-    @cached_property
-    def whole(self) -> float:
-        """tr W C Wᵀ: the error of cutting everything."""
-        return output_energy(self.down, self.moments)
+            lost[:, self.regressed] = -change
+        error = _energy(lost, rows.second)
+        if rows.centred:
+            error += (lost @ (rows.mean - self.moments.mean if repaired else rows.mean)).square().sum().item()
+        return error
 
     def _factor(self, ridge: float) -> Tensor:
         """Cholesky factor of C_KK plus a ridge, in units of the mean variance of attention and of neurons each."""
-        system, a = self.among.clone(), self.moments.attn
-        variances = self.among.diagonal()
-        units = torch.empty_like(variances)
-        for part in (slice(0, a), slice(a, None)):
-            units[part] = variances[part].mean().clamp(min=torch.finfo(torch.float32).tiny)
-        system.diagonal().add_(units, alpha=ridge)
+        system, a = select(self.moments.second, self.regressed), self.moments.attn
+        variances = system.diagonal()
+        for part in (variances[:a], variances[a:]):
+            part += ridge * part.mean().clamp(min=torch.finfo(torch.float32).tiny)
         return torch.linalg.cholesky(system)
 
 
+def sketched(weights: SiteWeights) -> SiteWeights:
+    """The MLP whose output is seen in `SKETCH` random directions, to measure errors by at a fraction of the work.
+
+    A squared error keeps its mean; relative to it, its standard deviation is at most sqrt(2 / SKETCH / r), with r the effective
+    rank of the error's covariance over the output's channels, tr² / tr of the square (Johnson & Lindenstrauss 1984, with
+    signs as in Achlioptas 2003): .09 where all of it lies in one direction, .01 from r = 80 on.
+    """
+    hidden = len(weights.down)
+    if hidden <= SKETCH:
+        return weights
+    signs = torch.randint(2, (SKETCH, hidden), generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
+    return replace(weights, down=(signs / SKETCH**0.5).to(weights.down) @ weights.down)
+
+
 def output_energy(down: Tensor, moments: Moments) -> float:
-    """tr W C Wᵀ: energy of an MLP's output per token, about its mean if the moments are."""
+    """tr W C Wᵀ: energy of an MLP's output per token, about its mean if the moments are; above zero."""
     own = moments.second[moments.attn :, moments.attn :]
-    return ((down.double() @ own) * down).sum().item()
+    return max(_energy(down.double(), own), torch.finfo(torch.float32).tiny)
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Squared errors over held-out rows, relative to the output's variance (its energy, in an MLP without bias).
-
-    `none`: cut alone. `refitted`: with the bias repaired and each change of the kept columns, as many as were asked for.
-    """
-
-    none: float
-    refitted: list[float]
-
-
-def held_out_errors(
-    weights: SiteWeights, moments: Moments, cases: Sequence[tuple[Problem, Sequence[Tensor | None]]], rows: Iterable[Rows]
-) -> list[HeldOut]:
-    """For every case, a problem and changes of its kept columns (None: no change), the errors over `rows`, read once.
-
-    Raises `UserError` where there are no rows.
-    """
-    a, mean, centred = moments.attn, moments.mean.float(), weights.bias is not None
-    nones = torch.zeros(len(cases), dtype=torch.float64)
-    totals = [torch.zeros(len(changes), dtype=torch.float64) for _, changes in cases]
-    narrow = [[None if change is None else change.float().T.contiguous() for change in changes] for _, changes in cases]
-    energy, count = 0.0, 0
-    output_sum = torch.zeros(len(weights.down), dtype=torch.float64, device=weights.down.device)
-    with exact_products():
-        for part in rows:
-            z = regressors(weights, part)
-            output = z[:, a:] @ weights.down.T
-            output_sum += output.sum(0, dtype=torch.float64)
-            energy += _energy(output)
-            count += len(z)
-            shifted = z - mean if centred else z
-            for number, (problem, _) in enumerate(cases):
-                down_cut = problem.down_cut.float().T
-                nones[number] += _energy(z[:, problem.target] @ down_cut)
-                missing = shifted[:, problem.target] @ down_cut
-                kept = shifted[:, problem.regressed]
-                for n, change in enumerate(narrow[number]):
-                    totals[number][n] += _energy(missing if change is None else missing - kept @ change)
-    if not count:
-        raise UserError(f"There are no rows of {weights.site.name} on the images that repair is judged by: record more images.")
-    if centred:
-        energy -= output_sum.square().sum().item() / count
-    unit = energy if energy > 0 else 1.0
-    return [HeldOut(none.item() / unit, (total / unit).tolist()) for none, total in zip(nones, totals, strict=True)]
-
-
-def _energy(values: Tensor) -> float:
-    return values.double().square().sum().item()
+def _energy(lost: Tensor, second: Tensor) -> float:
+    """tr L C Lᵀ."""
+    return ((lost @ second) * lost).sum().item()
 
 
 def _rest(weights: SiteWeights, kept: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,7 +81,7 @@ class Repairs(Mapping[str, Repaired]):
         site, kept = self.sites[name], self.plan.kept[name]
         if self.method == "affine":
             path = self._path(name)
-            return _load(path) if path.exists() else self._compute(site)
+            return load_repaired(path) if path.exists() else self._compute(site)
         weights = SiteWeights.read(self.dense.tensors, site, self.device)
         if self.method == "none":
             return none(weights, kept)
@@ -92,7 +93,7 @@ class Repairs(Mapping[str, Repaired]):
         """By site, how well it was repaired; only of those that were computed."""
         if self.method != "affine":
             return {name: RepairReport(self.method) for name in self}
-        return {name: _load(self._path(name), report_only=True).report for name in self if self._path(name).exists()}
+        return {name: load_repaired(self._path(name), report_only=True).report for name in self if self._path(name).exists()}
 
     def compute(self, progress: Progress | None = None) -> None:
         """Works out what is not there yet."""
@@ -107,15 +108,18 @@ class Repairs(Mapping[str, Repaired]):
         assert self.rows is not None
         weights, kept = SiteWeights.read(self.dense.tensors, site, self.device), self.plan.kept[site.name]
         fit, judge = held_out(self.rows.images(site.name))
-        moments = gather(weights, self.rows.rows(site.name, fit))
-        report = choose(weights, kept, moments, self.rows.rows(site.name, judge))
-        moments = moments.merged(gather(weights, self.rows.rows(site.name, judge)))
+        importance = partial(self.rows.importance, site.name)
+        moments = gather(weights, self.rows.rows(site.name, fit), importance)
+        others = gather(weights, self.rows.rows(site.name, judge), importance)
+        report = choose(weights, kept, moments, others)
+        moments = moments.merged(others)
+        del others
         if report.ridge is None:
             repaired = bias(weights, kept, moments.mean[moments.attn :])
         else:
             repaired = affine(weights, kept, moments, report.ridge, self.fold)
         repaired = replace(repaired, report=report)
-        _save(self._path(site.name), repaired, self.dense.tensors[f"{site.down}.weight"].dtype)
+        save_repaired(self._path(site.name), repaired, self.dense.tensors[f"{site.down}.weight"].dtype)
         return repaired
 
     def _path(self, name: str) -> Path:
@@ -140,7 +144,7 @@ def report_table(report: Mapping[str, RepairReport]) -> str:
     return "\n".join(lines)
 
 
-def _save(path: Path, repaired: Repaired, stored: torch.dtype) -> None:
+def save_repaired(path: Path, repaired: Repaired, stored: torch.dtype) -> None:
     """One site's file; weights in the checkpoint's precision, from 16 bits on, else bfloat16, as the fold's matrix."""
     dtype = stored if stored in (torch.float32, torch.float16) else torch.bfloat16
     tensors = {"down": repaired.down.to(dtype).cpu()}
@@ -153,7 +157,8 @@ def _save(path: Path, repaired: Repaired, stored: torch.dtype) -> None:
     write_safetensors(path, tensors, {"format": FORMAT, "report": json.dumps(asdict(repaired.report))})
 
 
-def _load(path: Path, report_only: bool = False) -> Repaired:
+def load_repaired(path: Path, report_only: bool = False) -> Repaired:
+    """What `save_repaired` wrote; its tensors are empty if only the report is wanted."""
     with open_safetensors(path) as file:
         report = RepairReport(**json.loads((file.metadata() or {})["report"]))
         if report_only:

@@ -15,14 +15,15 @@ Lower scores are cut first; of equal ones, the lower index.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..analysis.hidden_states import HiddenStates, Rows, held_out
+from ..analysis.hidden_states import HiddenStates, held_out
 from ..analysis.internals import Internals
 from ..analysis.statistics import SiteInternals
 from ..errors import UserError
@@ -32,14 +33,14 @@ from ..flux.layout import Site
 from .dense import Dense
 from .moments import Moments, gather
 from .obs import eliminate
-from .refit import Problem, held_out_errors, output_energy
+from .refit import Problem, output_energy, sketched
+from .symmetric import add_product, inner
 from .weights import SiteWeights, down_energy
 
 SCORES = ("frequency", "magnitude", "fluctuation", "obs")
 
-#: Shares of a site's neurons at which the errors of cutting are measured on held-out images, and the ridges tried there.
+#: Shares of a site's neurons at which the errors of cutting are measured on held-out images.
 GRID = (0.25, 0.5, 0.75, 0.9)
-GRID_RIDGES = (1e-3, 1e-2, 1e-1)
 
 #: Told after every site: its name, how many are done, how many there are. An exception from it stops the work.
 Progress = Callable[[str, int, int], None]
@@ -83,43 +84,49 @@ def fluctuation(site: SiteInternals, energy: Tensor) -> Tensor:
 def obs(moments: Moments, down: Tensor, ridge: float | None = None) -> Ranking:
     """Greedy Optimal Brain Surgeon: the error that is left when all kept regressors make up for the neuron (`obs.py`).
 
-    Attention channels are never cut; they are projected out first. `ridge` is in units of the mean variance; by default it
-    shrinks as rows grow against the width (0.1 where there are as many rows as neurons).
+    Attention channels are never cut; they are projected out first. `ridge` is in units of the mean variance; by default
+    `ridge_for` these rows.
     """
-    width = down.shape[1]
-    ridge = min(0.1, 0.1 * width / moments.count) if ridge is None else ridge
-    hessian = moments.second[moments.attn :, moments.attn :].clone()
+    a, width = moments.attn, down.shape[1]
+    ridge = ridge_for(width, moments.count) if ridge is None else ridge
+    wide = down.double()
+    gram = wide.new_zeros(width, width)
+    add_product(gram, wide, wide)
+    energy = inner(gram, moments.second[a:, a:])
+    hessian = moments.second[a:, a:].clone()
     hessian.diagonal().add_(ridge * mean_variance(hessian))
-    if moments.attn:
-        attention = moments.second[: moments.attn, : moments.attn].clone()
+    if a:
+        attention = moments.second[:a, :a].clone()
         attention.diagonal().add_(ridge * mean_variance(attention))
-        half = torch.linalg.solve_triangular(
-            torch.linalg.cholesky(attention), moments.second[: moments.attn, moments.attn :], upper=False
-        )
-        hessian.addmm_(half.T, half, alpha=-1.0)
-    order, error = eliminate(hessian, down)
-    return Ranking(order.cpu(), error.cpu(), max(output_energy(down, moments), torch.finfo(torch.float32).tiny))
+        half = torch.linalg.solve_triangular(torch.linalg.cholesky(attention), moments.second[:a, a:], upper=False)
+        add_product(hessian, half, half, alpha=-1.0)
+    order, error = eliminate(hessian, gram)
+    return Ranking(order.cpu(), error.cpu(), max(energy, torch.finfo(torch.float32).tiny))
 
 
-def judged(
-    ranking: Ranking, weights: SiteWeights, moments: Moments, judge: Iterable[Rows], grid: Sequence[float] = GRID
-) -> Ranking:
-    """The same order, with the errors that affine repair leaves on other images than the order was made from.
+def judged(ranking: Ranking, weights: SiteWeights, moments: Moments, judge: Moments, grid: Sequence[float] = GRID) -> Ranking:
+    """The same order, with the errors that affine repair leaves on other images (`judge`) than the order was made from.
 
-    They are measured at a few widths, each with the ridge that does best, and the ranking's own errors are scaled to meet them;
-    those are what the regression leaves on the rows it saw, too little where rows are few or alike (as text tokens are).
+    They are measured at a few widths, and the ranking's own errors are scaled to meet them; those are what the regression
+    leaves on the rows it saw, too little where rows are few or alike (as text tokens are).
     """
     assert ranking.error is not None
     width = len(ranking.order)
+    weights, ridge = sketched(weights), ridge_for(width, moments.count)
+    unit = ranking.energy / output_energy(weights.down, judge)
     cuts = sorted({cut for share in grid if 0 < (cut := round(share * width)) < width})
-    problems = [Problem.of(weights, ranking.order[cut:].sort().values, moments) for cut in cuts]
-    cases = [(problem, [None, *(problem.solve(ridge) for ridge in GRID_RIDGES)]) for problem in problems]
-    errors = held_out_errors(weights, moments, cases, judge)
-    found = [min(case.refitted) * ranking.energy for case in errors]
-    places = [0, *cuts, width]
-    factors = [error / max(ranking.error[cut].item(), 1e-30) for cut, error in zip(cuts, found, strict=True)]
-    scale = np.interp(np.arange(width + 1), places, [factors[0], *factors, 1.0])
+    factors = []
+    for cut in cuts:
+        problem = Problem.of(weights, ranking.order[cut:].sort().values, moments)
+        found = min(problem.error(None, judge), problem.error(problem.solve(ridge), judge)) * unit
+        factors.append(found / max(ranking.error[cut].item(), 1e-30))
+    scale = np.interp(np.arange(width + 1), [0, *cuts, width], [factors[0], *factors, 1.0])
     return replace(ranking, error=(ranking.error * torch.from_numpy(scale)).cummax(0).values)
+
+
+def ridge_for(width: int, rows: float) -> float:
+    """What serves a regression without being chosen by held-out images: less, the more rows there are for each neuron."""
+    return min(0.1, 0.1 * width / rows)
 
 
 def mean_variance(second: Tensor) -> float:
@@ -168,9 +175,10 @@ def _by_rows(dense: Dense, site: Site, rows: HiddenStates, device: torch.device 
             return Ranking(file.get_tensor("order"), file.get_tensor("error"), file.get_tensor("energy").item())
     weights = SiteWeights.read(dense.tensors, site, device)
     fit, judge = held_out(rows.images(site.name))
-    moments = gather(weights, rows.rows(site.name, fit))
-    ranking = obs(moments.merged(gather(weights, rows.rows(site.name, judge))), weights.down)
-    ranking = judged(ranking, weights, moments, rows.rows(site.name, judge))
+    importance = partial(rows.importance, site.name)
+    moments = gather(weights, rows.rows(site.name, fit), importance)
+    ranking = obs(moments, weights.down)
+    ranking = judged(ranking, weights, moments, gather(weights, rows.rows(site.name, judge), importance))
     assert ranking.error is not None
     energy = torch.tensor(ranking.energy, dtype=torch.float64)
     tensors = {"order": ranking.order, "error": ranking.error, "energy": energy}

@@ -38,7 +38,7 @@ class Losses:
 def closed_form(weights: SiteWeights, kept: Tensor, fit_rows: Iterable[Rows], judge_rows: Iterable[Rows]) -> Repaired:
     """Least squares on some rows, with the ridge that does best on others; the bias alone where no ridge does better."""
     moments = gather(weights, fit_rows)
-    found = choose(weights, kept, moments, judge_rows)
+    found = choose(weights, kept, moments, gather(weights, judge_rows))
     if found.ridge is None:
         return bias(weights, kept, moments.mean[moments.attn :])
     return affine(weights, kept, moments, found.ridge)

@@ -247,7 +247,23 @@ def test_a_damaged_manifest_is_named(tmp_path, content):
         HiddenStates.open(tmp_path)
 
 
-def test_amplifications_add_up(store):
-    store.add_amplification({"single-0": (3.0, 2)})
-    store.add_amplification({"single-0": (1.0, 2)})
-    assert HiddenStates.open(store.folder).amplification == {"single-0": 1.0}
+def test_amplifications_add_up_by_noise_level(store):
+    store.add_amplification({"single-0": {1.0: (3.0, 2), 0.5: (4.0, 1)}})
+    store.add_amplification({"single-0": {1.0: (1.0, 2)}})
+    found = HiddenStates.open(store.folder)
+    assert found.manifest.amplification == {"single-0": {1.0: (4.0, 4), 0.5: (4.0, 1)}}
+    assert found.amplification == {"single-0": 8 / 5}
+
+
+def test_rows_count_by_the_amplification_at_their_noise_level(store):
+    sigma = torch.tensor([1.0, 0.75, 0.5, 0.1])
+    assert store.importance("single-0", sigma).tolist() == [1, 1, 1, 1]
+    store.add_amplification({"single-0": {1.0: (1.0, 1), 0.5: (9.0, 3)}})
+    torch.testing.assert_close(store.importance("single-0", sigma), torch.tensor([1.0, 2.0, 3.0, 3.0]) / 2.5)
+    assert store.importance("single-1", sigma).tolist() == [1, 1, 1, 1]
+
+
+def test_measuring_amplification_makes_another_digest(store):
+    before = store.digest
+    store.add_amplification({"single-0": {1.0: (1.0, 1)}})
+    assert HiddenStates.open(store.folder).digest == store.digest != before

@@ -1,14 +1,16 @@
 """pruning/refit.py, moments.py and weights.py against least squares of numpy, on rows written out."""
 # mypy: disable-error-code="union-attr, operator, dict-item"
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from flux_poke.analysis.hidden_states import Rows
-from flux_poke.flux.layout import read_layout
+from flux_poke.flux.layout import Site, read_layout
 from flux_poke.pruning.moments import Moments, gather
 from flux_poke.pruning.obs import eliminate
-from flux_poke.pruning.refit import Problem, affine, bias, choose, held_out_errors, none
+from flux_poke.pruning.refit import SKETCH, Problem, affine, bias, choose, none, output_energy, sketched
 from flux_poke.pruning.weights import SiteWeights, full_precision, stored_like
 from torch.nn import functional as F
 
@@ -52,6 +54,18 @@ def test_moments_are_numpys(site_rows):
     np.testing.assert_allclose(moments.second.numpy(), expected, atol=1e-5 * np.abs(expected).max())
 
 
+def test_moments_of_weighted_rows_are_numpys(site_rows):
+    weights, rows, z = site_rows
+    sigma = torch.linspace(0, 1, len(rows))
+    rows = Rows(rows.x, rows.attn, sigma, rows.image, rows.step)
+    moments = gather(weights, [rows[:400], rows[400:]], lambda sigma: 3 * sigma**2)
+    w, values = 3 * sigma.double().numpy() ** 2, z.numpy()
+    expected = np.cov(values.T, bias=True, aweights=w) if weights.bias is not None else (values.T * w) @ values / w.sum()
+    assert moments.count == pytest.approx(w.sum(), rel=1e-6)
+    np.testing.assert_allclose(moments.mean.numpy(), w @ values / w.sum(), atol=1e-5 * np.abs(values).max())
+    np.testing.assert_allclose(moments.second.numpy(), expected, atol=1e-5 * np.abs(expected).max())
+
+
 def test_merged_moments_are_those_of_all_rows(site_rows):
     weights, rows, _ = site_rows
     together, apart = gather(weights, [rows]), gather(weights, [rows[:300]]).merged(gather(weights, [rows[300:]]))
@@ -82,7 +96,9 @@ def test_affine_repair_is_numpys_least_squares(site_rows):
     np.testing.assert_allclose(repaired.fold.matrix.numpy(), b, rtol=1e-4, atol=1e-5)
     error = ((down[:, gone] @ (target.T - b @ design.T)) ** 2).sum() / count
     all_of_it = ((about.numpy()[:, a:] @ down.T) ** 2).sum() / count
-    assert repaired.report.predicted == pytest.approx(error / all_of_it, rel=1e-6)
+    problem = Problem.of(weights, KEPT, moments)
+    assert problem.error(problem.solve(ridge), moments) == pytest.approx(error, rel=1e-6)
+    assert output_energy(weights.down, moments) == pytest.approx(all_of_it, rel=1e-6)
     if centred:
         offset = mean.numpy()[a + gone] - b @ mean.numpy()[regressed]
         np.testing.assert_allclose(repaired.bias.numpy(), weights.bias.numpy() + down[:, gone] @ offset, rtol=1e-4, atol=1e-4)
@@ -99,7 +115,7 @@ def test_greedy_obs_and_ridge_on_the_same_set_agree():
     second, down = h.T @ h / len(h), torch.randn(16, 48, generator=generator)
     ridge = 1e-3
     hessian = second + ridge * second.diagonal().mean() * torch.eye(48)
-    order, _ = eliminate(hessian, down)
+    order, _ = eliminate(hessian.clone(), down.double().T @ down.double())
     inverse, w = hessian.inverse(), down.double().clone()
     for j in order[:24]:
         w -= torch.outer(w[:, j], inverse[j]) / inverse[j, j]
@@ -128,9 +144,8 @@ def test_held_out_errors_are_those_of_the_outputs(site_rows):
     weights, rows, z = site_rows
     a, centred = z.shape[1] - weights.down.shape[1], weights.bias is not None
     moments = gather(weights, [rows[:900]])
-    problem = Problem.of(weights, KEPT, moments)
+    found = choose(weights, KEPT, moments, gather(weights, [rows[900:1200], rows[1200:]]), ridges=[1e-2])
     repaired = affine(weights, KEPT, moments, 1e-2)
-    found = held_out_errors(weights, moments, [(problem, [None, problem.solve(1e-2)])], [rows[900:1200], rows[1200:]])[0]
 
     seen = z[900:].numpy()
     down = weights.down.double().numpy()
@@ -145,12 +160,29 @@ def test_held_out_errors_are_those_of_the_outputs(site_rows):
         return ((seen[:, kept] @ new_down.double().numpy().T + new_bias - dense) ** 2).sum() / unit
 
     flap = bias(weights, KEPT, moments.mean[a:])
-    assert found.none == pytest.approx(error(none(weights, KEPT).down, b2), rel=1e-3)
-    assert found.refitted[0] == pytest.approx(
-        error(flap.down, b2 if flap.bias is None else flap.bias.double().numpy()), rel=1e-3
-    )
+    assert found.before == pytest.approx(error(none(weights, KEPT).down, b2), rel=1e-3)
+    assert found.bias == pytest.approx(error(flap.down, b2 if flap.bias is None else flap.bias.double().numpy()), rel=1e-3)
     new_bias = b2 if repaired.bias is None else repaired.bias.double().numpy()
-    assert found.refitted[1] == pytest.approx(error(repaired.down, new_bias), rel=1e-3)
+    assert found.method == "affine"
+    assert found.after == pytest.approx(error(repaired.down, new_bias), rel=1e-3)
+
+
+def test_a_sketch_keeps_squared_errors_within_its_bound():
+    """Over many errors of full rank r, the mean is theirs and the deviation sqrt(2 / SKETCH / r) of it."""
+    generator = torch.Generator().manual_seed(0)
+    down = torch.randn(1500, 40, generator=generator)
+    site = Site("single-0", "single", 0, "up", "act", "down", 0, 0, 40, False, True)
+    weights = SiteWeights(site, torch.empty(0), None, down, None, None)
+    seen = sketched(weights).down
+    assert seen.shape == (SKETCH, 40)
+    errors = torch.randn(2000, 40, generator=generator)
+    ratios = (errors @ seen.T).square().sum(1) / (errors @ down.T).square().sum(1)
+    bound = (2 / SKETCH) ** 0.5  # each is one direction of the output
+    assert abs(ratios.mean().item() - 1) < 3 * bound / 40**0.5
+    assert ratios.std().item() < 1.1 * bound
+    together = (errors @ seen.T).square().sum() / (errors @ down.T).square().sum()
+    assert abs(together.item() - 1) < 3 * bound / 40**0.5
+    assert sketched(replace(weights, down=down[:SKETCH])).down.equal(down[:SKETCH])
 
 
 def test_the_bias_alone_is_repaired_where_neurons_do_not_predict_each_other(tensors):
@@ -160,7 +192,7 @@ def test_the_bias_alone_is_repaired_where_neurons_do_not_predict_each_other(tens
     weights = SiteWeights.read(state, site)
     fit, judge = made_rows(520, 128, False, seed=1), made_rows(520, 128, False, seed=2)
     judge = Rows(torch.randn(520, 128).bfloat16(), None, judge.sigma, judge.image, judge.step)
-    report = choose(weights, KEPT, gather(weights, [fit]), [judge], ridges=[1e-9])
+    report = choose(weights, KEPT, gather(weights, [fit]), gather(weights, [judge]), ridges=[1e-9])
     assert report.method == "bias"
     assert report.after == report.bias
 
@@ -168,7 +200,8 @@ def test_the_bias_alone_is_repaired_where_neurons_do_not_predict_each_other(tens
 def test_more_regressors_leave_less_error(site_rows):
     weights, rows, _ = site_rows
     moments = gather(weights, [rows])
-    errors = [affine(weights, torch.arange(kept), moments, 1e-4).report.predicted for kept in (50, 150, 300)]
+    problems = [Problem.of(weights, torch.arange(kept), moments) for kept in (50, 150, 300)]
+    errors = [problem.error(problem.solve(1e-4), moments) for problem in problems]
     assert errors[0] > errors[1] > errors[2]
 
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from flux_poke.analysis.amplification import AmplificationProbe
+from flux_poke.analysis.amplification import AmplificationProbe, probed_steps
 from flux_poke.analysis.hidden_states import HiddenStates
 from flux_poke.analysis.internals import Internals
 from flux_poke.analysis.recording import InternalsRecorder
@@ -181,17 +181,17 @@ def test_nothing_is_changed_where_nothing_is_cut(recorded, tmp_path):
 
 def test_predicted_errors_are_near_what_is_measured(recorded, tmp_path):
     """Of the output of each site on held-out images, and of the velocity."""
-    sites = recorded.dense.layout.sites
-    probe = AmplificationProbe(sites)
+    store = HiddenStates.open(shutil.copytree(recorded.store.folder, tmp_path / "hidden"))
+    probe = AmplificationProbe(recorded.dense.layout.sites)
     for point in recorded.points:
-        probe.measure(recorded.flux, lambda point=point: point.run(recorded.flux))
-    amplification = {name: total / count for name, (total, count) in probe.results().items()}
-    rankings = rank("obs", recorded.dense, rows=recorded.store)
-    curve = BudgetCurve.of(recorded.dense.layout, rankings, amplification)
+        probe.measure(recorded.flux, point.sigma[0].item(), lambda point=point: point.run(recorded.flux))
+    store.add_amplification(probe.results())
+    rankings = rank("obs", recorded.dense, rows=store)
+    curve = BudgetCurve.of(recorded.dense.layout, rankings, store.amplification)
     plan = by_budget(recorded.dense, rankings, curve, "obs", share=0.3)
-    measured = recorded.error(plan, "affine", tmp_path)
+    repairs = Repairs(recorded.dense, plan, "affine", rows=store, folder=tmp_path)
+    measured = velocity_error(Flux.load(Cut(recorded.dense, plan, repairs)), recorded.points)
     assert plan.velocity_error == pytest.approx(measured, rel=0.5)
-    repairs = Repairs(recorded.dense, plan, "affine", rows=recorded.store, folder=tmp_path)
     for name, predicted in plan.predicted.items():
         assert repairs[name].report.after == pytest.approx(predicted, rel=0.35)
 
@@ -221,7 +221,7 @@ class Toy(nn.Module):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
 def test_amplification_is_the_velocitys_error_over_the_noises_energy(recorded, compiled: bool):
-    """For v = 3y over n tokens: (9 Σ|noise|² / 9 Σ|y|²) / (Σ|noise|² / n) = n / Σ|y|²."""
+    """For v = 3y over n tokens: (9 Σ|noise|² / 9 Σ|y|²) / (Σ|noise|² / n) = n / Σ|y|²; by noise level."""
     from dataclasses import replace
 
     toy, x = Toy(), torch.randn(2, 11, 4)
@@ -229,9 +229,18 @@ def test_amplification_is_the_velocitys_error_over_the_noises_energy(recorded, c
     with torch.no_grad():
         run(x)  # compiled here, before there is a hook
     probe = AmplificationProbe([replace(recorded.dense.layout.sites[0], name="toy", down="down")])
-    for _ in range(3):
-        probe.measure(toy, lambda: run(x))
-    (total, count) = probe.results()["toy"]
-    assert count == 3
-    assert total / count == pytest.approx(22 / toy.down(x).square().sum().item(), rel=1e-4)
+    for sigma in (0.9, 0.9, 0.2):
+        probe.measure(toy, sigma, lambda: run(x))
+    measured = probe.results()["toy"]
+    assert {sigma: count for sigma, (_, count) in measured.items()} == {0.9: 2, 0.2: 1}
+    for total, count in measured.values():
+        assert total / count == pytest.approx(22 / toy.down(x).square().sum().item(), rel=1e-4)
     assert not toy.down._forward_hooks
+
+
+def test_steps_to_probe_are_spread_from_the_first_to_the_last_but_one():
+    assert probed_steps(20, 4) == {0, 6, 12, 18}
+    assert probed_steps(20, 1) == {0}
+    assert probed_steps(4, 8) == {0, 1, 2}
+    assert probed_steps(1, 4) == {0}
+    assert probed_steps(20, 0) == set()

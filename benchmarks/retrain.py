@@ -86,6 +86,7 @@ def compare_pairs(dense: Dense, plan: PruningPlan, states: BlockStates, seed: in
     print(f"{'pair':<22}{'steps':>6}" + "".join(f"{way:>28}" for way in ways))
     print(" " * 28 + f"{'relative':>22}{'s':>6}" * len(ways))
     blocks = blocks_of(dense.layout)
+    retrain_layers(dense, plan, states, "0", folder / "warm up", Options())
     for place, (first, second) in enumerate(pairwise(blocks)):
         pair = range(place, place + 2)
         for steps in (32, 256):

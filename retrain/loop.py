@@ -142,7 +142,8 @@ def fit(problem: Problem, initial: Loss, options: Options, saved: Path | None = 
     tell(first)
     done = first
     for step in range(first, options.steps):
-        if state.stood_still(options.patience):
+        # While the rate is high, the loss may stand or rise: it falls as the rate does.
+        if 2 * step >= options.steps and state.stood_still(options.patience):
             break
         optimizer.zero_grad(set_to_none=True)
         samples = batch(problem.train, options.batch, options.seed, step)

@@ -244,8 +244,12 @@ class _State(nn.Module):
         self.steps[place], self.losses[place] = step, loss
 
     def stood_still(self, patience: int) -> bool:
+        """Whether the last `patience` losses are neither below all before them nor on their way down."""
         losses = [loss for _, loss in self.curve]
-        return len(losses) > patience and min(losses[-patience:]) > (1 - LEAST_GAIN) * min(losses[:-patience])
+        if len(losses) <= patience:
+            return False
+        before, latest = losses[:-patience], losses[-patience:]
+        return min(latest) > (1 - LEAST_GAIN) * min(before) and latest[-1] > (1 - LEAST_GAIN) * before[-1]
 
     @torch.no_grad()
     def restore_best(self) -> None:

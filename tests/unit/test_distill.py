@@ -17,7 +17,7 @@ from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.surgery import Cut
 from flux_poke.retrain.distill import distill
 from flux_poke.retrain.loop import split_images
-from flux_poke.retrain.options import Options
+from flux_poke.retrain.options import Options, Progress
 from safetensors.torch import load_file, save_file
 
 SIGMAS = torch.linspace(1, 0, 4)
@@ -141,7 +141,7 @@ def test_adafactor_trains_as_well_with_a_fraction_of_the_state(drawn, tmp_path, 
 
 def test_event_files_hold_the_losses_that_were_told(drawn, tmp_path):
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    told = []
+    told: list[Progress] = []
     distill(drawn.cut, drawn.samples, replace(OPTIONS, tensorboard=tmp_path), report=told.append)
     events = accumulators.EventAccumulator(str(tmp_path / "the whole model")).Reload()
     at_evaluations = [progress for progress in told if progress.step and progress.step % OPTIONS.eval_every == 0]

@@ -17,6 +17,7 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from flux_poke.analysis.block_states import BlockStates
@@ -82,10 +83,15 @@ def compare_recipes(dense: Dense, plan: PruningPlan, states: BlockStates, seed: 
 
 def compare_pairs(dense: Dense, plan: PruningPlan, states: BlockStates, seed: int, folder: Path) -> None:
     """Every two consecutive blocks: the error after the second one, by how they are trained."""
-    ways = {"each by itself": {}, "one after the other": {"sequential": True}, "together": {"thickness": 2}}
+    ways: dict[str, dict[str, Any]] = {
+        "each by itself": {},
+        "one after the other": {"sequential": True},
+        "together": {"thickness": 2},
+    }
     print(f"{'pair':<22}{'steps':>6}" + "".join(f"{way:>28}" for way in ways))
     print(" " * 28 + f"{'relative':>22}{'s':>6}" * len(ways))
     blocks = blocks_of(dense.layout)
+    retrain_layers(dense, plan, states, "0", folder / "warm up", Options())
     for place, (first, second) in enumerate(pairwise(blocks)):
         pair = range(place, place + 2)
         for steps in (32, 256):

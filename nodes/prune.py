@@ -429,7 +429,7 @@ class LoadPrunedCheckpoint(io.ComfyNode):
             node_id="FluxPokeLoadPrunedCheckpoint",
             display_name="Load Pruned Checkpoint",
             category=host.CATEGORY,
-            description="Loads a file that Save Pruned FLUX or `flux-poke prune` wrote. Needs nothing else.",
+            description="Loads a file that Save Pruned FLUX, `flux-poke prune` or `flux-poke replace` wrote, nothing else.",
             inputs=[
                 io.Combo.Input("unet_name", options=loading.checkpoint_names(), tooltip="A pruned file."),
                 _weight_dtype_input(),

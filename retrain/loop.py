@@ -142,7 +142,8 @@ def fit(problem: Problem, initial: Loss, options: Options, saved: Path | None = 
     tell(first)
     done = first
     for step in range(first, options.steps):
-        if state.stood_still(options.patience):
+        # While the rate is high, the loss may stand or rise: it falls as the rate does.
+        if 2 * step >= options.steps and state.stood_still(options.patience):
             break
         optimizer.zero_grad(set_to_none=True)
         samples = batch(problem.train, options.batch, options.seed, step)
@@ -243,8 +244,12 @@ class _State(nn.Module):
         self.steps[place], self.losses[place] = step, loss
 
     def stood_still(self, patience: int) -> bool:
+        """Whether the last `patience` losses are neither below all before them nor on their way down."""
         losses = [loss for _, loss in self.curve]
-        return len(losses) > patience and min(losses[-patience:]) > (1 - LEAST_GAIN) * min(losses[:-patience])
+        if len(losses) <= patience:
+            return False
+        before, latest = losses[:-patience], losses[-patience:]
+        return min(latest) > (1 - LEAST_GAIN) * min(before) and latest[-1] > (1 - LEAST_GAIN) * before[-1]
 
     @torch.no_grad()
     def restore_best(self) -> None:

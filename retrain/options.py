@@ -45,7 +45,8 @@ class Options:
     Attributes:
         method: closed form (least squares, `pruning/refit.py`), gradient, or both: gradient steps from the closed form on.
         steps, learning_rate, batch: of the gradient; the rate rises over the first tenth and falls to zero along a cosine.
-        eval_every: steps between evaluations on the held-out images. patience: evaluations without progress before it stops.
+        eval_every: steps between evaluations on the held-out images. patience: evaluations without progress before it stops, in
+            the second half of the steps.
         eval_share: of the images that are held out; all tokens of an image are on one side.
         thickness: consecutive blocks that are trained together against what leaves the last of them.
         sequential: a layer is trained on what the already retrained layers before it give, not on the dense model's states.

@@ -16,7 +16,10 @@ from flux_poke.analysis.trajectories import Trajectories
 from flux_poke.errors import UserError
 from flux_poke.flux.tiny import FOLDER, TinyFlux
 from flux_poke.headless.client import ComfyClient, Interrupted
+from flux_poke.pruning.checkpoint import save_pruned
+from flux_poke.pruning.dense import Dense
 from flux_poke.retrain.blocks import Chain
+from flux_poke.retrain.replaced import Replaced, RetrainedLayers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -135,6 +138,16 @@ def test_layers_are_retrained_and_run_after_a_restart(recorded, host, server):
         cut = pictures(client, drawing(cut_only))
         assert np.array_equal(pictures(client, drawing({"tiny": node("FluxPokeLoadTinyFlux")})), dense)
     assert 0 < difference(found, dense) < 0.5 * difference(cut, dense)
+
+
+def test_a_checkpoint_made_of_the_layers_loads_alone_and_draws_the_same(recorded, server, host):
+    with ComfyClient(server.address) as client:
+        client.run(retrain("eight_bits", method="closed form", save_dtype="float8_e4m3fn"))
+        dense = Dense.open(FOLDER / "flux.safetensors")
+        layers = RetrainedLayers.open(recorded / "eight_bits", dense)
+        save_pruned(host.base / "models" / "diffusion_models" / "replaced.safetensors", Replaced(dense, layers))
+        alone = {"alone": node("FluxPokeLoadPrunedCheckpoint", unet_name="replaced.safetensors", weight_dtype="default")}
+        assert np.array_equal(pictures(client, drawing(alone)), pictures(client, drawing(replaced("eight_bits"))))
 
 
 def test_distilled_layers_run_too(recorded, server):

@@ -1,9 +1,14 @@
 """Training a whole cut model against the dense velocity (retrain/distill.py, retrain/loop.py)."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from flux_poke.analysis.hidden_states import HiddenStates
+from flux_poke.analysis.state_recording import StateChoice, StateRecorder
 from flux_poke.analysis.trajectories import Trajectories, trajectory, velocity_error
 from flux_poke.errors import UserError
 from flux_poke.flux.model import Flux, SingleBlock
@@ -12,8 +17,8 @@ from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.surgery import Cut
 from flux_poke.retrain.distill import distill
 from flux_poke.retrain.loop import split_images
-from flux_poke.retrain.options import Options
-from safetensors.torch import load_file
+from flux_poke.retrain.options import Options, Progress
+from safetensors.torch import load_file, save_file
 
 SIGMAS = torch.linspace(1, 0, 4)
 OPTIONS = Options(steps=40, learning_rate=1e-3, batch=4, eval_every=10, save_dtype="float32")
@@ -27,8 +32,8 @@ class Drawn:
         self.flux, layout = Flux.load(self.dense.tensors), self.dense.layout
         widths = {site.name: site.width for site in layout.sites}
         kept = {name: torch.arange(0, width, 2) for name, width in widths.items()}
-        plan = PruningPlan(family, self.dense.fingerprint, kept, widths, "magnitude", "every other neuron")
-        cut = Cut(self.dense, plan)
+        self.plan = PruningPlan(family, self.dense.fingerprint, kept, widths, "magnitude", "every other neuron")
+        cut = Cut(self.dense, self.plan)
         self.cut = {key: cut[key] for key in cut}
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(10, layout.in_channels // layout.patch**2, 4 * layout.patch, 4, generator=generator)
@@ -136,7 +141,7 @@ def test_adafactor_trains_as_well_with_a_fraction_of_the_state(drawn, tmp_path, 
 
 def test_event_files_hold_the_losses_that_were_told(drawn, tmp_path):
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    told = []
+    told: list[Progress] = []
     distill(drawn.cut, drawn.samples, replace(OPTIONS, tensorboard=tmp_path), report=told.append)
     events = accumulators.EventAccumulator(str(tmp_path / "the whole model")).Reload()
     at_evaluations = [progress for progress in told if progress.step and progress.step % OPTIONS.eval_every == 0]
@@ -147,9 +152,9 @@ def test_event_files_hold_the_losses_that_were_told(drawn, tmp_path):
         assert [scalar.value for scalar in scalars] == pytest.approx([expected[scalar.step] for scalar in scalars], rel=1e-6)
 
 
-def test_it_stops_when_the_held_out_loss_stands_still(drawn):
-    options = replace(OPTIONS, steps=1000, learning_rate=1e-9, eval_every=3, patience=2)
-    assert distill(drawn.cut, drawn.samples, options).steps == 6
+def test_it_stops_when_the_held_out_loss_stands_still_in_the_second_half(drawn):
+    options = replace(OPTIONS, steps=60, learning_rate=1e-9, eval_every=4, patience=2)
+    assert distill(drawn.cut, drawn.samples, options).steps == 30
 
 
 def test_a_training_that_only_does_harm_gives_back_what_it_began_with(drawn):
@@ -181,6 +186,53 @@ def test_a_training_that_was_cut_off_goes_on_bit_for_bit(drawn, optimizer, tmp_p
     assert min(steps) > 0
     assert not saved.exists()
     assert all(torch.equal(rest[key], tensor) for key, tensor in whole.items())
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from flux_poke.analysis.hidden_states import HiddenStates
+from flux_poke.pruning.dense import Dense
+from flux_poke.pruning.plan import PruningPlan
+from flux_poke.retrain import loop
+from flux_poke.retrain.distill import distill_layers
+from flux_poke.retrain.options import Options
+loop.SAVE_EVERY = 0.0
+dense, plan, store, out = map(Path, sys.argv[1:])
+options = Options(steps=20, batch=4, eval_every=5, save_dtype="float32")
+given = Dense.open(dense), PruningPlan.load(plan), HiddenStates.open(store), out, options
+distill_layers(*given, lambda progress: print(progress.step, flush=True))
+"""
+
+
+def test_killed_it_goes_on_and_ends_at_the_same_weights(drawn, tmp_path):
+    save_file({key: tensor.contiguous() for key, tensor in drawn.dense.tensors.items()}, tmp_path / "dense.safetensors")
+    drawn.plan.save(tmp_path / "plan.safetensors")
+    store = HiddenStates.for_model(tmp_path / "store", "flux1", drawn.dense.fingerprint)
+    with StateRecorder("trajectories", store, StateChoice(3, dtype=torch.float32)).run(SIGMAS, 10) as run, torch.no_grad():
+        for step, point in enumerate(drawn.points):
+            with run.watching(drawn.flux, step):
+                point.run(drawn.flux)
+
+    def command(out: Path) -> list[str]:
+        paths = (tmp_path / "dense.safetensors", tmp_path / "plan.safetensors", tmp_path / "store", out)
+        return [sys.executable, "-c", KILLED, *map(str, paths)]
+
+    subprocess.run(command(tmp_path / "whole"), check=True, stdout=subprocess.DEVNULL)
+    with subprocess.Popen(command(tmp_path / "killed"), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while int(process.stdout.readline()) < 10:
+            pass
+        process.kill()
+    assert not list((tmp_path / "killed").glob("[0-9]*.safetensors"))
+    rest = subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True, text=True)
+    assert int(rest.stdout.split()[0]) >= 5
+    for name in ("0.safetensors", "1.safetensors"):
+        whole, killed = (load_file(tmp_path / folder / name) for folder in ("whole", "killed"))
+        assert whole.keys() == killed.keys()
+        assert all(torch.equal(killed[key], tensor) for key, tensor in whole.items())
 
 
 @pytest.mark.parametrize(

@@ -219,19 +219,15 @@ def require_rows(rows: HiddenStates | None, dense: Dense, sites: Sequence[Site],
     if rows is None:
         raise UserError(f"Rows are missing, and {what} needs them: record them first (Record Hidden States, what = rows).")
     rows.require(dense.fingerprint, dense.source)
-    for site in sites:
-        count, least = rows.count(site.name), rows_needed(site)
+    if sites:
+        site = rows.scarcest(sites)
+        count, least = rows.count(site.name), site.regressors
         if count < least:
             raise UserError(
                 f"{rows.folder} holds {count:,} rows of {site.name}, too few for {what}: at least {least:,} are needed, "
                 f"one for each value it reads ({5 * least:,} do best). Record more images, steps per image or rows per step."
             )
     return rows
-
-
-def rows_needed(site: Site) -> int:
-    """The least rows for a regression over all that the site's down projection reads."""
-    return site.width + site.down_column
 
 
 def predicted_errors(rankings: Mapping[str, Ranking], kept: Mapping[str, Tensor]) -> dict[str, float]:

@@ -39,6 +39,8 @@ log = logging.getLogger("flux-poke")
 
 CATEGORY = "flux-poke"
 FOLDER = "flux_poke"
+#: Inputs of text encoders that say what is drawn.
+TEXTS = ("text", "t5xxl", "prompt")
 
 
 def output_folder() -> Path:
@@ -82,6 +84,11 @@ def input_files(suffix: str) -> list[str]:
 def say(node_id: str | None, text: str) -> None:
     """Shows a line of text on the node, and in the log."""
     log.info(text)
+    show(node_id, text)
+
+
+def show(node_id: str | None, text: str) -> None:
+    """Shows a line of text on the node."""
     if node_id is not None:
         PromptServer.instance.send_progress_text(text, node_id)
 
@@ -104,17 +111,39 @@ def graph_value(hidden: Any, names: Collection[str], default: str = "") -> str:
 
     What is only known while the graph runs (a text that comes out of another node) is not found.
     """
+    return _value_above(hidden.prompt or {}, hidden.unique_id, names, default)
+
+
+def prompt_of_sampling(hidden: Any) -> str:
+    """What is drawn with the MODEL that this node gives: the text above the positive input of the nearest node below that has
+    one (a sampler or a guider); empty where it comes out of another node."""
     graph: Mapping[str, Any] = hidden.prompt or {}
-    waiting, seen = [hidden.unique_id], {hidden.unique_id}
-    while waiting:
-        inputs = graph.get(waiting.pop(0), {}).get("inputs", {})
+    below = [hidden.unique_id]
+    for number in below:  # grows on the way
+        sources = _sources(graph, number)
+        for name in ("positive", "conditioning"):
+            if name in sources:
+                return _value_above(graph, sources[name], TEXTS)
+        below += [other for other in graph if other not in below and number in _sources(graph, other).values()]
+    return ""
+
+
+def _value_above(graph: Mapping[str, Any], number: str, names: Collection[str], default: str = "") -> str:
+    waiting = [number]
+    for number in waiting:  # grows on the way
+        inputs = graph.get(number, {}).get("inputs", {})
         for name in names:
             if isinstance(inputs.get(name), str):
                 return inputs[name]
-        sources = [value[0] for name, value in inputs.items() if isinstance(value, list) and name != "negative"]
-        waiting += [source for source in dict.fromkeys(sources) if source not in seen]
-        seen |= set(sources)
+        sources = [source for name, source in _sources(graph, number).items() if name != "negative"]
+        waiting += [source for source in dict.fromkeys(sources) if source not in waiting]
     return default
+
+
+def _sources(graph: Mapping[str, Any], number: str) -> dict[str, str]:
+    """By input of a node, the node that is linked to it."""
+    inputs = graph.get(number, {}).get("inputs", {})
+    return {name: value[0] for name, value in inputs.items() if isinstance(value, list)}
 
 
 def output_file(path: Path) -> dict[str, str]:

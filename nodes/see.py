@@ -23,9 +23,8 @@ from . import host
 
 BlockTapsType = io.Custom("BLOCK_TAPS")
 
-#: Inputs of loaders and text encoders that say what is drawn with and what.
+#: Inputs of loaders that say what is drawn with.
 MODEL_NAMES = ("unet_name", "ckpt_name", "model_name")
-TEXTS = ("text", "t5xxl", "prompt")
 
 
 @dataclass
@@ -42,7 +41,7 @@ class TappedRun:
         """How `final` came about; model and prompt are read from the graph, unless a prompt is given."""
         return Generation(
             model=host.graph_value(hidden, MODEL_NAMES, FAMILY_NAMES[self.layout.family]),
-            prompt=host.graph_value(hidden, TEXTS) if prompt is None else prompt,
+            prompt=host.graph_value(hidden, host.TEXTS) if prompt is None else prompt,
             width=final.width,
             height=final.height,
             seed=self.seed,

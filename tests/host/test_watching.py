@@ -94,6 +94,28 @@ def tap(in_process):
     return watched
 
 
+def test_the_prompt_is_found_below_a_guider_and_past_what_conditioning_goes_through(in_process):
+    from types import SimpleNamespace
+
+    from flux_poke.nodes import host
+
+    def node(**inputs):
+        return {"inputs": inputs}
+
+    graph = {
+        "loader": node(unet_name="flux1-dev.safetensors"), "clip": node(clip_name="t5xxl.safetensors"),
+        "record": node(model=["loader", 0], folder="hidden_states"), "rows": node(model=["record", 0], folder="rows"),
+        "no": node(clip=["clip", 0], text="blurred"), "yes": node(clip=["clip", 0], t5xxl="a fox", clip_l="fox"),
+        "strength": node(conditioning=["yes", 0], guidance=3.5),
+        "one": node(model=["rows", 0], conditioning=["strength", 0]),
+        "two": node(model=["record", 0], negative=["no", 0], positive=["strength", 0]),
+        "sample": node(guider=["one", 0]),
+    }  # fmt: skip
+    for asked in ("record", "rows"):
+        assert host.prompt_of_sampling(SimpleNamespace(prompt=graph, unique_id=asked)) == "a fox"
+    assert host.prompt_of_sampling(SimpleNamespace(prompt=graph, unique_id="sample")) == ""
+
+
 def tokens(internals) -> dict[str, int]:
     return {name: site.tokens // (2 * STEPS) for name, site in internals.sites.items()}
 

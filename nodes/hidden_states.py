@@ -4,6 +4,7 @@ for retraining."""
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
+from itertools import count
 
 import torch
 from comfy_api.latest import io
@@ -22,9 +23,8 @@ from ..analysis.state_recording import (
     places_around,
 )
 from ..flux.layout import Layout, select_sites
-from . import host
+from . import computing, host
 from .prune import DEFAULT_FOLDER
-from .see import TEXTS
 
 #: What `what` calls the kinds of whole model calls.
 STATES: dict[str, StateKind] = {"block states": "blocks", "trajectories": "trajectories"}
@@ -71,10 +71,12 @@ class RecordHiddenStates(io.ComfyNode):
                 ),
                 io.Int.Input("rows", default=64, min=1, max=65536, tooltip="Tokens per MLP, image and step."),
                 io.Float.Input(
-                    "max_gb", default=20.0, min=0.001, max=100000.0, step=0.1, tooltip="Disk space what is recorded may take."
+                    "max_gb", default=64.0, min=0.001, max=100000.0, step=0.1, tooltip="Disk space what is recorded may take."
                 ),
                 io.Combo.Input(
-                    "when_full", options=["thin", "stop"], tooltip="At max_gb: halve every image's share, or take no more."
+                    "when_full",
+                    options=["thin", "stop"],
+                    tooltip="At max_gb: halve every image's share while enough rows for a plan are left, or take no more.",
                 ),
                 io.Float.Input(
                     "sigma_from", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Only steps of at least this noise level."
@@ -89,7 +91,7 @@ class RecordHiddenStates(io.ComfyNode):
                     max=1000,
                     tooltip="At how many steps of the first run the amplification of every MLP is measured, which weighs "
                     "errors in plans by budget, and rows by their noise level. Each takes one more model call for every MLP "
-                    "(77 for FLUX.1).",
+                    "(77 for FLUX.1); 0 = never.",
                 ),
                 io.Int.Input("sample_seed", default=0, min=0, max=2**31 - 1, tooltip="Of the drawn steps and tokens."),
             ],
@@ -127,7 +129,7 @@ class RecordHiddenStates(io.ComfyNode):
             places = places_around(choose_blocks(blocks, layout), layout)
             size = estimated_state_bytes(kind, layout, places, states, 100, image_tokens=4096, words=512)
             host.say(node_id, f"About {size / 1e9:.3g} GB for 100 recorded steps of 1024x1024 pixels")
-            prompt = host.graph_value(cls.hidden, TEXTS)
+            prompt = host.prompt_of_sampling(cls.hidden)
             state_recorder = StateRecorder(kind, store, states, Limit(max_gb, "stop"), places)
             return io.NodeOutput(host.sampling_clone(model, lambda: StatesRun(state_recorder, prompt, node_id)))
         recorder = RowRecorder(sites, store, choice, limit)
@@ -141,13 +143,27 @@ class RowsRun(host.SamplingWatcher):
 
     def __init__(self, recorder: RowRecorder, layout: Layout, probe_steps: int, node_id: str | None):
         self.recorder, self.layout, self.node_id = recorder, layout, node_id
-        self.probe = AmplificationProbe(recorder.sites)
-        self.probe_steps = 0 if recorder.store.amplification else probe_steps
+        measured = recorder.store.amplification
+        self.probe = AmplificationProbe([site for site in recorder.sites if site.name not in measured])
+        self.probe_steps = probe_steps if self.probe.sites else 0
         self.run: RowRun | None = None
 
     def before(self, call: host.ModelCall) -> None:
-        if call.step in probed_steps(len(call.sigmas) - 1, self.probe_steps) and call.positive_rows:
-            self.probe.measure(call.model, float(call.sigmas[call.step]), call.velocity)
+    def before(self, call: host.ModelCall) -> None:
+        probed = sorted(probed_steps(len(call.sigmas) - 1, self.probe_steps))
+        if call.step in probed and call.positive_rows:
+            self._probe(call, f"{probed.index(call.step) + 1} of {len(probed)}")
+
+    def _probe(self, call: host.ModelCall, which: str) -> None:
+        calls = len(self.probe.sites) + 1
+        host.say(self.node_id, f"Measuring how far errors move the picture, step {which}: {calls} more model calls, once only")
+        progress, done = computing.StepProgress(), count()
+
+        def velocity() -> torch.Tensor:
+            progress("", next(done), calls)
+            return call.velocity()
+
+        self.probe.measure(call.model, float(call.sigmas[call.step]), velocity)
 
     @contextmanager
     def watching(self, call: host.ModelCall):
@@ -166,8 +182,15 @@ class RowsRun(host.SamplingWatcher):
         self.run.flush()
         store = self.recorder.store
         store.add_amplification(self.probe.results())
-        full = ": full, nothing more is taken" if self.recorder.full else ""
-        host.say(self.node_id, f"{store.folder.name}: {store.manifest.images} images, {store.bytes('rows') / 1e9:.3g} GB{full}")
+        site, size = store.scarcest(self.recorder.sites), store.bytes("rows") / 1e9
+        count, needed = store.count(site.name), site.regressors
+        text = f"{store.folder.name}: {store.manifest.images} images, {size:.3g} GB, "
+        text += f"{count:,} of {needed:,} rows that a plan needs"
+        if self.recorder.full:
+            text += ". Full, nothing more is taken"
+            if 0 < count < needed:
+                text += f": a plan takes about {size * needed / count:.3g} GB, so raise the limit"
+        host.say(self.node_id, text)
 
     def abandon(self) -> None:
         host.say(self.node_id, "The run did not finish: its rows were left out.")

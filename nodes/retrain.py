@@ -16,7 +16,7 @@ from ..retrain.layers import open_data, retrain_layers
 from ..retrain.options import Options, Progress
 from ..retrain.replaced import Replaced, RetrainedLayers
 from ..retrain.stats import stats_figure, stats_table
-from . import host, loading
+from . import computing, host, loading
 from .prune import DEFAULT_FOLDER, PRUNED, PlanType, PrunedModel, _checkpoint_input, _weight_dtype_input
 
 DEFAULT_LAYERS = "retrained_layers"
@@ -98,9 +98,9 @@ class RetrainLayers(io.ComfyNode):
         options = Options(
             method="both" if method == DISTILL else method, steps=steps, learning_rate=learning_rate, batch=batch,
             thickness=thickness, save_dtype=save_dtype, seed=train_seed, mixed_precision=mixed_precision,
-            device=str(loading.training_device()),
+            device=str(computing.training_device()),
         )  # fmt: skip
-        with loading.training():
+        with computing.training():
             if method == DISTILL:
                 store, repairs = HiddenStates.open(source), host.output_path("repairs")
                 stats = distill_layers(dense, plan, store, out, options, LossCurve(), repairs)
@@ -126,7 +126,7 @@ class LossCurve:
         self._curve.append((progress.step, progress.held_out_loss))
         done = progress.layers_done * progress.steps + progress.step
         self._progress(done, progress.layers * progress.steps, curve_picture(progress, self._curve))
-        loading.throw_if_cancelled()
+        computing.throw_if_cancelled()
 
 
 def curve_picture(progress: Progress, curve: list[tuple[int, float]]) -> Image.Image:

@@ -96,7 +96,7 @@ class RecordHiddenStates(io.ComfyNode):
                 io.Int.Input("sample_seed", default=0, min=0, max=2**31 - 1, tooltip="Of the drawn steps and tokens."),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The same model, watched: connect it to the sampler.")],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -129,9 +129,8 @@ class RecordHiddenStates(io.ComfyNode):
             places = places_around(choose_blocks(blocks, layout), layout)
             size = estimated_state_bytes(kind, layout, places, states, 100, image_tokens=4096, words=512)
             host.say(node_id, f"About {size / 1e9:.3g} GB for 100 recorded steps of 1024x1024 pixels")
-            prompt = host.prompt_of_sampling(cls.hidden)
             state_recorder = StateRecorder(kind, store, states, Limit(max_gb, "stop"), places)
-            return io.NodeOutput(host.sampling_clone(model, lambda: StatesRun(state_recorder, prompt, node_id)))
+            return io.NodeOutput(host.sampling_clone(model, lambda: StatesRun(state_recorder, node_id)))
         recorder = RowRecorder(sites, store, choice, limit)
         size = estimated_bytes(sites, layout.hidden, choice, 20, 100)
         host.say(node_id, f"At most {size / 1e9:.3g} GB for 100 images of 20 steps")
@@ -199,15 +198,16 @@ class RowsRun(host.SamplingWatcher):
 class StatesRun(host.SamplingWatcher):
     """One sampling run whose model calls are recorded whole."""
 
-    def __init__(self, recorder: StateRecorder, prompt: str, node_id: str | None):
-        self.recorder, self.prompt, self.node_id = recorder, prompt, node_id
+    def __init__(self, recorder: StateRecorder, node_id: str | None):
+        self.recorder, self.node_id = recorder, node_id
         self.run: StateRun | None = None
 
     @contextmanager
     def watching(self, call: host.ModelCall):
         if self.run is None:
+            prompt = "" if self.node_id is None else host.prompt_below(host.running_graph(), self.node_id)
             seeds = None if call.seed is None else [call.seed] * call.images
-            self.run = self.recorder.begin(call.sigmas, call.images, [self.prompt] * call.images, seeds)
+            self.run = self.recorder.begin(call.sigmas, call.images, [prompt] * call.images, seeds)
         if call.positive_rows is None:
             yield
             return

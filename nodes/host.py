@@ -114,11 +114,16 @@ def graph_value(hidden: Any, names: Collection[str], default: str = "") -> str:
     return _value_above(hidden.prompt or {}, hidden.unique_id, names, default)
 
 
-def prompt_of_sampling(hidden: Any) -> str:
-    """What is drawn with the MODEL that this node gives: the text above the positive input of the nearest node below that has
-    one (a sampler or a guider); empty where it comes out of another node."""
-    graph: Mapping[str, Any] = hidden.prompt or {}
-    below = [hidden.unique_id]
+def running_graph() -> Mapping[str, Any]:
+    """The graph that runs now; a node that is not run anew, since nothing above it changed, knows an earlier one."""
+    running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
+    return running[0][2] if running else {}
+
+
+def prompt_below(graph: Mapping[str, Any], number: str) -> str:
+    """What is drawn with the MODEL that a node of the graph gives: the text above the positive input of the nearest node below
+    that has one (a sampler or a guider); empty where it comes out of another node."""
+    below = [number]
     for number in below:  # grows on the way
         sources = _sources(graph, number)
         for name in ("positive", "conditioning"):

@@ -95,8 +95,6 @@ def tap(in_process):
 
 
 def test_the_prompt_is_found_below_a_guider_and_past_what_conditioning_goes_through(in_process):
-    from types import SimpleNamespace
-
     from flux_poke.nodes import host
 
     def node(**inputs):
@@ -112,8 +110,8 @@ def test_the_prompt_is_found_below_a_guider_and_past_what_conditioning_goes_thro
         "sample": node(guider=["one", 0]),
     }  # fmt: skip
     for asked in ("record", "rows"):
-        assert host.prompt_of_sampling(SimpleNamespace(prompt=graph, unique_id=asked)) == "a fox"
-    assert host.prompt_of_sampling(SimpleNamespace(prompt=graph, unique_id="sample")) == ""
+        assert host.prompt_below(graph, asked) == "a fox"
+    assert host.prompt_below(graph, "sample") == ""
 
 
 def tokens(internals) -> dict[str, int]:

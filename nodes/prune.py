@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import folder_paths
+import torch
 from comfy_api.latest import io, ui
 
-from ..analysis.hidden_states import HiddenStates
+from ..analysis.hidden_states import MANIFEST, HiddenStates
 from ..analysis.internals import Internals
 from ..analysis.report import figure_pixels
 from ..errors import UserError
@@ -19,18 +21,21 @@ from ..pruning.checkpoint import Pruned, save_pruned
 from ..pruning.dense import Dense
 from ..pruning.lora import convert_lora
 from ..pruning.plan import PruningPlan, by_count, by_threshold, plan_figure
-from ..pruning.refit import Fold, RepairReport
+from ..pruning.refit import METHODS, Fold, RepairReport
 from ..pruning.repair import Repairs
-from ..pruning.scores import SCORES, rank
+from ..pruning.scores import SCORES, Ranking, rank, ranked_before
 from ..pruning.surgery import Cut
 from . import host, loading
+from .computing import StepProgress, on_gpu, throw_if_cancelled
 from .record import DEFAULT_FILE, InternalsType
 
 PlanType = io.Custom("PRUNING_PLAN")
 DEFAULT_FOLDER = "hidden_states"
-DEFAULT_PLAN = "plan.safetensors"
+DEFAULT_PLAN = "plan_by_budget.safetensors"
 PRUNED = "flux_poke.pruned"
-REPAIRS = ("none", "bias", "affine")
+#: Folder in output/flux_poke for what repairs took to compute.
+REPAIRS = "repairs"
+CPU = torch.device("cpu")
 
 
 def _checkpoint_input() -> io.Input:
@@ -108,44 +113,94 @@ class Sources:
     def rows(self) -> HiddenStates:
         return HiddenStates.open(self.folder)
 
-    def ranked(self, score: str):
-        needs_rows = score == "obs"
-        return rank(
-            score,
-            self.dense,
-            None if needs_rows else self.internals,
-            self.rows if needs_rows else None,
-            progress=loading.step_progress(),
-        )
+    @property
+    def amplification(self) -> dict[str, float]:
+        """By site, where the folder is there and of this model: every score's errors are weighed with it, and none needs it."""
+        if not (self.folder / MANIFEST).exists():
+            return {}
+        return self.rows.amplification if self.rows.manifest.fingerprint.matches(self.dense.fingerprint) else {}
 
-    def repairs(self, plan: PruningPlan, method: str, fold: bool = False) -> Repairs:
-        """The plan's repairs; what they take to compute is kept in output/flux_poke/repairs for the next time."""
-        return Repairs(
-            self.dense,
-            plan,
-            method,
-            self.internals if method == "bias" else None,
-            self.rows if method == "affine" else None,
-            host.output_path("repairs"),
-            fold,
-        )
+    def ranked(self, score: str, node_id: str | None) -> dict[str, Ranking]:
+        """Rankings of all MLPs; those by obs are worked out on the GPU, and kept beside the rows for the next time."""
+        progress = StepProgress(node_id, "ranked")
+        if score != "obs":
+            return rank(score, self.dense, self.internals, progress=progress)
+        rows, sites = self.rows, self.dense.layout.sites
+        scarce = rows.scarcest(sites)
+        count, needed = rows.count(scarce.name), scarce.regressors
+        host.say(node_id, f"{rows.folder.name}: {count:,} rows of {needed:,} that are needed; {5 * needed:,} do best")
+
+        def work(device: torch.device) -> dict[str, Ranking]:
+            return rank(score, self.dense, rows=rows, device=device, progress=progress, check=throw_if_cancelled)
+
+        return work(CPU) if ranked_before(rows, sites) else on_gpu(work, node_id)
+
+    def repaired(self, plan: PruningPlan, method: str, node_id: str | None, fold: bool = False) -> Repairs:
+        """The plan's repairs, worked out on the GPU, and kept in output/flux_poke/repairs for the next time."""
+        internals = self.internals if method == "bias" else None
+        rows = self.rows if method == "affine" else None
+        repairs = Repairs(self.dense, plan, method, internals, rows, host.output_path(REPAIRS), check=throw_if_cancelled)
+
+        def work(device: torch.device) -> None:
+            repairs.device = device
+            repairs.compute(StepProgress(node_id, "repaired"), fold)
+
+        if any(repairs.lacks(name, fold) for name in repairs):
+            on_gpu(work, node_id)
+        return repairs
 
 
-def _planned(plan: PruningPlan, name: str, node: type[io.ComfyNode], figure=None) -> io.NodeOutput:
-    """Saves a plan, and shows its table and picture on the node."""
+def space_taken(repairs: Repairs) -> str:
+    """What is kept of all plans' repairs, in words."""
+    if repairs.folder is None:
+        return ""
+    size = sum(path.stat().st_size for path in repairs.folder.parent.rglob("*.safetensors"))
+    place = f"{size / 1e9:.3g} GB in output/{host.FOLDER}/{REPAIRS}"
+    return f"\nRepairs of all plans take {place}: what is deleted there is worked out again when it is needed"
+
+
+def _planned(plan: PruningPlan, name: str, node: type[io.ComfyNode], figure=None, note: str = "") -> io.NodeOutput:
+    """Saves a plan, and shows its table and picture on the node, after a `note`."""
     path = host.output_path(name, ".safetensors")
+    if not any(plan.cut.values()):
+        raise UserError(f"Nothing is cut ({plan.made}): raise a cut or a threshold, or widen the range of layers.")
     plan.save(path)
-    text = plan.table()
+    text = note + plan.table()
     image = host.to_image(figure_pixels(figure if figure is not None else plan_figure(plan)))
     host.say(node.hidden.unique_id, text)
     return io.NodeOutput(plan, text, image, ui=ui.PreviewImage(image, cls=node))
 
 
-def _save_as() -> io.Input:
-    return io.String.Input("save_as", default=DEFAULT_PLAN, tooltip="The plan is also written to output/flux_poke.")
+def _save_as(kind: str) -> io.Input:
+    default = f"plan_by_{kind}.safetensors"
+    return io.String.Input("save_as", default=default, tooltip="The plan is also written to output/flux_poke.")
 
 
-class PlanByCount(io.ComfyNode):
+def _written(inputs: Mapping[str, Any], own_recording: bool) -> str:
+    """When the files were written that a node reads by name, for `fingerprint_inputs`: a name out of another node is None.
+
+    With `own_recording`, recordings are made in the same graph: what changes them reaches the node through its links, and
+    their files, written after this is asked, must not count, or every recording would make the next run plan again.
+    """
+    names = {name: value for name, value in inputs.items() if value is not None}
+    paths = [Path(loading.checkpoint_path(names["unet_name"]))] if "unet_name" in names else []
+    if not own_recording:
+        paths += [host.output_path(names["hidden_states"]) / MANIFEST] if "hidden_states" in names else []
+        paths += [host.output_path(names["file"], ".safetensors")] if "file" in names else []
+    return str([path.stat().st_mtime_ns if path.exists() else None for path in paths])
+
+
+class PlanNode(io.ComfyNode):
+    """Made anew only when what it was made from is another."""
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> str | float:
+        if "internals" in inputs and "after" not in inputs:
+            return float("nan")  # it does not wait for the recording, so it reads that of the run before
+        return _written(inputs, own_recording="after" in inputs)
+
+
+class PlanByCount(PlanNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         def cut(stream: str) -> io.Input:
@@ -169,7 +224,7 @@ class PlanByCount(io.ComfyNode):
                     tooltip="frequency: as the original. fluctuation: goes with bias repair. obs: with affine, needs rows.",
                 ),
                 *_ranges(),
-                _save_as(),
+                _save_as("count"),
                 *_recordings(),
                 _after(),
             ],
@@ -178,22 +233,18 @@ class PlanByCount(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **kwargs) -> float:
-        return float("nan")  # recordings grow while the inputs stay
-
-    @classmethod
     def execute(
         cls, unet_name, img_cut, txt_cut, single_cut, score, first_layer, last_layer, first_single, last_single, save_as,
         hidden_states, file, internals=None, after=None,
     ) -> io.NodeOutput:  # fmt: skip
         sources = Sources.of(unet_name, hidden_states, file, internals)
         double, single = _chosen(sources.dense.layout, first_layer, last_layer, first_single, last_single)
-        rankings = sources.ranked(score)
+        rankings = sources.ranked(score, cls.hidden.unique_id)
         plan = by_count(sources.dense, rankings, score, img_cut, txt_cut, single_cut, double, single)
         return _planned(plan, save_as, cls)
 
 
-class PlanByThreshold(io.ComfyNode):
+class PlanByThreshold(PlanNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         def threshold(stream: str) -> io.Input:
@@ -218,17 +269,13 @@ class PlanByThreshold(io.ComfyNode):
                     tooltip="counts: how often in all, grows with every recording. rate: share of tokens, 0 to 1.",
                 ),
                 *_ranges(),
-                _save_as(),
+                _save_as("threshold"),
                 *_recordings()[1:],
                 _after(),
             ],
             outputs=_plan_outputs(),
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, **kwargs) -> float:
-        return float("nan")
 
     @classmethod
     def execute(
@@ -241,7 +288,7 @@ class PlanByThreshold(io.ComfyNode):
         return _planned(by_threshold(sources.dense, sources.internals, *limits, on, double, single), save_as, cls)
 
 
-class PlanByBudget(io.ComfyNode):
+class PlanByBudget(PlanNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -271,7 +318,7 @@ class PlanByBudget(io.ComfyNode):
                     "multiple", default=64, min=1, max=4096, tooltip="Widths are multiples of this, which suits the hardware."
                 ),
                 io.String.Input("protect", default="", tooltip="Layers to leave whole, such as 'double-18, single-0'."),
-                _save_as(),
+                _save_as("budget"),
                 *_recordings(),
                 _after(),
             ],
@@ -280,21 +327,19 @@ class PlanByBudget(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **kwargs) -> float:
-        return float("nan")
-
-    @classmethod
     def execute(
         cls, unet_name, budget, amount, score, multiple, protect, save_as, hidden_states, file, internals=None, after=None
     ) -> io.NodeOutput:
         sources = Sources.of(unet_name, hidden_states, file, internals)
-        rankings = sources.ranked(score)
-        amplification = sources.rows.amplification if score == "obs" else None
         protected = protected_sites(sources.dense.layout, protect)
+        rankings = sources.ranked(score, cls.hidden.unique_id)
+        amplification = sources.amplification
         curve = BudgetCurve.of(sources.dense.layout, rankings, amplification, multiple, protected)
         share, gigabytes = (amount, None) if budget == "share of neurons" else (None, amount)
         plan = by_budget(sources.dense, rankings, curve, score, share, gigabytes)
-        return _planned(plan, save_as, cls, curve.figure(plan))
+        measured = f"{len(rankings.keys() & amplification.keys())} of {len(rankings)} MLPs"
+        note = f"An error counts alike wherever it is made: what it does to the picture is known of {measured} (probe steps).\n"
+        return _planned(plan, save_as, cls, curve.figure(plan), "" if curve.amplified else note)
 
 
 class LoadPlan(io.ComfyNode):
@@ -336,7 +381,7 @@ class LoadPrunedFlux(io.ComfyNode):
                 PlanType.Input("plan", tooltip="From a Plan Pruning node or Load Plan."),
                 io.Combo.Input(
                     "repair",
-                    options=list(REPAIRS),
+                    options=list(METHODS),
                     default="affine",
                     tooltip="none: cut alone. bias: from internals. affine: from hidden states, best by far; computed once.",
                 ),
@@ -347,14 +392,16 @@ class LoadPrunedFlux(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
+        return _written(inputs, own_recording="internals" in inputs)
+
+    @classmethod
     def execute(cls, unet_name, weight_dtype, plan, repair, hidden_states, file, internals=None) -> io.NodeOutput:
         sources = Sources.of(unet_name, hidden_states, file, internals)
-        repairs = sources.repairs(plan, repair)
-        repairs.compute(loading.step_progress())
+        repairs = sources.repaired(plan, repair, cls.hidden.unique_id)
         model = loading.load_flux(Cut(sources.dense, plan, repairs), weight_dtype, sources.dense.metadata)
-        folds = FoldsWhenAsked(sources.repairs(plan, repair, fold=True))
-        model.set_attachments(PRUNED, PrunedModel(sources.dense.layout, plan, folds, repairs.report))
-        host.say(cls.hidden.unique_id, plan.table())
+        model.set_attachments(PRUNED, PrunedModel(sources.dense.layout, plan, FoldsWhenAsked(repairs), repairs.report))
+        host.say(cls.hidden.unique_id, plan.table() + space_taken(repairs))
         return io.NodeOutput(model, plan.masked_count)
 
 
@@ -369,13 +416,17 @@ class PrunedModel:
 
 
 class FoldsWhenAsked(Mapping[str, Fold]):
-    """Folds by site, each computed for the first LoRA that needs it: they take much space, and few models meet a LoRA."""
+    """Folds by site, each worked out for the first LoRA that needs it: they take much space, and few models meet a LoRA."""
 
     def __init__(self, repairs: Repairs):
         self.repairs = repairs
 
     def __getitem__(self, name: str) -> Fold:
-        return self.repairs[name].fold
+        def work(device: torch.device) -> Fold:
+            self.repairs.device = device
+            return self.repairs.fold(name)
+
+        return on_gpu(work, None) if self.repairs.lacks(name, fold=True) else work(CPU)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.repairs)
@@ -396,7 +447,7 @@ class SavePrunedFlux(io.ComfyNode):
             inputs=[
                 _checkpoint_input(),
                 PlanType.Input("plan", tooltip="From a Plan Pruning node or Load Plan."),
-                io.Combo.Input("repair", options=list(REPAIRS), default="affine", tooltip="As in Load Pruned FLUX."),
+                io.Combo.Input("repair", options=list(METHODS), default="affine", tooltip="As in Load Pruned FLUX."),
                 io.String.Input("save_as", default="flux-pruned.safetensors", tooltip="Name in models/diffusion_models."),
                 io.Boolean.Input(
                     "fold",
@@ -410,16 +461,21 @@ class SavePrunedFlux(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
+        return _written(inputs, own_recording="internals" in inputs)
+
+    @classmethod
     def execute(cls, unet_name, plan, repair, save_as, fold, hidden_states, file, internals=None) -> io.NodeOutput:
-        path = host.inside(loading.checkpoint_folder(), save_as, ".safetensors")
+        folder = loading.checkpoint_folder().resolve()
+        path = host.inside(folder, save_as, ".safetensors")
         sources = Sources.of(unet_name, hidden_states, file, internals)
         if path.resolve() == Path(loading.checkpoint_path(unet_name)).resolve():
             raise UserError(f"'{save_as}' is the dense model itself: choose another name, it is needed for other plans.")
-        repairs = sources.repairs(plan, repair, fold)
-        repairs.compute(loading.step_progress())
-        save_pruned(path, Cut(sources.dense, plan, repairs), fold, loading.step_progress())
-        host.say(cls.hidden.unique_id, f"{path.name}: {path.stat().st_size / 1e9:.3g} GB, {plan.masked_count} neurons cut")
-        return io.NodeOutput(path.name)
+        repairs = sources.repaired(plan, repair, cls.hidden.unique_id, fold)
+        save_pruned(path, Cut(sources.dense, plan, repairs), fold, StepProgress())
+        name, size = str(path.relative_to(folder)), path.stat().st_size / 1e9
+        host.say(cls.hidden.unique_id, f"{name}: {size:.3g} GB, {plan.masked_count} neurons cut{space_taken(repairs)}")
+        return io.NodeOutput(name)
 
 
 class LoadPrunedCheckpoint(io.ComfyNode):
@@ -437,6 +493,10 @@ class LoadPrunedCheckpoint(io.ComfyNode):
             outputs=[io.Model.Output(), io.String.Output(display_name="masked_count")],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
+        return _written(inputs, own_recording=True)
 
     @classmethod
     def execute(cls, unet_name: str, weight_dtype: str) -> io.NodeOutput:
@@ -470,6 +530,6 @@ class LoadPrunedLora(io.ComfyNode):
         if pruned is None:
             raise UserError("This model was not pruned by Flux Poke: use the ordinary Load LoRA for it.")
         lora = loading.read_tensors(folder_paths.get_full_path_or_raise("loras", lora_name))
-        converted = convert_lora(lora, pruned.layout, pruned.plan, pruned.folds, pruned.report)
+        converted = convert_lora(lora, pruned.layout, pruned.plan, pruned.folds, pruned.report, StepProgress())
         host.say(cls.hidden.unique_id, converted.table())
         return io.NodeOutput(loading.load_lora(model, converted.tensors, strength), converted.table())

@@ -24,7 +24,8 @@ from ..analysis.state_recording import (
 )
 from ..flux.layout import Layout, select_sites
 from . import computing, host
-from .prune import DEFAULT_FOLDER
+from .inputs import DEFAULT_FOLDER
+from .watching import ModelCall, SamplingWatcher, flux_layout, model_fingerprint, sampling_clone
 
 #: What `what` calls the kinds of whole model calls.
 STATES: dict[str, StateKind] = {"block states": "blocks", "trajectories": "trajectories"}
@@ -116,28 +117,28 @@ class RecordHiddenStates(io.ComfyNode):
         what="rows",
         blocks="all",
     ) -> io.NodeOutput:
-        layout = host.flux_layout(model)
+        layout = flux_layout(model)
         wanted = ("img", "txt", "single") if streams == "all" else (streams,)
         sites = select_sites(layout, streams=wanted)
         choice = RowChoice(rows, steps or None, (sigma_from, sigma_to), sample_seed)
-        store = HiddenStates.for_model(host.output_path(folder), layout.family, host.fingerprint(model))
+        store = HiddenStates.for_model(host.output_path(folder), layout.family, model_fingerprint(model))
         limit, node_id = Limit(max_gb, when_full), cls.hidden.unique_id
         if what == "lens rows":
-            return io.NodeOutput(host.sampling_clone(model, lambda: LensRun(store, layout, choice, limit, node_id)))
+            return io.NodeOutput(sampling_clone(model, lambda: LensRun(store, layout, choice, limit, node_id)))
         if what in STATES:
             kind, states = STATES[what], StateChoice(steps or None, (sigma_from, sigma_to), sample_seed)
             places = places_around(choose_blocks(blocks, layout), layout)
             size = estimated_state_bytes(kind, layout, places, states, 100, image_tokens=4096, words=512)
             host.say(node_id, f"About {size / 1e9:.3g} GB for 100 recorded steps of 1024x1024 pixels")
             state_recorder = StateRecorder(kind, store, states, Limit(max_gb, "stop"), places)
-            return io.NodeOutput(host.sampling_clone(model, lambda: StatesRun(state_recorder, node_id)))
+            return io.NodeOutput(sampling_clone(model, lambda: StatesRun(state_recorder, node_id)))
         recorder = RowRecorder(sites, store, choice, limit)
         size = estimated_bytes(sites, layout.hidden, choice, 20, 100)
         host.say(node_id, f"At most {size / 1e9:.3g} GB for 100 images of 20 steps")
-        return io.NodeOutput(host.sampling_clone(model, lambda: RowsRun(recorder, layout, probe_steps, node_id)))
+        return io.NodeOutput(sampling_clone(model, lambda: RowsRun(recorder, layout, probe_steps, node_id)))
 
 
-class RowsRun(host.SamplingWatcher):
+class RowsRun(SamplingWatcher):
     """One sampling run whose rows are recorded."""
 
     def __init__(self, recorder: RowRecorder, layout: Layout, probe_steps: int, node_id: str | None):
@@ -147,13 +148,12 @@ class RowsRun(host.SamplingWatcher):
         self.probe_steps = probe_steps if self.probe.sites else 0
         self.run: RowRun | None = None
 
-    def before(self, call: host.ModelCall) -> None:
-    def before(self, call: host.ModelCall) -> None:
+    def before(self, call: ModelCall) -> None:
         probed = sorted(probed_steps(len(call.sigmas) - 1, self.probe_steps))
         if call.step in probed and call.positive_rows:
             self._probe(call, f"{probed.index(call.step) + 1} of {len(probed)}")
 
-    def _probe(self, call: host.ModelCall, which: str) -> None:
+    def _probe(self, call: ModelCall, which: str) -> None:
         calls = len(self.probe.sites) + 1
         host.say(self.node_id, f"Measuring how far errors move the picture, step {which}: {calls} more model calls, once only")
         progress, done = computing.StepProgress(), count()
@@ -165,7 +165,7 @@ class RowsRun(host.SamplingWatcher):
         self.probe.measure(call.model, float(call.sigmas[call.step]), velocity)
 
     @contextmanager
-    def watching(self, call: host.ModelCall):
+    def watching(self, call: ModelCall):
         if self.run is None:
             self.run = self.recorder.begin(call.sigmas, call.images)
         with ExitStack() as hooks:
@@ -195,7 +195,7 @@ class RowsRun(host.SamplingWatcher):
         host.say(self.node_id, "The run did not finish: its rows were left out.")
 
 
-class StatesRun(host.SamplingWatcher):
+class StatesRun(SamplingWatcher):
     """One sampling run whose model calls are recorded whole."""
 
     def __init__(self, recorder: StateRecorder, node_id: str | None):
@@ -203,7 +203,7 @@ class StatesRun(host.SamplingWatcher):
         self.run: StateRun | None = None
 
     @contextmanager
-    def watching(self, call: host.ModelCall):
+    def watching(self, call: ModelCall):
         if self.run is None:
             prompt = "" if self.node_id is None else host.prompt_below(host.running_graph(), self.node_id)
             seeds = None if call.seed is None else [call.seed] * call.images
@@ -226,7 +226,7 @@ class StatesRun(host.SamplingWatcher):
         host.say(self.node_id, "The run did not finish: what it recorded up to there stays, each step is whole.")
 
 
-class LensRun(host.SamplingWatcher):
+class LensRun(SamplingWatcher):
     """One sampling run whose tokens are recorded after every block."""
 
     def __init__(self, store: HiddenStates, layout: Layout, choice: RowChoice, limit: Limit, node_id: str | None):
@@ -236,7 +236,7 @@ class LensRun(host.SamplingWatcher):
         self.steps: frozenset[int] = frozenset()
 
     @contextmanager
-    def watching(self, call: host.ModelCall):
+    def watching(self, call: ModelCall):
         if self.recorder is None:
             first = self.store.new_images(call.images)
             self.recorder = LensRecorder(self.layout, self.choice.rows, seed=self.choice.seed + first)

@@ -17,7 +17,9 @@ from ..retrain.options import Options, Progress
 from ..retrain.replaced import Replaced, RetrainedLayers
 from ..retrain.stats import stats_figure, stats_table
 from . import computing, host, loading
-from .prune import DEFAULT_FOLDER, PRUNED, PlanType, PrunedModel, _checkpoint_input, _weight_dtype_input
+from .inputs import DEFAULT_FOLDER, PlanType, checkpoint_input, weight_dtype_input
+from .pruned import PRUNED, PrunedModel
+from .sources import REPAIRS
 
 DEFAULT_LAYERS = "retrained_layers"
 DISTILL = "distill"
@@ -34,7 +36,7 @@ class RetrainLayers(io.ComfyNode):
             "Cancel keeps those that are finished; run again, it goes on.",
             is_output_node=True,
             inputs=[
-                _checkpoint_input(),
+                checkpoint_input(),
                 PlanType.Input("plan", tooltip="From a Plan Pruning node or Load Plan."),
                 io.String.Input(
                     "hidden_states",
@@ -102,7 +104,7 @@ class RetrainLayers(io.ComfyNode):
         )  # fmt: skip
         with computing.training():
             if method == DISTILL:
-                store, repairs = HiddenStates.open(source), host.output_path("repairs")
+                store, repairs = HiddenStates.open(source), host.output_path(REPAIRS)
                 stats = distill_layers(dense, plan, store, out, options, LossCurve(), repairs)
             else:
                 stats = retrain_layers(dense, plan, open_data(source, train_on), layers, out, options, LossCurve())
@@ -161,8 +163,8 @@ class LoadReplacedFlux(io.ComfyNode):
             description="Loads a FLUX with retrained layers in place of its own, of any width. The original flux-poke's layers "
             "load too. The file is not changed.",
             inputs=[
-                _checkpoint_input(),
-                _weight_dtype_input(),
+                checkpoint_input(),
+                weight_dtype_input(),
                 io.String.Input("folder", default=DEFAULT_LAYERS, tooltip="Folder in output/flux_poke, from Retrain Layers."),
                 io.Int.Input("first_layer", default=0, min=0, max=255, tooltip="First layer to replace."),
                 io.Int.Input(

@@ -30,7 +30,7 @@ def test_what_the_gpu_has_no_memory_for_goes_on_on_the_cpu(on_gpu, error: Runtim
     def work(device: torch.device) -> int:
         if device.type == "cuda":
             raise error
-        return torch.eye(3, device=device).sum().int().item()
+        return int(torch.eye(3, device=device).sum())
 
     assert run(work) == 3
     (sentence,) = said

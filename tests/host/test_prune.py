@@ -6,6 +6,7 @@ import io
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -159,7 +160,7 @@ def test_a_name_with_a_folder_is_what_the_loader_calls_the_file(client: ComfyCli
 
 def test_a_plan_and_its_model_are_made_anew_only_when_there_is_something_new(client: ComfyClient, host):
     """Recorded and drawn in one graph, with two samplers."""
-    recording = {"hidden_states": "grows", "file": "grows"}
+    recording: dict[str, Any] = {"hidden_states": "grows", "file": "grows"}
     record = {
         "tiny": node("FluxPokeLoadTinyFlux"),
         "count": node("FluxPokeRecordInternals", model=["tiny", 0], file="grows", ignore_padding=True, positive_only=False),

@@ -1,9 +1,9 @@
-"""Long work inside a node: on the GPU where it can be, with progress on the node and Cancel.
+"""Long work inside a node.
 
-def work(device):
-    return rank("obs", dense, rows=rows, device=device, progress=StepProgress(node_id, "ranked"), check=throw_if_cancelled)
+    progress = StepProgress(node_id, "ranked")
+    rankings = on_gpu(lambda device: rank("obs", dense, rows=rows, device=device, progress=progress), node_id)
 
-rankings = on_gpu(work, node_id)
+It is done on the GPU where it can be, shows how far it is, and stops where the user presses Cancel.
 """
 
 from __future__ import annotations

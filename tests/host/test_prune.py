@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from flux_poke.errors import UserError
 from flux_poke.flux.model import Flux
 from flux_poke.flux.tiny import FOLDER, TinyFlux
-from flux_poke.headless.client import ComfyClient
+from flux_poke.headless.client import ComfyClient, Interrupted
 from flux_poke.pruning.checkpoint import Pruned
 from flux_poke.pruning.plan import PruningPlan
 from PIL import Image
@@ -196,6 +197,24 @@ def test_a_plan_and_its_model_are_made_anew_only_when_there_is_something_new(cli
     assert ran(drawing(alone, seed=2, steps=1)) == set()
     client.run(drawing(record, seed=9, batch=8))
     assert ran(drawing(alone, seed=3, steps=1)) == {"plan", "load"}
+
+
+def test_cancel_stops_a_ranking_and_the_next_run_goes_on_from_there(client: ComfyClient, recorded: Path):
+    rows = Path(shutil.copytree(recorded / "rows", recorded / "cancelled", ignore=shutil.ignore_patterns("rankings")))
+    plan = {"plan": by_count("obs", hidden_states="cancelled")}
+    prompt_id = client.queue(plan)
+
+    def stop(node: str, step: int, _: int) -> None:
+        if node == "plan" and step >= 2:
+            client.interrupt(prompt_id)
+
+    with pytest.raises(Interrupted):
+        client.wait(prompt_id, stop)
+    times = {path: path.stat().st_mtime_ns for path in (rows / "rankings").glob("*.safetensors")}
+    assert 2 <= len(times) < 8
+    client.run(plan)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert len(list((rows / "rankings").glob("*.safetensors"))) == 8
 
 
 @pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2"])

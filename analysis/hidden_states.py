@@ -37,6 +37,7 @@ from ..errors import UserError
 from ..files import locked, write_safetensors, write_text
 from ..flux.checkpoint import open_safetensors
 from ..flux.fingerprint import Fingerprint
+from ..flux.layout import Site
 
 FORMAT = "flux-poke hidden states 1"
 MANIFEST = "manifest.json"
@@ -48,11 +49,13 @@ Kind = Literal["rows", "lens", "blocks", "trajectories"]
 class Limit:
     """How much one kind of shard may take on disk (1 GB = 10^9 bytes), and what to do when the next does not fit.
 
-    "thin" halves every image's share, as often as needed; "stop" leaves what is there and takes no more.
+    "thin" halves every image's share, as often as needed, but leaves every site as many rows as `least` says; "stop" leaves
+    what is there and takes no more.
     """
 
     gigabytes: float
     when_full: Literal["thin", "stop"] = "thin"
+    least: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -218,7 +221,7 @@ class HiddenStates:
             while kind == "rows" and halvings < self.manifest.halvings:
                 tensors, halvings = halved(tensors), halvings + 1
             while limit is not None and self.bytes(kind) + _bytes(tensors) > limit.bytes:
-                if kind != "rows" or limit.when_full == "stop" or max(map(len, tensors.values()), default=0) < 2:
+                if kind != "rows" or limit.when_full == "stop" or not self._may_halve(tensors, limit.least):
                     return False
                 self._halve()
                 tensors, halvings = halved(tensors), halvings + 1
@@ -274,6 +277,10 @@ class HiddenStates:
         """How many rows there are of a site."""
         return sum(shard.rows.get(site, 0) for shard in self.manifest.shards)
 
+    def scarcest(self, sites: Sequence[Site]) -> Site:
+        """The one of `sites` that has the fewest rows for a regression on all that it reads."""
+        return min(sites, key=lambda site: self.count(site.name) / site.regressors)
+
     def images(self, site: str) -> Tensor:
         """Numbers of the images that gave rows to a site, ascending, int64."""
         found = [self._read(shard, site, ("image",))["image"] for shard in self._shards(site)]
@@ -312,6 +319,11 @@ class HiddenStates:
         write_safetensors(self.folder / shard.file, tensors, metadata)
         rows = {key.removesuffix(".x"): len(tensor) for key, tensor in tensors.items() if key.endswith(".x")}
         return replace(shard, bytes=_bytes(tensors), rows=rows)
+
+    def _may_halve(self, tensors: Mapping[str, Tensor], least: Mapping[str, int]) -> bool:
+        """Whether `tensors` can be halved, and every site has as many rows as `least` says when all rows are."""
+        counts = {site: self.count(site) + len(tensors.get(f"{site}.x", ())) for site in least}
+        return max(map(len, tensors.values()), default=0) > 1 and all(counts[site] // 2 >= least[site] for site in least)
 
     def _halve(self) -> None:
         """Takes every other row out of all shards, one file after the other; each tells itself how often that was done,

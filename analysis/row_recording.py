@@ -18,7 +18,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -76,13 +76,16 @@ def estimated_bytes(sites: Sequence[Site], hidden: int, choice: RowChoice, steps
 
 
 class RowRecorder:
-    """Records rows of `sites` into `store`, over any number of runs, until `limit` says stop (`full`)."""
+    """Records rows of `sites` into `store`, over any number of runs, until `limit` says stop (`full`).
+
+    What it thins out is left as many rows as a regression on all that the MLP reads needs.
+    """
 
     def __init__(self, sites: Sequence[Site], store: HiddenStates, choice: RowChoice | None = None, limit: Limit | None = None):
         self.sites = tuple(sites)
         self.store = store
         self.choice = choice or RowChoice()
-        self.limit = limit
+        self.limit = limit and replace(limit, least={site.name: site.regressors for site in sites})
         self.full = False
 
     @contextmanager

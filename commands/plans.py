@@ -105,8 +105,8 @@ def prune(
     dense, loaded = Dense.open(checkpoint), PruningPlan.load(plan)
     recorded = Internals.load(internals) if internals else None
     store = HiddenStates.open(rows) if rows else None
-    repairs = Repairs(dense, loaded, repair, recorded, store, plan.with_suffix(".repairs"), fold, device)
+    repairs = Repairs(dense, loaded, repair, recorded, store, plan.with_suffix(".repairs"), device)
     with progress_bar() as update:
-        repairs.compute(lambda name, n, of: update(f"repairing {name}", 0.8 * n / of))
+        repairs.compute(lambda name, n, of: update(f"repairing {name}", 0.8 * n / of), fold)
         save_pruned(out, Cut(dense, loaded, repairs), fold, lambda key, n, of: update(f"writing {out}", 0.8 + 0.2 * n / of))
     typer.echo(f"{inspect(out)}\n{out}: {out.stat().st_size / 1e6:,.1f} MB, from {checkpoint.stat().st_size / 1e6:,.1f}")

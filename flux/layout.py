@@ -60,6 +60,12 @@ class Site:
         kind = "single_blocks" if self.stream == "single" else "double_blocks"
         return f"{kind}.{self.index}"
 
+    @property
+    def regressors(self) -> int:
+        """How many values the down projection reads: neurons, and in a single block attention. A regression on all of them
+        takes at least as many rows."""
+        return self.down_column + self.width
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -1,4 +1,7 @@
-"""The ComfyUI side: every node is declarations and one call; `host.py` holds the glue to ComfyUI."""
+"""The ComfyUI side: every node is declarations and one call.
+
+The glue to ComfyUI is in `host.py`, `watching.py`, `loading.py` and `computing.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,9 @@ from comfy_api.latest import ComfyExtension, io
 from .choose import ChooseModel
 from .compare import Compare
 from .hidden_states import RecordHiddenStates
+from .plans import LoadPlan, PlanByBudget, PlanByCount, PlanByThreshold
 from .prompts import Counter, Prompts
-from .prune import (
-    LoadPlan,
-    LoadPrunedCheckpoint,
-    LoadPrunedFlux,
-    LoadPrunedLora,
-    PlanByBudget,
-    PlanByCount,
-    PlanByThreshold,
-    SavePrunedFlux,
-)
+from .pruned import LoadPrunedCheckpoint, LoadPrunedFlux, LoadPrunedLora, SavePrunedFlux
 from .record import InternalsReport, RecordInternals
 from .retrain import LoadReplacedFlux, RetrainLayers
 from .see import AnimateBlockPreviews, DecodeBlockPreviews, TapBlocks

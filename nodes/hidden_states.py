@@ -4,6 +4,7 @@ for retraining."""
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
+from itertools import count
 
 import torch
 from comfy_api.latest import io
@@ -22,9 +23,9 @@ from ..analysis.state_recording import (
     places_around,
 )
 from ..flux.layout import Layout, select_sites
-from . import host
-from .prune import DEFAULT_FOLDER
-from .see import TEXTS
+from . import computing, host
+from .inputs import DEFAULT_FOLDER
+from .watching import ModelCall, SamplingWatcher, flux_layout, model_fingerprint, sampling_clone
 
 #: What `what` calls the kinds of whole model calls.
 STATES: dict[str, StateKind] = {"block states": "blocks", "trajectories": "trajectories"}
@@ -71,10 +72,12 @@ class RecordHiddenStates(io.ComfyNode):
                 ),
                 io.Int.Input("rows", default=64, min=1, max=65536, tooltip="Tokens per MLP, image and step."),
                 io.Float.Input(
-                    "max_gb", default=20.0, min=0.001, max=100000.0, step=0.1, tooltip="Disk space what is recorded may take."
+                    "max_gb", default=64.0, min=0.001, max=100000.0, step=0.1, tooltip="Disk space what is recorded may take."
                 ),
                 io.Combo.Input(
-                    "when_full", options=["thin", "stop"], tooltip="At max_gb: halve every image's share, or take no more."
+                    "when_full",
+                    options=["thin", "stop"],
+                    tooltip="At max_gb: halve every image's share while enough rows for a plan are left, or take no more.",
                 ),
                 io.Float.Input(
                     "sigma_from", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Only steps of at least this noise level."
@@ -89,12 +92,12 @@ class RecordHiddenStates(io.ComfyNode):
                     max=1000,
                     tooltip="At how many steps of the first run the amplification of every MLP is measured, which weighs "
                     "errors in plans by budget, and rows by their noise level. Each takes one more model call for every MLP "
-                    "(77 for FLUX.1).",
+                    "(77 for FLUX.1); 0 = never.",
                 ),
                 io.Int.Input("sample_seed", default=0, min=0, max=2**31 - 1, tooltip="Of the drawn steps and tokens."),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The same model, watched: connect it to the sampler.")],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -114,43 +117,55 @@ class RecordHiddenStates(io.ComfyNode):
         what="rows",
         blocks="all",
     ) -> io.NodeOutput:
-        layout = host.flux_layout(model)
+        layout = flux_layout(model)
         wanted = ("img", "txt", "single") if streams == "all" else (streams,)
         sites = select_sites(layout, streams=wanted)
         choice = RowChoice(rows, steps or None, (sigma_from, sigma_to), sample_seed)
-        store = HiddenStates.for_model(host.output_path(folder), layout.family, host.fingerprint(model))
+        store = HiddenStates.for_model(host.output_path(folder), layout.family, model_fingerprint(model))
         limit, node_id = Limit(max_gb, when_full), cls.hidden.unique_id
         if what == "lens rows":
-            return io.NodeOutput(host.sampling_clone(model, lambda: LensRun(store, layout, choice, limit, node_id)))
+            return io.NodeOutput(sampling_clone(model, lambda: LensRun(store, layout, choice, limit, node_id)))
         if what in STATES:
             kind, states = STATES[what], StateChoice(steps or None, (sigma_from, sigma_to), sample_seed)
             places = places_around(choose_blocks(blocks, layout), layout)
             size = estimated_state_bytes(kind, layout, places, states, 100, image_tokens=4096, words=512)
             host.say(node_id, f"About {size / 1e9:.3g} GB for 100 recorded steps of 1024x1024 pixels")
-            prompt = host.graph_value(cls.hidden, TEXTS)
             state_recorder = StateRecorder(kind, store, states, Limit(max_gb, "stop"), places)
-            return io.NodeOutput(host.sampling_clone(model, lambda: StatesRun(state_recorder, prompt, node_id)))
+            return io.NodeOutput(sampling_clone(model, lambda: StatesRun(state_recorder, node_id)))
         recorder = RowRecorder(sites, store, choice, limit)
         size = estimated_bytes(sites, layout.hidden, choice, 20, 100)
         host.say(node_id, f"At most {size / 1e9:.3g} GB for 100 images of 20 steps")
-        return io.NodeOutput(host.sampling_clone(model, lambda: RowsRun(recorder, layout, probe_steps, node_id)))
+        return io.NodeOutput(sampling_clone(model, lambda: RowsRun(recorder, layout, probe_steps, node_id)))
 
 
-class RowsRun(host.SamplingWatcher):
+class RowsRun(SamplingWatcher):
     """One sampling run whose rows are recorded."""
 
     def __init__(self, recorder: RowRecorder, layout: Layout, probe_steps: int, node_id: str | None):
         self.recorder, self.layout, self.node_id = recorder, layout, node_id
-        self.probe = AmplificationProbe(recorder.sites)
-        self.probe_steps = 0 if recorder.store.amplification else probe_steps
+        measured = recorder.store.amplification
+        self.probe = AmplificationProbe([site for site in recorder.sites if site.name not in measured])
+        self.probe_steps = probe_steps if self.probe.sites else 0
         self.run: RowRun | None = None
 
-    def before(self, call: host.ModelCall) -> None:
-        if call.step in probed_steps(len(call.sigmas) - 1, self.probe_steps) and call.positive_rows:
-            self.probe.measure(call.model, float(call.sigmas[call.step]), call.velocity)
+    def before(self, call: ModelCall) -> None:
+        probed = sorted(probed_steps(len(call.sigmas) - 1, self.probe_steps))
+        if call.step in probed and call.positive_rows:
+            self._probe(call, f"{probed.index(call.step) + 1} of {len(probed)}")
+
+    def _probe(self, call: ModelCall, which: str) -> None:
+        calls = len(self.probe.sites) + 1
+        host.say(self.node_id, f"Measuring how far errors move the picture, step {which}: {calls} more model calls, once only")
+        progress, done = computing.StepProgress(), count()
+
+        def velocity() -> torch.Tensor:
+            progress("", next(done), calls)
+            return call.velocity()
+
+        self.probe.measure(call.model, float(call.sigmas[call.step]), velocity)
 
     @contextmanager
-    def watching(self, call: host.ModelCall):
+    def watching(self, call: ModelCall):
         if self.run is None:
             self.run = self.recorder.begin(call.sigmas, call.images)
         with ExitStack() as hooks:
@@ -166,25 +181,33 @@ class RowsRun(host.SamplingWatcher):
         self.run.flush()
         store = self.recorder.store
         store.add_amplification(self.probe.results())
-        full = ": full, nothing more is taken" if self.recorder.full else ""
-        host.say(self.node_id, f"{store.folder.name}: {store.manifest.images} images, {store.bytes('rows') / 1e9:.3g} GB{full}")
+        site, size = store.scarcest(self.recorder.sites), store.bytes("rows") / 1e9
+        count, needed = store.count(site.name), site.regressors
+        text = f"{store.folder.name}: {store.manifest.images} images, {size:.3g} GB, "
+        text += f"{count:,} of {needed:,} rows that a plan needs"
+        if self.recorder.full:
+            text += ". Full, nothing more is taken"
+            if 0 < count < needed:
+                text += f": a plan takes about {size * needed / count:.3g} GB, so raise the limit"
+        host.say(self.node_id, text)
 
     def abandon(self) -> None:
         host.say(self.node_id, "The run did not finish: its rows were left out.")
 
 
-class StatesRun(host.SamplingWatcher):
+class StatesRun(SamplingWatcher):
     """One sampling run whose model calls are recorded whole."""
 
-    def __init__(self, recorder: StateRecorder, prompt: str, node_id: str | None):
-        self.recorder, self.prompt, self.node_id = recorder, prompt, node_id
+    def __init__(self, recorder: StateRecorder, node_id: str | None):
+        self.recorder, self.node_id = recorder, node_id
         self.run: StateRun | None = None
 
     @contextmanager
-    def watching(self, call: host.ModelCall):
+    def watching(self, call: ModelCall):
         if self.run is None:
+            prompt = "" if self.node_id is None else host.prompt_below(host.running_graph(), self.node_id)
             seeds = None if call.seed is None else [call.seed] * call.images
-            self.run = self.recorder.begin(call.sigmas, call.images, [self.prompt] * call.images, seeds)
+            self.run = self.recorder.begin(call.sigmas, call.images, [prompt] * call.images, seeds)
         if call.positive_rows is None:
             yield
             return
@@ -203,7 +226,7 @@ class StatesRun(host.SamplingWatcher):
         host.say(self.node_id, "The run did not finish: what it recorded up to there stays, each step is whole.")
 
 
-class LensRun(host.SamplingWatcher):
+class LensRun(SamplingWatcher):
     """One sampling run whose tokens are recorded after every block."""
 
     def __init__(self, store: HiddenStates, layout: Layout, choice: RowChoice, limit: Limit, node_id: str | None):
@@ -213,7 +236,7 @@ class LensRun(host.SamplingWatcher):
         self.steps: frozenset[int] = frozenset()
 
     @contextmanager
-    def watching(self, call: host.ModelCall):
+    def watching(self, call: ModelCall):
         if self.recorder is None:
             first = self.store.new_images(call.images)
             self.recorder = LensRecorder(self.layout, self.choice.rows, seed=self.choice.seed + first)

@@ -9,8 +9,7 @@ MLPs take the width of what is loaded: at no time is there room for the dense mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,32 +153,3 @@ def read_tensors(path: str) -> dict[str, Tensor]:
 def load_lora(model: ModelPatcher, tensors: Mapping[str, Tensor], strength: float) -> ModelPatcher:
     """A clone of MODEL with a LoRA on it."""
     return comfy.sd.load_lora_for_models(model, None, dict(tensors), strength, 0.0)[0]
-
-
-def training_device() -> torch.device:
-    """Where ComfyUI computes."""
-    return comfy.model_management.get_torch_device()
-
-
-@contextmanager
-def training() -> Iterator[None]:
-    """Gradients, which the host switches off while nodes run, and the memory of models that are not in use."""
-    comfy.model_management.unload_all_models()
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-def throw_if_cancelled() -> None:
-    """Raises where the user has pressed Cancel."""
-    comfy.model_management.throw_exception_if_processing_interrupted()
-
-
-def step_progress() -> Callable[[str, int, int], None]:
-    """Progress of work in named steps on the node that runs; raises where the user has pressed Cancel."""
-    bar = comfy.utils.ProgressBar(1)
-
-    def update(name: str, done: int, total: int) -> None:
-        bar.update_absolute(done, total)
-        comfy.model_management.throw_exception_if_processing_interrupted()
-
-    return update

@@ -14,9 +14,8 @@ from ..errors import UserError
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import Layout
 from . import host
-
-InternalsType = io.Custom("INTERNALS")
-DEFAULT_FILE = "internals.safetensors"
+from .inputs import DEFAULT_FILE, InternalsType
+from .watching import ModelCall, SamplingWatcher, flux_layout, model_fingerprint, sampling_clone
 
 
 class RecordInternals(io.ComfyNode):
@@ -56,17 +55,17 @@ class RecordInternals(io.ComfyNode):
     @classmethod
     def execute(cls, model, file: str, ignore_padding: bool, positive_only: bool) -> io.NodeOutput:
         path = host.output_path(file, ".safetensors")
-        layout, fingerprint = host.flux_layout(model), host.fingerprint(model)
+        layout, fingerprint = flux_layout(model), model_fingerprint(model)
         check_file(path, fingerprint)
         node_id, graph = cls.hidden.unique_id, host.graph_metadata(cls.hidden)
 
         def start() -> InternalsRun:
             return InternalsRun(path, layout, fingerprint, ignore_padding, positive_only, node_id, graph)
 
-        return io.NodeOutput(host.sampling_clone(model, start), path)
+        return io.NodeOutput(sampling_clone(model, start), path)
 
 
-class InternalsRun(host.SamplingWatcher):
+class InternalsRun(SamplingWatcher):
     """One sampling run being recorded."""
 
     def __init__(
@@ -87,7 +86,7 @@ class InternalsRun(host.SamplingWatcher):
         self.calls = 0
 
     @contextmanager
-    def watching(self, call: host.ModelCall):
+    def watching(self, call: ModelCall):
         self.calls += 1
         with self.recorder.watching(call.model, call.mask(self.layout, self.ignore_padding, self.positive_only)):
             yield

@@ -16,8 +16,10 @@ from ..retrain.layers import open_data, retrain_layers
 from ..retrain.options import Options, Progress
 from ..retrain.replaced import Replaced, RetrainedLayers
 from ..retrain.stats import stats_figure, stats_table
-from . import host, loading
-from .prune import DEFAULT_FOLDER, PRUNED, PlanType, PrunedModel, _checkpoint_input, _weight_dtype_input
+from . import computing, host, loading
+from .inputs import DEFAULT_FOLDER, PlanType, checkpoint_input, weight_dtype_input
+from .pruned import PRUNED, PrunedModel
+from .sources import REPAIRS
 
 DEFAULT_LAYERS = "retrained_layers"
 DISTILL = "distill"
@@ -34,7 +36,7 @@ class RetrainLayers(io.ComfyNode):
             "Cancel keeps those that are finished; run again, it goes on.",
             is_output_node=True,
             inputs=[
-                _checkpoint_input(),
+                checkpoint_input(),
                 PlanType.Input("plan", tooltip="From a Plan Pruning node or Load Plan."),
                 io.String.Input(
                     "hidden_states",
@@ -98,11 +100,11 @@ class RetrainLayers(io.ComfyNode):
         options = Options(
             method="both" if method == DISTILL else method, steps=steps, learning_rate=learning_rate, batch=batch,
             thickness=thickness, save_dtype=save_dtype, seed=train_seed, mixed_precision=mixed_precision,
-            device=str(loading.training_device()),
+            device=str(computing.training_device()),
         )  # fmt: skip
-        with loading.training():
+        with computing.training():
             if method == DISTILL:
-                store, repairs = HiddenStates.open(source), host.output_path("repairs")
+                store, repairs = HiddenStates.open(source), host.output_path(REPAIRS)
                 stats = distill_layers(dense, plan, store, out, options, LossCurve(), repairs)
             else:
                 stats = retrain_layers(dense, plan, open_data(source, train_on), layers, out, options, LossCurve())
@@ -126,7 +128,7 @@ class LossCurve:
         self._curve.append((progress.step, progress.held_out_loss))
         done = progress.layers_done * progress.steps + progress.step
         self._progress(done, progress.layers * progress.steps, curve_picture(progress, self._curve))
-        loading.throw_if_cancelled()
+        computing.throw_if_cancelled()
 
 
 def curve_picture(progress: Progress, curve: list[tuple[int, float]]) -> Image.Image:
@@ -161,8 +163,8 @@ class LoadReplacedFlux(io.ComfyNode):
             description="Loads a FLUX with retrained layers in place of its own, of any width. The original flux-poke's layers "
             "load too. The file is not changed.",
             inputs=[
-                _checkpoint_input(),
-                _weight_dtype_input(),
+                checkpoint_input(),
+                weight_dtype_input(),
                 io.String.Input("folder", default=DEFAULT_LAYERS, tooltip="Folder in output/flux_poke, from Retrain Layers."),
                 io.Int.Input("first_layer", default=0, min=0, max=255, tooltip="First layer to replace."),
                 io.Int.Input(

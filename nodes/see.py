@@ -20,12 +20,12 @@ from ..analysis.previews import BlockTaps, Moment, StepChoice, TapRecorder
 from ..analysis.sheets import stacked
 from ..flux.layout import FAMILY_NAMES, Layout
 from . import host
+from .watching import ModelCall, SamplingWatcher, flux_layout, sampling_clone
 
 BlockTapsType = io.Custom("BLOCK_TAPS")
 
-#: Inputs of loaders and text encoders that say what is drawn with and what.
+#: Inputs of loaders that say what is drawn with.
 MODEL_NAMES = ("unet_name", "ckpt_name", "model_name")
-TEXTS = ("text", "t5xxl", "prompt")
 
 
 @dataclass
@@ -42,7 +42,7 @@ class TappedRun:
         """How `final` came about; model and prompt are read from the graph, unless a prompt is given."""
         return Generation(
             model=host.graph_value(hidden, MODEL_NAMES, FAMILY_NAMES[self.layout.family]),
-            prompt=host.graph_value(hidden, TEXTS) if prompt is None else prompt,
+            prompt=host.graph_value(hidden, host.TEXTS) if prompt is None else prompt,
             width=final.width,
             height=final.height,
             seed=self.seed,
@@ -89,7 +89,7 @@ class TapBlocks(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, blocks: str, at_steps: str, lens: str, memory_gb: float) -> io.NodeOutput:
-        layout = host.flux_layout(model)
+        layout = flux_layout(model)
         tuned = Lens.load(host.output_path(lens, ".safetensors")) if lens.strip() else None
         if tuned is not None:
             tuned.check_fits(layout)
@@ -101,10 +101,10 @@ class TapBlocks(io.ComfyNode):
             folder=host.temporary_folder(),
         )
         tapped, node_id = TappedRun(taps, layout), cls.hidden.unique_id
-        return io.NodeOutput(host.sampling_clone(model, lambda: TappingRun(recorder, tapped, node_id)), tapped)
+        return io.NodeOutput(sampling_clone(model, lambda: TappingRun(recorder, tapped, node_id)), tapped)
 
 
-class TappingRun(host.SamplingWatcher):
+class TappingRun(SamplingWatcher):
     """One sampling run being tapped."""
 
     def __init__(self, recorder: TapRecorder, tapped: TappedRun, node_id: str | None):
@@ -113,7 +113,7 @@ class TappingRun(host.SamplingWatcher):
         tapped.timesteps = ()
 
     @contextmanager
-    def watching(self, call: host.ModelCall):
+    def watching(self, call: ModelCall):
         rows, tapped = call.positive_rows, self.tapped
         if rows is None:
             yield

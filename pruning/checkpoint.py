@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import check_replaces, kind_of, stream_safetensors, write_safetensors
 from ..flux.checkpoint import Checkpoint, open_safetensors, require_format
-from ..flux.layout import FAMILY_NAMES, Layout, canonical_key
+from ..flux.layout import FAMILY_NAMES, Layout, Site, canonical_key
 from .dense import KEPT, PRUNED_FORMAT, Dense
 from .plan import PruningPlan
 from .repair import Fold, RepairReport, report_table
@@ -88,15 +89,9 @@ def save_pruned(
     for name, kept in changed.plan.kept.items():
         extra[f"{KEPT}{name}"] = kept.int
         kinds[f"{KEPT}{name}"] = kind_of(kept.int())
-    for name in changed.plan.kept:
-        found = changed.fold(name)
-        if fold and report[name].method == "affine" and found.matrix is None:
-            raise UserError("The repair was computed without folds: compute it with fold to save what LoRAs need.")
-        parts = {"offset": found.offset, "matrix": found.matrix.bfloat16() if fold and found.matrix is not None else None}
-        for part, value in parts.items():
-            if value is not None:
-                kinds[f"{FOLD}{name}.{part}"] = kind_of(value)
-                extra[f"{FOLD}{name}.{part}"] = lambda name=name, part=part: _fold_part(changed.fold(name), part)  # type: ignore[misc]
+        for part, kind in _fold_kinds(changed.dense.layout.site(name), len(kept), report[name].method, fold).items():
+            extra[f"{FOLD}{name}.{part}"] = partial(_fold_part, changed, name, part)
+            kinds[f"{FOLD}{name}.{part}"] = kind
     repaired = {name: asdict(site) for name, site in report.items()}
     header = {
         **_passed_on(changed.dense),
@@ -196,8 +191,17 @@ class _Folds(Mapping[str, Fold]):
         return len(self.sites)
 
 
-def _fold_part(fold: Fold, part: str) -> Tensor:
-    value = fold.matrix.bfloat16() if part == "matrix" and fold.matrix is not None else fold.offset
+def _fold_kinds(site: Site, kept: int, method: str, fold: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Types and shapes of what is stored of a site's fold: the offset of a repaired bias; of affine repair all or nothing."""
+    cut = site.width - kept
+    matrix = method == "affine" and fold
+    found: dict[str, tuple[str, tuple[int, ...]]] = {"matrix": ("BF16", (cut, site.down_column + kept))} if matrix else {}
+    return {**found, "offset": ("F32", (cut,))} if site.biased and (matrix or method == "bias") else found
+
+
+def _fold_part(changed: Changed, name: str, part: str) -> Tensor:
+    fold = changed.fold(name, matrix=part == "matrix")
+    value = fold.matrix if part == "matrix" else fold.offset
     assert value is not None
     return value
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from ..flux.layout import Layout, Site
 from .plan import PruningPlan
 from .refit import Fold, RepairReport
+from .scores import Progress
 from .surgery import down_columns, len_up, up_rows
 
 Outcome = Literal["applied", "converted", "skipped"]
@@ -103,12 +104,19 @@ def convert_lora(
     plan: PruningPlan,
     folds: Mapping[str, Fold],
     report: Mapping[str, RepairReport],
+    progress: Progress | None = None,
 ) -> ConvertedLora:
-    """Makes `lora` fit the model that `plan` cut, repaired as `report` and `folds` tell; `layout` may be dense or pruned."""
+    """Makes `lora` fit the model that `plan` cut, repaired as `report` and `folds` tell; `layout` may be dense or pruned.
+
+    `progress` is told before every module; an exception from it stops the work.
+    """
     targets = _targets(layout, plan)
     tensors: dict[str, Tensor] = {}
     modules: list[LoraModule] = []
-    for name, parts in _modules(lora).items():
+    named = _modules(lora)
+    for done, (name, parts) in enumerate(named.items()):
+        if progress is not None:
+            progress(name, done, len(named))
         target = targets.get(name)
         if target is None:
             tensors |= {name + suffix: tensor for suffix, tensor in parts.items()}

@@ -94,7 +94,7 @@ def gather(
 
 def regressors(weights: SiteWeights, rows: Rows) -> Tensor:
     """[attention | neurons] of some rows, float32 [n, regressors], a new tensor."""
-    h = weights.activations(rows.x.to(weights.up.device))
+    h = weights.activations(rows.x.to(weights.down.device))
     return h if weights.attn is None or rows.attn is None else torch.cat((rows.attn.to(h), h), dim=1)
 
 

@@ -3,6 +3,7 @@
     repairs = Repairs(dense, plan, "affine", rows=store, folder=folder)
     repairs.compute(progress)
     repairs["single-7"].down, repairs.report["single-7"].after
+    repairs.fold("single-7")                         # what a LoRA needs to follow
 
 What is done at each MLP, and why, is in `refit.py`.
 """
@@ -12,12 +13,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..analysis.hidden_states import HiddenStates, held_out
 from ..analysis.internals import Internals
@@ -26,13 +29,13 @@ from ..files import write_safetensors
 from ..flux.checkpoint import open_safetensors
 from ..flux.layout import Site
 from .dense import Dense
-from .moments import gather
+from .moments import Check, gather
 from .plan import PruningPlan
 from .refit import METHODS, Fold, Repaired, RepairReport, affine, bias, choose, none
 from .scores import Progress, require_internals, require_rows
 from .weights import SiteWeights
 
-FORMAT = "flux-poke repair 1"
+FORMAT = "flux-poke repair 2"
 
 
 class Repairs(Mapping[str, Repaired]):
@@ -40,8 +43,9 @@ class Repairs(Mapping[str, Repaired]):
 
     none and bias are worked out whenever a site is asked for. affine is worked out once: every site is a file in a folder of
     `folder` that is named after the plan, the repair and the rows, so asking again costs reading it, and a run that was
-    cancelled goes on where it was. `compute` does all sites; `progress` is told after each, and an exception from it stops
-    the work.
+    cancelled goes on where it was. What was worked out from the rows of a store before more were recorded is removed, since
+    nobody can ask for it any more. `compute` does all sites on `device`; `progress` is told after each, `check` is called
+    within them, and an exception from either stops the work. `device` may be changed at any time.
 
     Raises `UserError` where the plan is not of `dense`, or what the method needs is missing, too little, or of another model.
     """
@@ -54,13 +58,13 @@ class Repairs(Mapping[str, Repaired]):
         internals: Internals | None = None,
         rows: HiddenStates | None = None,
         folder: str | os.PathLike[str] | None = None,
-        fold: bool = False,
         device: torch.device | str = "cpu",
+        check: Check | None = None,
     ):
         plan.require(dense)
         if method not in METHODS:
             raise UserError(f"There is no repair {method!r}; there are {', '.join(METHODS)}.")
-        self.dense, self.plan, self.method, self.fold, self.device = dense, plan, method, fold, device
+        self.dense, self.plan, self.method, self.device, self.check = dense, plan, method, device, check
         self.sites = {site.name: site for site in dense.layout.sites if site.name in plan.kept}
         sites = list(self.sites.values())
         self.internals = require_internals(internals, dense, sites, "repair = bias") if method == "bias" else internals
@@ -69,7 +73,10 @@ class Repairs(Mapping[str, Repaired]):
         if method == "affine":
             if folder is None:
                 raise UserError("Repair = affine keeps what it computes: name a folder for it.")
-            self.folder = Path(folder) / f"repair-{self._key()}"
+            assert rows is not None
+            self._store = f"repair-{_short(str(rows.folder.resolve()))}-"
+            self._recording = f"{self._store}{_short(FORMAT + rows.digest)}-"
+            self.folder = Path(folder) / f"{self._recording}{plan.digest[:16]}"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.sites)
@@ -80,55 +87,91 @@ class Repairs(Mapping[str, Repaired]):
     def __getitem__(self, name: str) -> Repaired:
         site, kept = self.sites[name], self.plan.kept[name]
         if self.method == "affine":
-            path = self._path(name)
-            return load_repaired(path) if path.exists() else self._compute(site)
-        weights = SiteWeights.read(self.dense.tensors, site, self.device)
+            if not self._path(name).exists():
+                self._compute(site)
+            return load_repaired(self._path(name))
+        weights = SiteWeights.read(self.dense.tensors, site, up=False)
         if self.method == "none":
             return none(weights, kept)
         assert self.internals is not None
         return bias(weights, kept, self.internals.sites[name].mean)
+
+    def fold(self, name: str, matrix: bool = True) -> Fold:
+        """How a LoRA follows what was cut at a site (`lora.py`); without `matrix`, its offset alone.
+
+        The matrix of affine repair is worked out when it is first asked for, and kept: [cut, attention + kept] numbers.
+        """
+        site = self.sites[name]
+        if self.method == "none":
+            return Fold(None, None)
+        if self.method == "bias":
+            assert self.internals is not None
+            mean = self.internals.sites[name].mean[self.plan.removed(name)].float()
+            return Fold(None, mean if site.biased else None)
+        if self.lacks(name, fold=True):
+            self._compute(site, fold=True)
+        path = self._path(name) if self.report[name].method == "bias" else self._fold_path(name)
+        found = _read(path, ("matrix", "offset") if matrix else ("offset",))
+        return Fold(found.get("matrix"), found.get("offset"))
 
     @property
     def report(self) -> dict[str, RepairReport]:
         """By site, how well it was repaired; only of those that were computed."""
         if self.method != "affine":
             return {name: RepairReport(self.method) for name in self}
-        return {name: load_repaired(self._path(name), report_only=True).report for name in self if self._path(name).exists()}
+        return {name: _read_report(self._path(name)) for name in self if self._path(name).exists()}
 
-    def compute(self, progress: Progress | None = None) -> None:
-        """Works out what is not there yet."""
+    def compute(self, progress: Progress | None = None, fold: bool = False) -> None:
+        """Works out what is not there yet, and with `fold` also what LoRAs need."""
         for done, (name, site) in enumerate(self.sites.items(), start=1):
-            if self.method == "affine" and not self._path(name).exists():
-                self._compute(site)
-                self.dense.release()
+            if self.lacks(name, fold):
+                self._compute(site, fold)
             if progress is not None:
                 progress(name, done, len(self))
 
-    def _compute(self, site: Site) -> Repaired:
+    def lacks(self, name: str, fold: bool = False) -> bool:
+        """Whether a site, or with `fold` what LoRAs need of it, is still to be worked out: by `compute`, or when asked for."""
+        if self.method != "affine":
+            return False
+        path = self._path(name)
+        return not path.exists() or (fold and _read_report(path).method == "affine" and not self._fold_path(name).exists())
+
+    def _compute(self, site: Site, fold: bool = False) -> None:
         assert self.rows is not None
-        weights, kept = SiteWeights.read(self.dense.tensors, site, self.device), self.plan.kept[site.name]
-        fit, judge = held_out(self.rows.images(site.name))
-        importance = partial(self.rows.importance, site.name)
-        moments = gather(weights, self.rows.rows(site.name, fit), importance)
-        others = gather(weights, self.rows.rows(site.name, judge), importance)
-        report = choose(weights, kept, moments, others)
+        name, kept, path = site.name, self.plan.kept[site.name], self._path(site.name)
+        weights = SiteWeights.read(self.dense.tensors, site, self.device)
+        fit, judge = held_out(self.rows.images(name))
+        importance = partial(self.rows.importance, name)
+        moments = gather(weights, self.rows.rows(name, fit), importance, self.check)
+        others = gather(weights, self.rows.rows(name, judge), importance, self.check)
+        report = _read_report(path) if path.exists() else choose(weights, kept, moments, others)
         moments = moments.merged(others)
         del others
         if report.ridge is None:
             repaired = bias(weights, kept, moments.mean[moments.attn :])
         else:
-            repaired = affine(weights, kept, moments, report.ridge, self.fold)
-        repaired = replace(repaired, report=report)
-        save_repaired(self._path(site.name), repaired, self.dense.tensors[f"{site.down}.weight"].dtype)
-        return repaired
+            repaired = affine(weights, kept, moments, report.ridge, fold)
+        if fold and repaired.fold.matrix is not None:
+            _write(self._fold_path(name), {"matrix": repaired.fold.matrix.bfloat16(), "offset": repaired.fold.offset}, report)
+        if not path.exists():
+            stored = self.dense.tensors[f"{site.down}.weight"].dtype
+            save_repaired(path, replace(repaired, report=report), stored)
+        self._forget_earlier_rows()
+        self.dense.release()
+
+    def _forget_earlier_rows(self) -> None:
+        assert self.folder is not None
+        for other in self.folder.parent.glob(f"{self._store}*"):
+            if not other.name.startswith(self._recording):
+                shutil.rmtree(other, ignore_errors=True)
 
     def _path(self, name: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{name}.safetensors"
 
-    def _key(self) -> str:
-        assert self.rows is not None
-        return hashlib.sha256(f"{FORMAT} {self.plan.digest} {self.fold} {self.rows.digest}".encode()).hexdigest()[:16]
+    def _fold_path(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{name}.fold.safetensors"
 
 
 def report_table(report: Mapping[str, RepairReport]) -> str:
@@ -145,24 +188,32 @@ def report_table(report: Mapping[str, RepairReport]) -> str:
 
 
 def save_repaired(path: Path, repaired: Repaired, stored: torch.dtype) -> None:
-    """One site's file; weights in the checkpoint's precision, from 16 bits on, else bfloat16, as the fold's matrix."""
+    """One site's file; its weights are as precise as the checkpoint's, `stored`, from 16 bits on."""
     dtype = stored if stored in (torch.float32, torch.float16) else torch.bfloat16
-    tensors = {"down": repaired.down.to(dtype).cpu()}
-    if repaired.bias is not None:
-        tensors["bias"] = repaired.bias.cpu()
-    if repaired.fold.matrix is not None:
-        tensors["fold.matrix"] = repaired.fold.matrix.bfloat16().cpu()
-    if repaired.fold.offset is not None:
-        tensors["fold.offset"] = repaired.fold.offset.cpu()
-    write_safetensors(path, tensors, {"format": FORMAT, "report": json.dumps(asdict(repaired.report))})
+    offset = repaired.fold.offset if repaired.report.method == "bias" else None  # else it goes with the matrix
+    _write(path, {"down": repaired.down.to(dtype), "bias": repaired.bias, "offset": offset}, repaired.report)
 
 
-def load_repaired(path: Path, report_only: bool = False) -> Repaired:
-    """What `save_repaired` wrote; its tensors are empty if only the report is wanted."""
+def load_repaired(path: Path) -> Repaired:
+    """What `save_repaired` wrote."""
+    found = _read(path, ("down", "bias", "offset"))
+    return Repaired(found["down"].float(), found.get("bias"), _read_report(path), Fold(None, found.get("offset")))
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor | None], report: RepairReport) -> None:
+    there = {key: tensor.cpu() for key, tensor in tensors.items() if tensor is not None}
+    write_safetensors(path, there, {"format": FORMAT, "report": json.dumps(asdict(report))})
+
+
+def _read(path: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
     with open_safetensors(path) as file:
-        report = RepairReport(**json.loads((file.metadata() or {})["report"]))
-        if report_only:
-            return Repaired(torch.empty(0), None, report, Fold(None, None))
-        there = {key: file.get_tensor(key) for key in file.keys()}
-    fold = Fold(there.get("fold.matrix"), there.get("fold.offset"))
-    return Repaired(there["down"].float(), there.get("bias"), report, fold)
+        return {name: file.get_tensor(name) for name in names if name in file.keys()}
+
+
+def _read_report(path: Path) -> RepairReport:
+    with open_safetensors(path) as file:
+        return RepairReport(**json.loads((file.metadata() or {})["report"]))

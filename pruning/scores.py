@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from ..files import write_safetensors
 from ..flux.checkpoint import open_safetensors
 from ..flux.layout import Site
 from .dense import Dense
-from .moments import Moments, gather
+from .moments import Check, Moments, gather
 from .obs import eliminate
 from .refit import Problem, output_energy, sketched
 from .symmetric import add_product, inner
@@ -81,7 +82,7 @@ def fluctuation(site: SiteInternals, energy: Tensor) -> Tensor:
     return site.variance * energy
 
 
-def obs(moments: Moments, down: Tensor, ridge: float | None = None) -> Ranking:
+def obs(moments: Moments, down: Tensor, ridge: float | None = None, check: Check | None = None) -> Ranking:
     """Greedy Optimal Brain Surgeon: the error that is left when all kept regressors make up for the neuron (`obs.py`).
 
     Attention channels are never cut; they are projected out first. `ridge` is in units of the mean variance; by default
@@ -100,7 +101,7 @@ def obs(moments: Moments, down: Tensor, ridge: float | None = None) -> Ranking:
         attention.diagonal().add_(ridge * mean_variance(attention))
         half = torch.linalg.solve_triangular(torch.linalg.cholesky(attention), moments.second[:a, a:], upper=False)
         add_product(hessian, half, half, alpha=-1.0)
-    order, error = eliminate(hessian, gram)
+    order, error = eliminate(hessian, gram, check)
     return Ranking(order.cpu(), error.cpu(), max(energy, torch.finfo(torch.float32).tiny))
 
 
@@ -142,8 +143,11 @@ def rank(
     sites: Sequence[Site] | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    check: Check | None = None,
 ) -> dict[str, Ranking]:
     """Rankings of `sites` (default: all) by `score`, one site in memory at a time. Those by obs are kept beside the rows.
+
+    `device` is where obs computes; the others take no work. `check` is called now and then within a site.
 
     Raises `UserError` where the internals or rows that the score needs are missing, too few, or of another model.
     """
@@ -158,7 +162,7 @@ def rank(
     for done, site in enumerate(sites, start=1):
         if score == "obs":
             assert rows is not None
-            rankings[site.name] = _by_rows(dense, site, rows, device)
+            rankings[site.name] = _by_rows(dense, site, rows, device, check)
         else:
             assert internals is not None
             rankings[site.name] = _by_internals(score, dense, site, internals.sites[site.name])
@@ -167,18 +171,27 @@ def rank(
     return rankings
 
 
-def _by_rows(dense: Dense, site: Site, rows: HiddenStates, device: torch.device | str) -> Ranking:
+def ranked_before(rows: HiddenStates, sites: Sequence[Site]) -> bool:
+    """Whether the rankings by obs of all these sites are there already."""
+    return all(_ranking_file(rows, site).exists() for site in sites)
+
+
+def _ranking_file(rows: HiddenStates, site: Site) -> Path:
+    return rows.folder / "rankings" / f"{rows.digest[:16]}-{site.name}.safetensors"
+
+
+def _by_rows(dense: Dense, site: Site, rows: HiddenStates, device: torch.device | str, check: Check | None) -> Ranking:
     """The ranking by obs; it is kept beside the rows, since it takes long and every budget starts from it."""
-    path = rows.folder / "rankings" / f"{rows.digest[:16]}-{site.name}.safetensors"
+    path = _ranking_file(rows, site)
     if path.exists():
         with open_safetensors(path) as file:
             return Ranking(file.get_tensor("order"), file.get_tensor("error"), file.get_tensor("energy").item())
     weights = SiteWeights.read(dense.tensors, site, device)
     fit, judge = held_out(rows.images(site.name))
     importance = partial(rows.importance, site.name)
-    moments = gather(weights, rows.rows(site.name, fit), importance)
-    ranking = obs(moments, weights.down)
-    ranking = judged(ranking, weights, moments, gather(weights, rows.rows(site.name, judge), importance))
+    moments = gather(weights, rows.rows(site.name, fit), importance, check)
+    ranking = obs(moments, weights.down, check=check)
+    ranking = judged(ranking, weights, moments, gather(weights, rows.rows(site.name, judge), importance, check))
     assert ranking.error is not None
     energy = torch.tensor(ranking.energy, dtype=torch.float64)
     tensors = {"order": ranking.order, "error": ranking.error, "energy": energy}
@@ -189,7 +202,7 @@ def _by_rows(dense: Dense, site: Site, rows: HiddenStates, device: torch.device 
 def _by_internals(score: str, dense: Dense, site: Site, recorded: SiteInternals) -> Ranking:
     if score == "frequency":
         return Ranking(frequency(recorded).argsort(stable=True))
-    energy = down_energy(SiteWeights.read(dense.tensors, site))
+    energy = down_energy(SiteWeights.read(dense.tensors, site, up=False))
     scores = magnitude(recorded, energy) if score == "magnitude" else fluctuation(recorded, energy)
     ordered, order = scores.sort(stable=True)
     error = torch.cat((torch.zeros(1, dtype=torch.float64), ordered.cumsum(0)))
@@ -219,19 +232,15 @@ def require_rows(rows: HiddenStates | None, dense: Dense, sites: Sequence[Site],
     if rows is None:
         raise UserError(f"Rows are missing, and {what} needs them: record them first (Record Hidden States, what = rows).")
     rows.require(dense.fingerprint, dense.source)
-    for site in sites:
-        count, least = rows.count(site.name), rows_needed(site)
+    if sites:
+        site = rows.scarcest(sites)
+        count, least = rows.count(site.name), site.regressors
         if count < least:
             raise UserError(
                 f"{rows.folder} holds {count:,} rows of {site.name}, too few for {what}: at least {least:,} are needed, "
                 f"one for each value it reads ({5 * least:,} do best). Record more images, steps per image or rows per step."
             )
     return rows
-
-
-def rows_needed(site: Site) -> int:
-    """The least rows for a regression over all that the site's down projection reads."""
-    return site.width + site.down_column
 
 
 def predicted_errors(rankings: Mapping[str, Ranking], kept: Mapping[str, Tensor]) -> dict[str, float]:

@@ -63,8 +63,8 @@ class Changed(Mapping[str, Tensor]):
     def report(self) -> Mapping[str, RepairReport]:
         """By site, how it was made up for; only of sites that were changed."""
 
-    def fold(self, site: str) -> Fold:
-        """How a LoRA follows what was cut of `site`."""
+    def fold(self, site: str, matrix: bool = True) -> Fold:
+        """How a LoRA follows what was cut of `site`; without `matrix`, its offset alone."""
         return Fold(None, None)
 
 
@@ -128,8 +128,8 @@ class Cut(Changed):
         self.repairs.compute()
         return self.repairs.report
 
-    def fold(self, site: str) -> Fold:
-        return Fold(None, None) if self.repairs.method == "none" else self._repaired(site).fold
+    def fold(self, site: str, matrix: bool = True) -> Fold:
+        return self.repairs.fold(site, matrix)
 
     def _repaired(self, site: str) -> Repaired:
         """One site's repair; the last one is kept, since its tensors are asked for one after the other."""

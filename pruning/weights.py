@@ -44,15 +44,19 @@ class SiteWeights:
     bias: Tensor | None
 
     @classmethod
-    def read(cls, tensors: Mapping[str, Tensor], site: Site, device: torch.device | str = "cpu") -> SiteWeights:
-        """Reads the site's tensors (canonical keys); raises `UserError` where they are quantised in blocks."""
-        up = full_precision(tensors, f"{site.up}.weight", device)[site.up_row :]
+    def read(
+        cls, tensors: Mapping[str, Tensor], site: Site, device: torch.device | str = "cpu", up: bool = True
+    ) -> SiteWeights:
+        """Reads the site's tensors (canonical keys); raises `UserError` where they are quantised in blocks.
+
+        Without `up`, the up projection is left out, as one of no rows, where no activations are asked for.
+        """
         down = full_precision(tensors, f"{site.down}.weight", device)
         up_bias = tensors.get(f"{site.up}.bias")
         bias = tensors.get(f"{site.down}.bias")
         return cls(
             site=site,
-            up=up,
+            up=full_precision(tensors, f"{site.up}.weight", device)[site.up_row :] if up else down.new_empty(0, len(down)),
             up_bias=None if up_bias is None else up_bias[site.up_row :].to(device).float(),
             down=down[:, site.down_column :],
             attn=down[:, : site.down_column] if site.down_column else None,

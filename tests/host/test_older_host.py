@@ -26,7 +26,7 @@ comfy.cli_args.args.cpu = True
 import torch, comfy.sample, comfy.sd, comfy.ldm.flux.model, comfy.ops
 from pathlib import Path
 from flux_poke.analysis.internals import Internals
-from flux_poke.nodes import host
+from flux_poke.nodes import watching
 from flux_poke.nodes.record import InternalsRun
 
 with torch.device("meta"):
@@ -37,8 +37,9 @@ with torch.device("meta"):
     ).state_dict()
 weights = {key: torch.randn(value.shape, dtype=torch.bfloat16) * 0.02 for key, value in shapes.items()}
 model = comfy.sd.load_diffusion_model_state_dict(weights)
-layout, fingerprint, path = host.flux_layout(model), host.fingerprint(model), Path(folder) / "internals.safetensors"
-watched = host.sampling_clone(model, lambda: InternalsRun(path, layout, fingerprint, True, False, None, {}))
+layout, fingerprint = watching.flux_layout(model), watching.model_fingerprint(model)
+path = Path(folder) / "internals.safetensors"
+watched = watching.sampling_clone(model, lambda: InternalsRun(path, layout, fingerprint, True, False, None, {}))
 
 def sample(model):
     noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ import torch
 from flux_poke.errors import UserError
 from flux_poke.flux.model import Flux
 from flux_poke.flux.tiny import FOLDER, TinyFlux
-from flux_poke.headless.client import ComfyClient
+from flux_poke.headless.client import ComfyClient, Interrupted
 from flux_poke.pruning.checkpoint import Pruned
 from flux_poke.pruning.plan import PruningPlan
 from PIL import Image
@@ -145,6 +148,75 @@ def test_a_saved_model_draws_the_same_after_a_restart_with_nothing_else_at_hand(
         assert np.array_equal(expected, pictures(fresh, drawing(alone)))
 
 
+def test_a_name_with_a_folder_is_what_the_loader_calls_the_file(client: ComfyClient, recorded: Path):
+    save = node(
+        "FluxPokeSavePrunedFlux", unet_name=TINY, plan=["plan", 0], repair="none", save_as="small/half", fold=False,
+        **RECORDINGS,
+    )  # fmt: skip
+    graph = {"plan": by_count(), "save": save, "show": node("PreviewAny", source=["save", 0])}
+    (name,) = client.run(graph).outputs["show"]["text"]
+    assert name == os.path.join("small", "half.safetensors")
+    client.run(drawing({"load": node("FluxPokeLoadPrunedCheckpoint", unet_name=name, weight_dtype="default")}, steps=1))
+
+
+def test_a_plan_and_its_model_are_made_anew_only_when_there_is_something_new(client: ComfyClient, host):
+    """Recorded and drawn in one graph, with two samplers."""
+    recording: dict[str, Any] = {"hidden_states": "grows", "file": "grows"}
+    record = {
+        "tiny": node("FluxPokeLoadTinyFlux"),
+        "count": node("FluxPokeRecordInternals", model=["tiny", 0], file="grows", ignore_padding=True, positive_only=False),
+        "rows": node(
+            "FluxPokeRecordHiddenStates", model=["count", 0], folder="grows", streams="all", steps=10, rows=24, max_gb=1.0,
+            when_full="thin", sigma_from=0.0, sigma_to=1.0, probe_steps=1, sample_seed=0,
+        ),
+    }  # fmt: skip
+
+    def ran(graph: dict) -> set[str]:
+        return {"plan", "load"} & set(client.run(graph).executed)
+
+    def both(first: int, second: int, **options) -> dict:
+        graph = drawing(record, seed=first, batch=8)
+        graph["before"] = graph.pop("sample")
+        del graph["decode"], graph["save"]
+        plan = by_count("obs", **recording, internals=["count", 1], **options)
+        cut = node(
+            "FluxPokeLoadPrunedFlux", unet_name=TINY, weight_dtype="default", plan=["plan", 0], repair="affine", **recording,
+            internals=["count", 1],
+        )  # fmt: skip
+        return {**graph, **drawing({"plan": plan, "load": cut}, seed=second, steps=1)}
+
+    for seed in range(3):
+        client.run(drawing(record, seed=seed, prompt=PROMPTS[seed], batch=8))
+    assert ran(both(3, 1, after=["before", 0])) == {"plan", "load"}
+    assert ran(both(3, 2, after=["before", 0])) == set()
+    assert ran(both(4, 2, after=["before", 0])) == {"plan", "load"}
+
+    alone = {"plan": by_count("obs", **recording), "load": load()}
+    alone["load"]["inputs"] |= recording
+    assert ran(drawing(alone, seed=1, steps=1)) == {"plan", "load"}
+    assert ran(drawing(alone, seed=2, steps=1)) == set()
+    client.run(drawing(record, seed=9, batch=8))
+    assert ran(drawing(alone, seed=3, steps=1)) == {"plan", "load"}
+
+
+def test_cancel_stops_a_ranking_and_the_next_run_goes_on_from_there(client: ComfyClient, recorded: Path):
+    rows = Path(shutil.copytree(recorded / "rows", recorded / "cancelled", ignore=shutil.ignore_patterns("rankings")))
+    plan = {"plan": by_count("obs", hidden_states="cancelled")}
+    prompt_id = client.queue(plan)
+
+    def stop(node: str, step: int, _: int) -> None:
+        if node == "plan" and step >= 2:
+            client.interrupt(prompt_id)
+
+    with pytest.raises(Interrupted):
+        client.wait(prompt_id, stop)
+    times = {path: path.stat().st_mtime_ns for path in (rows / "rankings").glob("*.safetensors")}
+    assert 2 <= len(times) < 8
+    client.run(plan)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert len(list((rows / "rankings").glob("*.safetensors"))) == 8
+
+
 @pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2"])
 def test_fp8_weights_draw_nearly_the_same(client: ComfyClient, recorded: Path, weight_dtype: str):
     wide = pictures(client, drawing({"plan": by_budget(), "load": load()}))
@@ -187,8 +259,9 @@ def test_the_plan_shows_its_table_and_its_picture_before_anything_is_cut(client:
         (by_count("obs", hidden_states="nowhere"), "holds no hidden states"),
         (by_budget(file="counted", amount=0.999), "may go"),
         (by_budget(protect="double-18"), "no MLP called"),
+        (by_count(cut=0), "Nothing is cut"),
     ],
-    ids=["all neurons", "layers", "rows", "budget", "protect"],
+    ids=["all neurons", "layers", "rows", "budget", "protect", "nothing"],
 )
 def test_what_cannot_be_planned_is_said_in_a_sentence(client: ComfyClient, recorded: Path, plan: dict, sentence: str):
     with pytest.raises(UserError, match=sentence):
@@ -204,7 +277,7 @@ def test_too_few_rows_say_how_many_are_needed(client: ComfyClient, recorded: Pat
         ),
     }  # fmt: skip
     client.run(drawing(model))
-    with pytest.raises(UserError, match="at least 512 are needed"):
+    with pytest.raises(UserError, match=r"holds 8 rows of single-0, too few .* at least 640 are needed"):
         client.run({"plan": by_count("obs", hidden_states="few")})
 
 

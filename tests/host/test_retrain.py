@@ -110,6 +110,12 @@ def test_recorded_states_are_what_the_hosts_blocks_read_and_gave(recorded):
         assert (txt - right_txt).norm() < 0.01 * right_txt.norm()
 
 
+def test_recorded_steps_know_what_was_drawn(recorded):
+    shards = HiddenStates.open(recorded / "states").manifest.shards
+    prompts = {capture.image: capture.prompt for shard in shards if shard.kind == "blocks" for capture in shard.captures}
+    assert [prompts[image] for image in sorted(prompts)] == [prompt for prompt in PROMPTS for _ in range(8)]
+
+
 def test_recorded_velocities_are_the_models(recorded):
     samples = Trajectories.open(HiddenStates.open(recorded / "states"))
     point = samples.batch(samples.groups[0][::8])

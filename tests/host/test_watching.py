@@ -45,12 +45,13 @@ def load(in_process):
 def record(in_process, tmp_path):
     """Samples `model`, recording it: the internals, or None where the run did not end well."""
     from flux_poke.analysis.internals import Internals
-    from flux_poke.nodes import host
+    from flux_poke.nodes import watching
     from flux_poke.nodes.record import InternalsRun
 
     def run(model, ignore_padding=True, positive_only=False, name="internals", **options):
-        path, layout, fingerprint = tmp_path / f"{name}.safetensors", host.flux_layout(model), host.fingerprint(model)
-        watched = host.sampling_clone(
+        path = tmp_path / f"{name}.safetensors"
+        layout, fingerprint = watching.flux_layout(model), watching.model_fingerprint(model)
+        watched = watching.sampling_clone(
             model, lambda: InternalsRun(path, layout, fingerprint, ignore_padding, positive_only, None, {})
         )
         return sample(watched, **options), Internals.load(path) if path.exists() else None
@@ -82,16 +83,36 @@ def tap(in_process):
     """`model` with every block tapped, and where its predictions go."""
     from flux_poke.analysis.blocks import choose_blocks
     from flux_poke.analysis.previews import BlockTaps, StepChoice, TapRecorder
-    from flux_poke.nodes import host
+    from flux_poke.nodes import watching
     from flux_poke.nodes.see import TappedRun, TappingRun
 
     def watched(model, steps="all"):
-        layout = host.flux_layout(model)
+        layout = watching.flux_layout(model)
         recorder = TapRecorder(layout, choose_blocks("all", layout), StepChoice.parse(steps))
         tapped = TappedRun(BlockTaps(model.get_model_object("model_sampling").calculate_denoised), layout)
-        return host.sampling_clone(model, lambda: TappingRun(recorder, tapped, None)), tapped
+        return watching.sampling_clone(model, lambda: TappingRun(recorder, tapped, None)), tapped
 
     return watched
+
+
+def test_the_prompt_is_found_below_a_guider_and_past_what_conditioning_goes_through(in_process):
+    from flux_poke.nodes import host
+
+    def node(**inputs):
+        return {"inputs": inputs}
+
+    graph = {
+        "loader": node(unet_name="flux1-dev.safetensors"), "clip": node(clip_name="t5xxl.safetensors"),
+        "record": node(model=["loader", 0], folder="hidden_states"), "rows": node(model=["record", 0], folder="rows"),
+        "no": node(clip=["clip", 0], text="blurred"), "yes": node(clip=["clip", 0], t5xxl="a fox", clip_l="fox"),
+        "strength": node(conditioning=["yes", 0], guidance=3.5),
+        "one": node(model=["rows", 0], conditioning=["strength", 0]),
+        "two": node(model=["record", 0], negative=["no", 0], positive=["strength", 0]),
+        "sample": node(guider=["one", 0]),
+    }  # fmt: skip
+    for asked in ("record", "rows"):
+        assert host.prompt_below(graph, asked) == "a fox"
+    assert host.prompt_below(graph, "sample") == ""
 
 
 def tokens(internals) -> dict[str, int]:
@@ -131,13 +152,13 @@ def test_what_a_probe_asks_of_the_model_is_not_counted(load, record, tmp_path, r
     from flux_poke.analysis.hidden_states import HiddenStates, Limit
     from flux_poke.analysis.internals import Internals
     from flux_poke.analysis.row_recording import RowChoice, RowRecorder
-    from flux_poke.nodes import host
+    from flux_poke.nodes import watching
     from flux_poke.nodes.hidden_states import RowsRun
     from flux_poke.nodes.record import InternalsRun
 
     model = load(FLUX1)
     drawn, alone = record(model, name="alone")
-    layout, fingerprint, path = host.flux_layout(model), host.fingerprint(model), tmp_path / "both.safetensors"
+    layout, fingerprint, path = watching.flux_layout(model), watching.model_fingerprint(model), tmp_path / "both.safetensors"
     store = HiddenStates.for_model(tmp_path / "rows", layout.family, fingerprint)
     recorder = RowRecorder(layout.sites, store, RowChoice(4, STEPS), Limit(1.0))
     starts = [
@@ -146,7 +167,7 @@ def test_what_a_probe_asks_of_the_model_is_not_counted(load, record, tmp_path, r
     ]
     watched = model
     for start in reversed(starts) if rows_first else starts:
-        watched = host.sampling_clone(watched, start)
+        watched = watching.sampling_clone(watched, start)
     assert torch.equal(sample(watched), drawn)
     assert store.amplification.keys() == alone.sites.keys()
     assert {store.count(name) for name in alone.sites} == {4 * STEPS * 2}
@@ -243,10 +264,10 @@ def test_guidance_and_noise_levels_are_those_of_the_latest_run(load, tap):
 
 def test_a_lora_does_not_make_it_another_model(load, in_process):
     import comfy.model_management
-    from flux_poke.nodes import host
+    from flux_poke.nodes import watching
 
     model = load(FLUX1)
-    before = host.fingerprint(model)
+    before = watching.model_fingerprint(model)
     patched = model.clone()
     patched.add_patches(
         {key: (torch.randn_like(w),) for key, w in model.model.state_dict().items() if key.endswith("mlp.0.weight")}
@@ -254,5 +275,5 @@ def test_a_lora_does_not_make_it_another_model(load, in_process):
     comfy.model_management.load_models_gpu([patched])
     changed = model.model.diffusion_model.double_blocks[0].img_mlp[0].weight
     assert not torch.equal(changed, torch.zeros_like(changed))
-    assert host.fingerprint(model) == host.fingerprint(patched) == before
+    assert watching.model_fingerprint(model) == watching.model_fingerprint(patched) == before
     comfy.model_management.unload_all_models()

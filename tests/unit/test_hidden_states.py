@@ -164,16 +164,26 @@ def test_another_models_folder_is_refused(store, tensors):
 
 
 def test_at_the_limit_all_images_lose_the_same(flux, store, inputs):
-    choice = RowChoice(rows=16, steps=1)
-    each = estimated_bytes(flux.layout.sites, 128, choice, steps=5, images=2)
-    recorder = RowRecorder(flux.layout.sites, store, choice, Limit(2.5 * each / 1e9, "thin"))
+    choice, sites = RowChoice(rows=24, steps=5), select_sites(flux.layout, streams=("img",))
+    each = estimated_bytes(sites, 128, choice, steps=5, images=2)
+    recorder = RowRecorder(sites, store, choice, Limit(5.5 * each / 1e9, "thin"))
+    for seed in range(8):
+        draw(flux, recorder, inputs, seed=seed)
+    assert store.bytes("rows") <= 5.5 * each
+    assert store.manifest.halvings == 1
+    shares = Counter(everything(store, "double-img-1").image.tolist())
+    assert shares == dict.fromkeys(range(16), 24 * 5 // 2)
+
+
+def test_no_mlp_is_thinned_below_the_rows_that_a_regression_on_it_needs(flux, store, inputs):
+    choice, sites = RowChoice(rows=24, steps=5), select_sites(flux.layout, streams=("img",))
+    each = estimated_bytes(sites, 128, choice, steps=5, images=2)
+    recorder = RowRecorder(sites, store, choice, Limit(3.5 * each / 1e9, "thin"))  # 840 rows; halved, fewer than 512
     for seed in range(5):
         draw(flux, recorder, inputs, seed=seed)
-    assert store.bytes("rows") <= 2.5 * each
-    assert store.manifest.halvings >= 1
-    shares = Counter(everything(store, "double-img-1").image.tolist())
-    assert set(shares) == set(range(10))
-    assert set(shares.values()) == {16 >> store.manifest.halvings}
+    assert recorder.full
+    assert (store.manifest.halvings, store.count("double-img-0")) == (0, 3 * 240)
+    assert store.count("double-img-0") > 512 == sites[0].regressors
 
 
 def test_a_halving_that_was_cut_off_is_finished_by_the_next(flux, store, inputs):

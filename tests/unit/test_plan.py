@@ -207,7 +207,7 @@ def test_too_few_rows_are_refused_with_how_many_are_needed(dense, tmp_path):
     store = HiddenStates.for_model(tmp_path, "flux1", dense.fingerprint)
     for site in dense.layout.sites:
         store.append("rows", {f"{site.name}.x": torch.zeros(511, 128), f"{site.name}.image": torch.zeros(511)})
-    with pytest.raises(UserError, match=r"holds 511 rows of double-img-0.*at least 512 are needed"):
+    with pytest.raises(UserError, match=r"holds 511 rows of single-0.*at least 640 are needed"):
         rank("obs", dense, rows=store)
     with pytest.raises(UserError, match=r"at least 640 are needed"):
         rank("obs", dense, rows=store, sites=[dense.layout.site("single-0")])

@@ -3,6 +3,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.lora import convert_lora
 from flux_poke.pruning.plan import by_count
 from flux_poke.pruning.repair import Repairs
-from flux_poke.pruning.scores import rank
+from flux_poke.pruning.scores import rank, ranked_before
 from flux_poke.pruning.surgery import Cut
+from flux_poke.pruning.weights import SiteWeights
 from torch import nn
 
 SIGMAS = torch.linspace(1, 0, 6)
@@ -134,6 +136,96 @@ def test_a_cancelled_repair_goes_on_where_it_was(recorded, tmp_path):
     assert set(repairs.report) == set(plan.kept)
 
 
+def test_cancel_stops_within_a_site_and_leaves_nothing_of_it(recorded, tmp_path):
+    def cancel():
+        raise KeyboardInterrupt
+
+    plan, store = half(recorded, "magnitude"), HiddenStates.open(shutil.copytree(recorded.store.folder, tmp_path / "hidden"))
+    shutil.rmtree(store.folder / "rankings", ignore_errors=True)
+    with pytest.raises(KeyboardInterrupt):
+        rank("obs", recorded.dense, rows=store, check=cancel)
+    with pytest.raises(KeyboardInterrupt):
+        Repairs(recorded.dense, plan, "affine", rows=store, folder=tmp_path / "repairs", check=cancel).compute()
+    assert not ranked_before(store, recorded.dense.layout.sites[:1])
+    assert not list((tmp_path / "repairs").rglob("*.safetensors"))
+
+
+def test_what_a_lora_needs_is_worked_out_later_and_belongs_to_the_repair_that_is_there(recorded, tmp_path):
+    """The new down projection is the kept columns and, through the matrix, those of the cut neurons."""
+    plan = half(recorded, "obs")
+    repairs = Repairs(recorded.dense, plan, "affine", rows=recorded.store, folder=tmp_path)
+    repairs.compute()
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    for name, kept in plan.kept.items():
+        assert repairs.lacks(name, fold=True)
+        weights = SiteWeights.read(recorded.dense.tensors, recorded.dense.layout.site(name))
+        whole = weights.down[:, kept] if weights.attn is None else torch.cat((weights.attn, weights.down[:, kept]), dim=1)
+        fold = repairs.fold(name)
+        expected = whole + weights.down[:, plan.removed(name)] @ fold.matrix.float()
+        torch.testing.assert_close(repairs[name].down, expected, rtol=0, atol=0.02 * expected.std().item())
+        assert not repairs.lacks(name, fold=True)
+        offset = repairs.fold(name, matrix=False).offset
+        assert (offset is None) if weights.bias is None else torch.equal(offset, fold.offset)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_ranks_and_repairs_as_the_cpu_does(recorded, tmp_path):
+    found = {}
+    for device in ("cpu", "cuda"):
+        store = HiddenStates.open(shutil.copytree(recorded.store.folder, tmp_path / device))
+        shutil.rmtree(store.folder / "rankings", ignore_errors=True)
+        rankings = rank("obs", recorded.dense, rows=store, device=device)
+        repairs = Repairs(
+            recorded.dense, half(recorded, "magnitude"), "affine", rows=store, folder=tmp_path / "repairs", device=device
+        )
+        found[device] = rankings, repairs
+    for name, ranking in found["cpu"][0].items():
+        torch.testing.assert_close(found["cuda"][0][name].error, ranking.error, rtol=1e-3, atol=1e-6 * ranking.energy)
+        expected, site = found["cpu"][1][name], found["cuda"][1][name]
+        assert site.report.after == pytest.approx(expected.report.after, rel=1e-3)
+        torch.testing.assert_close(site.down, expected.down, rtol=0, atol=0.01 * expected.down.std().item())
+
+
+def test_what_was_worked_out_from_fewer_rows_is_removed_and_nothing_else(recorded, tmp_path):
+    other = HiddenStates.open(shutil.copytree(recorded.store.folder, tmp_path / "other"))
+    store = HiddenStates.open(shutil.copytree(recorded.store.folder, tmp_path / "hidden"))
+    first, second, folder = half(recorded, "obs"), half(recorded, "magnitude"), tmp_path / "repairs"
+    for plan, rows in ((first, other), (first, store), (second, store)):
+        Repairs(recorded.dense, plan, "affine", rows=rows, folder=folder).compute()
+    assert len(list(folder.iterdir())) == 3
+    name = recorded.dense.layout.sites[0].name
+    some = next(store.rows(name))
+    store.append("rows", {f"{name}.{part}": getattr(some, part) for part in ("x", "sigma", "image", "step")})
+    kept = Repairs(recorded.dense, first, "affine", rows=other, folder=folder)
+    new = Repairs(recorded.dense, second, "affine", rows=store, folder=folder)
+    new.compute()
+    assert set(folder.iterdir()) == {kept.folder, new.folder}
+    assert not any(kept.lacks(name) for name in kept)
+
+
+def test_repairing_a_bias_leaves_up_projections_alone(recorded):
+    read: list[str] = []
+
+    class Listed(dict):
+        def __getitem__(self, key):
+            read.append(key)
+            return super().__getitem__(key)
+
+    plan = half(recorded, "fluctuation")
+    dense = replace(recorded.dense, tensors=Listed(recorded.dense.tensors))
+    repairs = Repairs(dense, plan, "bias", recorded.internals)
+    expected = Repairs(recorded.dense, plan, "bias", recorded.internals)
+    for name in plan.kept:
+        assert torch.equal(repairs[name].down, expected[name].down)
+        fold = repairs.fold(name)
+        assert fold.offset is None or torch.equal(fold.offset, expected[name].fold.offset)
+    up = {f"{site.up}.weight" for site in dense.layout.sites}
+    assert read
+    assert not up & set(read)
+
+
 def test_another_plan_or_other_rows_are_another_repair(recorded, tmp_path):
     first = Repairs(recorded.dense, half(recorded, "obs"), "affine", rows=recorded.store, folder=tmp_path)
     second = Repairs(recorded.dense, half(recorded, "magnitude"), "affine", rows=recorded.store, folder=tmp_path)
@@ -156,21 +248,18 @@ def test_the_repaired_checkpoint_reports_its_held_out_errors(recorded, tmp_path)
 
 def test_a_pruned_file_with_folds_is_all_that_converting_a_lora_takes(recorded, tmp_path):
     plan = half(recorded, "obs")
-    repairs = Repairs(recorded.dense, plan, "affine", rows=recorded.store, folder=tmp_path, fold=True)
+    repairs = Repairs(recorded.dense, plan, "affine", rows=recorded.store, folder=tmp_path)
     save_pruned(tmp_path / "pruned.safetensors", Cut(recorded.dense, plan, repairs), fold=True)
     pruned = Pruned.open(tmp_path / "pruned.safetensors")
     site = recorded.dense.layout.site("single-0")
     name, width = "diffusion_model.single_blocks.0.linear2", 128 + site.width
     lora = {f"{name}.lora_B.weight": torch.randn(128, 2), f"{name}.lora_A.weight": torch.randn(2, width)}
     found = convert_lora(lora, pruned.layout, pruned.plan, pruned.folds, pruned.report).tensors
-    matrix = repairs["single-0"].fold.matrix.float()
+    matrix = repairs.fold("single-0").matrix.float()
     a = lora[f"{name}.lora_A.weight"]
     kept = [*range(128), *(128 + j for j in plan.kept["single-0"].tolist())]
     expected = a[:, kept] + a[:, 128 + plan.removed("single-0")] @ matrix
     torch.testing.assert_close(found[f"{name}.lora_down.weight"], expected)
-    bare = Repairs(recorded.dense, plan, "affine", rows=recorded.store, folder=tmp_path)
-    with pytest.raises(UserError, match="computed without folds"):
-        save_pruned(tmp_path / "other.safetensors", Cut(recorded.dense, plan, bare), fold=True)
 
 
 def test_nothing_is_changed_where_nothing_is_cut(recorded, tmp_path):
@@ -222,8 +311,6 @@ class Toy(nn.Module):
 @pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
 def test_amplification_is_the_velocitys_error_over_the_noises_energy(recorded, compiled: bool):
     """For v = 3y over n tokens: (9 Σ|noise|² / 9 Σ|y|²) / (Σ|noise|² / n) = n / Σ|y|²; by noise level."""
-    from dataclasses import replace
-
     toy, x = Toy(), torch.randn(2, 11, 4)
     run = torch.compile(toy, backend="eager") if compiled else toy
     with torch.no_grad():

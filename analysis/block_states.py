@@ -35,9 +35,6 @@ class State:
     vec: Tensor
     pe: Tensor
 
-    def to(self, device: torch.device | str) -> State:
-        return State(self.img.to(device), self.txt.to(device), self.vec.to(device), self.pe.to(device))
-
 
 class BlockStates:
     """States by sample (one image at one step) and place.
@@ -104,18 +101,18 @@ class BlockStates:
                 f"The states in {self.folder} are {found} wide, those of {what} {hidden}: they are another model's."
             )
 
-    def batch(self, samples: Tensor, place: int) -> State:
-        """Samples of one group at `place`, float32; raises `UserError` where that place was not recorded."""
-        img, txt = self.tokens(samples, place)
+    def batch(self, samples: Tensor, place: int, device: torch.device | str = "cpu") -> State:
+        """Samples of one group at `place`, float32 on `device`; raises `UserError` where that place was not recorded."""
+        img, txt = self.tokens(samples, place, device)
         vec, pe = [], []
         for sample in samples.tolist():
             file, row = self._of[sample]
             vec.append(file[f"{place}-vec" if f"{place}-vec" in file else "vec"][row : row + 1])
             positions = file[f"{place}-pe" if f"{place}-pe" in file else "pe"][:]
             pe.append(positions.reshape(-1, 1, *positions.shape[-4:])[:1])
-        return State(img, txt, torch.cat(vec).float(), torch.cat(pe).float())
+        return State(img, txt, *(torch.cat(part).to(device).float() for part in (vec, pe)))
 
-    def tokens(self, samples: Tensor, place: int) -> tuple[Tensor, Tensor]:
+    def tokens(self, samples: Tensor, place: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """img and txt of `batch`."""
         if place not in self.places:
             raise UserError(
@@ -124,7 +121,7 @@ class BlockStates:
             )
         places = [self._of[sample] for sample in samples.tolist()]
         img, txt = (torch.cat([file[f"{place}-{name}"][row : row + 1] for file, row in places]) for name in ("img", "txt"))
-        return img.float(), txt.float()
+        return img.to(device).float(), txt.to(device).float()
 
 
 def _places(file: ShardSlices) -> set[int]:

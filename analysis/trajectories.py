@@ -46,11 +46,6 @@ class Point:
         """The velocity of another model there."""
         return model(self.x, self.sigma, self.context, self.vector, self.guidance)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Point:
-        """On `device`, numbers in `dtype`."""
-        parts = (self.x, self.sigma, self.context, self.vector, self.guidance, self.velocity)
-        return Point(*(None if part is None else part.to(device, dtype) for part in parts))  # type: ignore[arg-type]
-
 
 @torch.no_grad()
 def trajectory(
@@ -129,11 +124,11 @@ class Trajectories:
         shapes = [(point.x.shape[1:], point.context.shape[1:]) for point in points]
         return cls(parts, shapes, [torch.arange(first_image, first_image + len(point.x)) for point in points])
 
-    def batch(self, samples: Tensor) -> Point:
-        """The samples of one group together, float32."""
+    def batch(self, samples: Tensor, device: torch.device | str = "cpu") -> Point:
+        """The samples of one group together, float32 on `device`."""
         found: dict[str, list[Tensor]] = {"vector": [], "guidance": []}
         for sample in samples.tolist():
             number, row = self._place[sample]
             for name, values in self.parts[number].items():
                 found.setdefault(name, []).append(values[row : row + 1])
-        return Point(**{name: torch.cat(rows).float() if rows else None for name, rows in found.items()})  # type: ignore[arg-type]
+        return Point(**{name: torch.cat(rows).to(device).float() if rows else None for name, rows in found.items()})  # type: ignore[arg-type]

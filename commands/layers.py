@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -40,10 +39,6 @@ class Training:
     tensorboard: Annotated[Path | None, typer.Option(help="Folder for event files.")] = None
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")] = "cpu"
 
-    def given(self) -> dict[str, Any]:
-        """What is not left to the method's own defaults."""
-        return {name: value for name, value in vars(self).items() if value is not None}
-
 
 @spread
 def retrain(
@@ -64,37 +59,32 @@ def retrain(
     on: Annotated[Literal["auto", "blocks", "rows"], typer.Option(help="What of the folder to train on.")] = "auto",
 ) -> None:
     """Train what a plan leaves of the layers against what the dense model did. @arguments.txt reads options from a file."""
-    from ..analysis.hidden_states import HiddenStates
     from ..pruning.dense import Dense
-    from ..retrain import distill
+    from ..retrain import methods
     from ..retrain.files import draw_stats
-    from ..retrain.layers import open_data, retrain_layers
-    from ..retrain.options import Options, Progress
+    from ..retrain.options import Progress
     from ..retrain.stats import stats_table
 
     dense = Dense.open(checkpoint)
-    chosen = _chosen(dense, plan, internals, cuts, hidden_states)
+    chosen = _chosen(dense, plan, internals, cuts, hidden_states, training.device)
     with progress_bar() as update:
 
         def report(progress: Progress) -> None:
             done = (progress.layers_done + progress.step / progress.steps) / progress.layers
             update(f"{progress.layer}: held-out loss {progress.held_out_loss:.3g}", done)
 
-        if method == "distill":
-            options = dataclasses.replace(distill.DEFAULT, **training.given())
-            stats = distill.distill_layers(dense, chosen, HiddenStates.open(hidden_states), out, options, report)
-        else:
-            options = Options(method=method, **training.given())
-            stats = retrain_layers(dense, chosen, open_data(hidden_states, on), layers, out, options, report)
+        stats = methods.retrain(method, dense, chosen, hidden_states, out, layers, on, report, **vars(training))
     typer.echo(stats_table(stats))
-    if not options.just_evaluate:
+    if not training.just_evaluate:
         picture = draw_stats(out)
         typer.echo(
             f"{out}: {len(stats)} layers, {picture}\nflux-poke replace {checkpoint} --layers-dir {out} -o OUT.safetensors"
         )
 
 
-def _chosen(dense: Dense, plan: Path | None, internals: Path | None, cuts: Cuts, hidden_states: Path) -> PruningPlan:
+def _chosen(
+    dense: Dense, plan: Path | None, internals: Path | None, cuts: Cuts, hidden_states: Path, device: str
+) -> PruningPlan:
     """The plan, from its file or made now."""
     from ..analysis.hidden_states import MANIFEST, HiddenStates
     from ..analysis.internals import Internals
@@ -109,7 +99,7 @@ def _chosen(dense: Dense, plan: Path | None, internals: Path | None, cuts: Cuts,
             "What to cut is said once: give --plan FILE, or --internals FILE with --img-cut, --img-threshold, --share or such."
         )
     rows: HiddenStates | None = HiddenStates.open(hidden_states) if (hidden_states / MANIFEST).exists() else None
-    made, _ = cuts.plan(dense, Internals.load(internals), rows)
+    made, _ = cuts.plan(dense, Internals.load(internals), rows, device)
     typer.echo(made.table())
     return made
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import UserError
 from .terminal import progress_bar, spread
 
 if TYPE_CHECKING:
@@ -37,20 +38,29 @@ class Cuts:
     multiple: Annotated[int, typer.Option(help="Budget: widths are multiples of this.")] = 64
     protect: Annotated[str, typer.Option(help="Budget: layers to leave whole, such as 'double-18 single-0'.")] = ""
 
-    def plan(self, dense: Dense, recorded: Internals, rows: HiddenStates | None) -> tuple[PruningPlan, BudgetCurve | None]:
-        """The plan, and for a budget the curve it was chosen on."""
+    def plan(
+        self, dense: Dense, recorded: Internals, rows: HiddenStates | None, device: str
+    ) -> tuple[PruningPlan, BudgetCurve | None]:
+        """The plan, and for a budget the curve it was chosen on; `device` is where neurons are ranked."""
         from ..pruning.budget import BudgetCurve, by_budget, protected_sites
         from ..pruning.plan import by_count, by_threshold
         from ..pruning.scores import rank
 
+        counts = self.img_cut, self.txt_cut, self.single_cut
         limits = self.img_threshold, self.txt_threshold, self.single_threshold
+        if [any(counts), any(limits), self.share is not None, self.gigabytes is not None].count(True) != 1:
+            raise UserError(
+                "What to cut is said in one way: by count (--img-cut, --txt-cut, --single-cut), by threshold (--img-threshold, "
+                "…), or by a budget (--share or --gigabytes)."
+            )
         if any(limits):
             return by_threshold(dense, recorded, *limits, "rate" if self.on_rate else "counts", self.double, self.single), None
         with progress_bar() as update:
-            rankings = rank(self.score, dense, recorded, rows, progress=lambda name, n, of: update(f"ranking {name}", n / of))
-        if self.share is None and self.gigabytes is None:
-            cuts = self.img_cut, self.txt_cut, self.single_cut
-            return by_count(dense, rankings, self.score, *cuts, self.double, self.single), None
+            rankings = rank(
+                self.score, dense, recorded, rows, device=device, progress=lambda name, n, of: update(f"ranking {name}", n / of)
+            )
+        if any(counts):
+            return by_count(dense, rankings, self.score, *counts, self.double, self.single), None
         protected = protected_sites(dense.layout, self.protect)
         curve = BudgetCurve.of(dense.layout, rankings, rows.amplification if rows else None, self.multiple, protected)
         return by_budget(dense, rankings, curve, self.score, self.share, self.gigabytes), curve
@@ -64,6 +74,7 @@ def plan(
     out: Annotated[Path, typer.Option("--out", "-o", help="Plan to write.")] = Path("plan.safetensors"),
     rows: Annotated[Path | None, typer.Option(help="Folder that `record --rows` filled.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Budget: draw memory saved against predicted error.")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")] = "cpu",
 ) -> None:
     """Choose which neurons to keep: by count, by threshold, or by a budget. Nothing is cut yet."""
     from ..analysis.hidden_states import HiddenStates
@@ -74,7 +85,7 @@ def plan(
 
     check_replaces(out, FORMAT)
     store = HiddenStates.open(rows) if rows else None
-    made, curve = cuts.plan(Dense.open(checkpoint), Internals.load(internals), store)
+    made, curve = cuts.plan(Dense.open(checkpoint), Internals.load(internals), store, device)
     if picture and curve:
         curve.figure(made).savefig(picture, dpi=110)
     made.save(out)

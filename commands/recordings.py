@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ..errors import UserError
 from .terminal import progress_bar
 
 
@@ -20,23 +21,20 @@ def record(
     batch: Annotated[int, typer.Option(min=1, help="Images drawn at once.")] = 16,
     rows: Annotated[Path | None, typer.Option(help="Also sample rows of what the MLPs read into this folder.")] = None,
     rows_per_step: Annotated[int, typer.Option(min=1, help="Rows per MLP, image and step.")] = 64,
-    rows_steps: Annotated[int | None, typer.Option(min=1, help="Steps per image (default: 5 %, at least 1).")] = None,
-    max_gb: Annotated[float, typer.Option(help="What the rows may take; then all images' share is halved.")] = 20.0,
-    hidden_states: Annotated[Path | None, typer.Option(help="Folder for what --what says.")] = None,
-    what: Annotated[
-        Literal["rows", "blocks", "trajectories"],
-        typer.Option(help="rows: as --rows. blocks, trajectories: for retraining; no internals are recorded then."),
-    ] = "rows",
+    hidden_states: Annotated[
+        Path | None, typer.Option(help="Keep what --what says in this folder, for retraining, and count no neurons.")
+    ] = None,
+    what: Annotated[Literal["blocks", "trajectories"], typer.Option(help="What goes into --hidden-states.")] = "blocks",
     blocks: Annotated[str, typer.Option(help='Blocks to keep states of, such as "double 0-3, single"; or all.')] = "all",
-    states_steps: Annotated[int | None, typer.Option(min=1, help="Steps per image (default: 5 %, at least 1).")] = None,
+    keep_steps: Annotated[int | None, typer.Option(min=1, help="Steps per image to keep (default: 5 %, at least 1).")] = None,
+    max_gb: Annotated[float, typer.Option(help="What a folder may take; then rows are thinned, states end.")] = 64.0,
     storage: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="Of states and velocities.")] = "bfloat16",
 ) -> None:
     """Draw a file of prompts and add what every neuron did to an internals file, or keep what went through its blocks."""
-    if hidden_states and what != "rows":
-        return _record_states(
-            checkpoint, prompts, hidden_states, what, blocks, states_steps, storage, max_gb, seed, steps, batch
-        )
-    rows = rows or hidden_states
+    if rows and hidden_states:
+        raise UserError("Rows and hidden states are recorded one after the other: give --rows or --hidden-states, not both.")
+    if hidden_states:
+        return _record_states(checkpoint, prompts, hidden_states, what, blocks, keep_steps, storage, max_gb, seed, steps, batch)
     from ..analysis.hidden_states import Limit
     from ..analysis.record import RowsTo, record_prompts
     from ..analysis.report import internals_title
@@ -47,7 +45,7 @@ def record(
     texts = read_prompts(prompts)
     to = None
     if rows:
-        to = RowsTo(rows, RowChoice(rows_per_step, rows_steps, seed=seed), Limit(max_gb))
+        to = RowsTo(rows, RowChoice(rows_per_step, keep_steps, seed=seed), Limit(max_gb))
         layout = Checkpoint(checkpoint).layout
         size = estimated_bytes(layout.sites, layout.hidden, to.choice, steps, len(texts))
         typer.echo(f"{rows}: at most {size / 1e9:.2g} GB of rows")
@@ -128,15 +126,11 @@ def show(
 
 
 def merge(
-    out: Annotated[Path, typer.Argument(help="File to write (replaced if it exists).")],
     files: Annotated[list[Path], typer.Argument(help="Recordings of one model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write: a new one, or one of those.")],
 ) -> None:
     """Add up recordings of one model."""
-    from ..analysis.internals import Internals
+    from ..analysis.internals import merge_files
     from ..analysis.report import internals_title
 
-    total = Internals.load(files[0])
-    for file in files[1:]:
-        total = total.merged(Internals.load(file), str(file))
-    total.save(out)
-    typer.echo(f"{out}: {internals_title(total)}")
+    typer.echo(f"{out}: {internals_title(merge_files(out, files))}")

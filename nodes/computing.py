@@ -56,7 +56,7 @@ def on_gpu(work: Callable[[torch.device], T], node_id: str | None) -> T:
 def _out_of_memory(error: RuntimeError) -> bool:
     """Whether the device lacked memory, as torch, the driver, cuBLAS and cuSOLVER say it."""
     words = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in words or "alloc_failed" in words
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in words or "alloc_failed" in words
 
 
 def throw_if_cancelled() -> None:

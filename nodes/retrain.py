@@ -7,13 +7,11 @@ import math
 from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw
 
-from ..analysis.hidden_states import HiddenStates
 from ..analysis.report import figure_pixels
 from ..pruning.dense import Dense
-from ..retrain.distill import distill_layers
 from ..retrain.files import draw_stats
-from ..retrain.layers import open_data, retrain_layers
-from ..retrain.options import Options, Progress
+from ..retrain.methods import METHODS, retrain
+from ..retrain.options import Progress
 from ..retrain.replaced import Replaced, RetrainedLayers
 from ..retrain.stats import stats_figure, stats_table
 from . import computing, host, loading
@@ -22,7 +20,6 @@ from .pruned import PRUNED, PrunedModel
 from .sources import REPAIRS
 
 DEFAULT_LAYERS = "retrained_layers"
-DISTILL = "distill"
 
 
 class RetrainLayers(io.ComfyNode):
@@ -51,7 +48,7 @@ class RetrainLayers(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "method",
-                    options=["both", "closed form", "gradient", DISTILL],
+                    options=list(METHODS),
                     tooltip="both: least squares, then gradient steps. distill: all layers at once, on trajectories; the "
                     "whole model has to fit on the device.",
                 ),
@@ -59,7 +56,13 @@ class RetrainLayers(io.ComfyNode):
                     "train_on", options=["auto", "blocks", "rows"], tooltip="auto: block states where there are any."
                 ),
                 io.Int.Input("thickness", default=1, min=1, max=64, tooltip="Consecutive blocks that are trained together."),
-                io.Int.Input("steps", default=32, min=1, max=1_000_000, tooltip="Gradient steps for each layer."),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=1_000_000,
+                    tooltip="Gradient steps; 0 = 32 for each layer, 200 for distill.",
+                ),
                 io.Float.Input(
                     "learning_rate",
                     default=5e-4,
@@ -69,7 +72,9 @@ class RetrainLayers(io.ComfyNode):
                     round=False,
                     tooltip="The highest one; it falls to 0.",
                 ),
-                io.Int.Input("batch", default=8, min=1, max=4096, tooltip="Recorded steps in one batch."),
+                io.Int.Input(
+                    "batch", default=0, min=0, max=4096, tooltip="Recorded steps in one batch; 0 = 8, 32 for distill."
+                ),
                 io.Combo.Input(
                     "save_dtype",
                     options=["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"],
@@ -97,17 +102,12 @@ class RetrainLayers(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         dense = Dense.open(loading.checkpoint_path(unet_name))
         source, out = host.output_path(hidden_states), host.output_path(folder)
-        options = Options(
-            method="both" if method == DISTILL else method, steps=steps, learning_rate=learning_rate, batch=batch,
-            thickness=thickness, save_dtype=save_dtype, seed=train_seed, mixed_precision=mixed_precision,
-            device=str(computing.training_device()),
-        )  # fmt: skip
         with computing.training():
-            if method == DISTILL:
-                store, repairs = HiddenStates.open(source), host.output_path(REPAIRS)
-                stats = distill_layers(dense, plan, store, out, options, LossCurve(), repairs)
-            else:
-                stats = retrain_layers(dense, plan, open_data(source, train_on), layers, out, options, LossCurve())
+            stats = retrain(
+                method, dense, plan, source, out, layers, train_on, LossCurve(), host.output_path(REPAIRS), steps=steps or None,
+                learning_rate=learning_rate, batch=batch or None, thickness=thickness, save_dtype=save_dtype, seed=train_seed,
+                mixed_precision=mixed_precision, device=str(computing.training_device()),
+            )  # fmt: skip
         draw_stats(out)
         text, image = stats_table(stats), host.to_image(figure_pixels(stats_figure(stats)))
         host.PictureProgress().end(host.to_pictures(image)[0])

@@ -4,6 +4,7 @@
     moments.second, moments.mean                     # over [attention | neurons] in single blocks, [neurons] elsewhere
 
 Products are taken in float32 with TF32 off, and added up in float64, about a first guess of the mean so that nothing cancels.
+Rows are taken in pieces, so that no more than `PIECE` activations of all neurons are in memory at once.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from .weights import SiteWeights
 
 #: Called now and then; an exception from it stops the work (this is how Cancel comes in).
 Check = Callable[[], None]
+
+#: Rows that are worked on together.
+PIECE = 4096
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def gather(
     count, attn = 0.0, 0
     guess = total = second = None
     with exact_products():
-        for part in rows:
+        for part in _pieces(rows):
             z = regressors(weights, part)
             if guess is None or total is None or second is None:
                 attn = z.shape[1] - weights.down.shape[1]
@@ -90,6 +94,12 @@ def gather(
     if weights.bias is None:
         second.addr_(mean, mean)
     return Moments(count, attn, weights.bias is not None, mean, second)
+
+
+def _pieces(rows: Iterable[Rows]) -> Iterator[Rows]:
+    for part in rows:
+        for start in range(0, len(part), PIECE):
+            yield part[start : start + PIECE]
 
 
 def regressors(weights: SiteWeights, rows: Rows) -> Tensor:

@@ -15,13 +15,16 @@ Lower scores are cut first; of equal ones, the lower index.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..analysis.hidden_states import HiddenStates, held_out
@@ -38,6 +41,8 @@ from .refit import Problem, output_energy, sketched
 from .symmetric import add_product, inner
 from .weights import SiteWeights, down_energy
 
+#: Its number changes with what goes into a ranking by obs.
+RANKING_FORMAT = "flux-poke ranking 2"
 SCORES = ("frequency", "magnitude", "fluctuation", "obs")
 
 #: Shares of a site's neurons at which the errors of cutting are measured on held-out images.
@@ -177,15 +182,18 @@ def ranked_before(rows: HiddenStates, sites: Sequence[Site]) -> bool:
 
 
 def _ranking_file(rows: HiddenStates, site: Site) -> Path:
-    return rows.folder / "rankings" / f"{rows.digest[:16]}-{site.name}.safetensors"
+    made_from = hashlib.sha256(f"{RANKING_FORMAT} {rows.digest}".encode()).hexdigest()[:16]
+    return rows.folder / "rankings" / f"{site.name}.{made_from}.safetensors"
 
 
 def _by_rows(dense: Dense, site: Site, rows: HiddenStates, device: torch.device | str, check: Check | None) -> Ranking:
-    """The ranking by obs; it is kept beside the rows, since it takes long and every budget starts from it."""
+    """The ranking by obs; it is kept beside the rows, since it takes long and every budget starts from it.
+
+    Those of rows that were outgrown, or of another version, are removed; a damaged one is made anew.
+    """
     path = _ranking_file(rows, site)
-    if path.exists():
-        with open_safetensors(path) as file:
-            return Ranking(file.get_tensor("order"), file.get_tensor("error"), file.get_tensor("energy").item())
+    with suppress(UserError, SafetensorError), open_safetensors(path) as file:
+        return Ranking(file.get_tensor("order"), file.get_tensor("error"), file.get_tensor("energy").item())
     weights = SiteWeights.read(dense.tensors, site, device)
     fit, judge = held_out(rows.images(site.name))
     importance = partial(rows.importance, site.name)
@@ -195,7 +203,9 @@ def _by_rows(dense: Dense, site: Site, rows: HiddenStates, device: torch.device 
     assert ranking.error is not None
     energy = torch.tensor(ranking.energy, dtype=torch.float64)
     tensors = {"order": ranking.order, "error": ranking.error, "energy": energy}
-    write_safetensors(path, tensors, {"format": "flux-poke ranking 1"})
+    for other in path.parent.glob(f"{site.name}.*.safetensors"):
+        other.unlink(missing_ok=True)
+    write_safetensors(path, tensors, {"format": RANKING_FORMAT})
     return ranking
 
 

@@ -121,14 +121,14 @@ class BlockProblem:
         self.train, self.judge = (samples_of(images, states.image, states.groups) for images in self.images)
 
     def errors(self, samples: Tensor) -> Tensor:
-        expected = self.states.tokens(samples, self.module.places.stop)
+        expected = self.states.tokens(samples, self.module.places.stop, self.options.device)
         found = self.module(self.state(samples))
-        return torch.stack([squared(f, e.to(f.device)) for f, e in zip(found, expected, strict=True)])
+        return torch.stack([squared(f, e) for f, e in zip(found, expected, strict=True)])
 
     @torch.no_grad()
     def state(self, samples: Tensor) -> State:
         """What enters the chain."""
-        state = self.states.batch(samples, self.first).to(self.options.device)
+        state = self.states.batch(samples, self.first, self.options.device)
         for chain in self.before:
             img, txt = chain(state)
             state = State(img, txt, state.vec, state.pe)

@@ -31,7 +31,7 @@ from ..pruning.dense import Dense
 from ..pruning.plan import PruningPlan
 from ..pruning.repair import Repairs
 from ..pruning.surgery import Cut
-from .files import Layer, write_layer
+from .files import Layer, made_before, write_layer
 from .loop import Loss, fit, held_out_loss, samples_of, split_images, squared
 from .options import Options, Report
 from .stats import LayerStats, cut_places, plan_stats
@@ -61,7 +61,7 @@ class VelocityProblem:
         self.train, self.judge = (samples_of(images, samples.image, samples.groups) for images in self.images)
 
     def errors(self, samples: Tensor) -> Tensor:
-        point = self.samples.batch(samples).to(self.options.device, torch.float32)
+        point = self.samples.batch(samples, self.options.device)
         return squared(point.run(self.module), point.velocity)[None]
 
 
@@ -110,7 +110,8 @@ def distill_layers(
     """`distill` on recorded trajectories, with every block's share written to `folder` as a retrained layer.
 
     It starts from affine repair where `store` holds rows as well (kept in the folder `repairs`), else from the cut alone. The
-    losses in the stats are the whole model's: its relative velocity error, before and after.
+    losses in the stats are the whole model's: its relative velocity error, before and after. What was made in the very same way
+    before is not made again.
     """
     options, begun, folder = options or DEFAULT, time.monotonic(), Path(folder)
     store.require(dense.fingerprint, dense.source)
@@ -121,6 +122,9 @@ def distill_layers(
     )
     described = replace(options, device="", tensorboard=None)
     made = hashlib.sha256(f"{plan.digest} {store.digest} {repair.method} {described}".encode()).hexdigest()[:16]
+    places = sorted(cut_places(dense.layout, plan))
+    if not options.just_evaluate and (before := made_before(folder, places, made)):
+        return before
     found = distill(Cut(dense, plan, repair), samples, options, folder / f".distill.{made}.training.safetensors", report)
     stats = [
         LayerStats(
@@ -140,7 +144,7 @@ def distill_layers(
             held_out_images=sorted(found.images),
             save_dtype=options.save_dtype,
         )
-        for place in sorted(cut_places(dense.layout, plan))
+        for place in places
     ]
     for layer in [] if options.just_evaluate else stats:
         write_layer(folder, Layer.of(dense, plan, layer.layer, found.tensors, layer, made))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -105,3 +105,12 @@ def layer_files(folder: Path) -> dict[int, Path]:
 def read_header(path: Path) -> dict[str, str]:
     with open_safetensors(path) as file:
         return file.metadata() or {}
+
+
+def made_before(folder: Path, places: Iterable[int], made: str) -> list[LayerStats] | None:
+    """The stats of the layers at `places`, if they are all there and were made in that very way; else None."""
+    files = layer_files(folder)
+    headers = [read_header(files[place]) if place in files else {} for place in places]
+    if any(header.get("made") != made for header in headers):
+        return None
+    return [LayerStats(**json.loads(header["stats"])) for header in headers]

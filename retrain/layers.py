@@ -36,7 +36,7 @@ from ..pruning.surgery import Cut
 from ..pruning.weights import SiteWeights, full_precision
 from .best import Losses, closed_form, together, train_best
 from .blocks import BlockProblem, Chain
-from .files import Layer, layer_files, read_header, write_layer
+from .files import Layer, made_before, write_layer
 from .options import Options, Progress, Report
 from .replaced import Replaced, RetrainedLayers
 from .rows import ROWS_PER_SAMPLE, RowProblem
@@ -143,11 +143,7 @@ class _Trainer:
 
     def done(self, group: range) -> list[LayerStats] | None:
         """The stats of layers that were made before, in the very same way; None where that is not all of them."""
-        files = layer_files(self.folder)
-        headers = [read_header(files[place]) if place in files else {} for place in group]
-        if self.options.just_evaluate or any(header.get("made") != self.made(group) for header in headers):
-            return None
-        return [LayerStats(**json.loads(header["stats"])) for header in headers]
+        return None if self.options.just_evaluate else made_before(self.folder, group, self.made(group))
 
     def state_file(self, group: range, name: str) -> Path:
         """Where a training in progress is kept."""

@@ -1,6 +1,7 @@
 """The training loop, one for all kinds of data.
 
-    fitted = fit(problem, options, Path("3.training.safetensors"), report)
+    before = held_out_loss(problem, options)
+    fitted = fit(problem, before, options, Path("3.training.safetensors"), report)
     fitted.curve                                     # held-out losses by step; the module now holds the best weights
 
 A problem is a module, samples in groups that can be batched, and the squared errors of some of them. Batches depend on the

@@ -1,6 +1,6 @@
 """How to retrain, as one value: the same for rows, block states and whole models.
 
-Options(layers="0-18", steps=400, learning_rate=1e-3)
+    Options(method="gradient", steps=400, learning_rate=1e-3)
 
 Raises `UserError` where a number or a name makes no sense, before any work is done.
 """
@@ -16,7 +16,7 @@ import torch
 
 from ..errors import UserError
 
-Method = Literal["closed form", "gradient", "both"]
+Method = Literal["both", "closed form", "gradient"]
 Optimizer = Literal["adamw", "adafactor"]
 SaveDtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"]
 

@@ -207,7 +207,7 @@ distill_layers(*given, lambda progress: print(progress.step, flush=True))
 """
 
 
-def test_killed_it_goes_on_and_ends_at_the_same_weights(drawn, tmp_path):
+def test_killed_it_goes_on_ends_at_the_same_weights_and_is_not_done_again(drawn, tmp_path):
     save_file({key: tensor.contiguous() for key, tensor in drawn.dense.tensors.items()}, tmp_path / "dense.safetensors")
     drawn.plan.save(tmp_path / "plan.safetensors")
     store = HiddenStates.for_model(tmp_path / "store", "flux1", drawn.dense.fingerprint)
@@ -229,6 +229,7 @@ def test_killed_it_goes_on_and_ends_at_the_same_weights(drawn, tmp_path):
     assert not list((tmp_path / "killed").glob("[0-9]*.safetensors"))
     rest = subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True, text=True)
     assert int(rest.stdout.split()[0]) >= 5
+    assert not subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True).stdout
     for name in ("0.safetensors", "1.safetensors"):
         whole, killed = (load_file(tmp_path / folder / name) for folder in ("whole", "killed"))
         assert whole.keys() == killed.keys()

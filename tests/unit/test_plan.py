@@ -211,3 +211,29 @@ def test_too_few_rows_are_refused_with_how_many_are_needed(dense, tmp_path):
         rank("obs", dense, rows=store)
     with pytest.raises(UserError, match=r"at least 640 are needed"):
         rank("obs", dense, rows=store, sites=[dense.layout.site("single-0")])
+
+
+def test_a_ranking_is_kept_for_its_rows_and_made_anew_where_it_is_damaged_or_outgrown(dense, tmp_path):
+    store, site = HiddenStates.for_model(tmp_path, "flux1", dense.fingerprint), dense.layout.sites[0]
+
+    def record(images):
+        x = torch.randn(len(images), 128, generator=torch.Generator().manual_seed(len(images)))
+        rows = {"x": x, "image": images, "sigma": torch.ones(len(images)), "step": torch.zeros(len(images)).long()}
+        store.append("rows", {f"{site.name}.{part}": values for part, values in rows.items()})
+
+    def ranked():
+        return rank("obs", dense, rows=store, sites=[site])[site.name].order
+
+    record(torch.arange(600) % 10)
+    first = ranked()
+    (file,) = (tmp_path / "rankings").iterdir()
+    whole, written = file.read_bytes(), file.stat().st_mtime_ns
+    assert torch.equal(ranked(), first)
+    assert file.stat().st_mtime_ns == written
+    file.write_bytes(whole[:1000])
+    assert torch.equal(ranked(), first)
+    assert file.read_bytes() == whole
+    record(torch.arange(700) % 10)
+    assert not torch.equal(ranked(), first)
+    (newer,) = (tmp_path / "rankings").iterdir()
+    assert newer != file

@@ -30,9 +30,9 @@ def recorded(tmp_path_factory) -> Path:
     """Internals, rows and block states of the tiny FLUX on twenty prompts."""
     folder = tmp_path_factory.mktemp("recorded")
     (folder / "prompts.txt").write_text("\n".join(digit_prompts(number % 10)[0] for number in range(20)))
-    given = ("record", CHECKPOINT, "--prompts", folder / "prompts.txt", "--steps", 4, "--hidden-states", folder / "states")
-    run(*given, "--out", folder / "internals.safetensors", "--rows-steps", 4)
-    run(*given, "--what", "blocks", "--states-steps", 2)
+    given = ("record", CHECKPOINT, "--prompts", folder / "prompts.txt", "--steps", 4)
+    run(*given, "--out", folder / "internals.safetensors", "--rows", folder / "states", "--keep-steps", 4)
+    run(*given, "--hidden-states", folder / "states", "--keep-steps", 2)
     return folder
 
 
@@ -66,6 +66,20 @@ def test_retrain_takes_what_to_cut_as_plan_does(recorded, tmp_path, cuts, named)
     assert torch.equal(plan.kept["single-1"], kept.long())
 
 
+@pytest.mark.parametrize("cuts", [(), ("--img-cut", 9, "--share", 0.5), ("--img-threshold", 3, "--gigabytes", 1)])
+def test_what_to_cut_is_said_in_one_way(recorded, tmp_path, cuts):
+    internals, plan = recorded / "internals.safetensors", tmp_path / "plan.safetensors"
+    with pytest.raises(UserError, match="said in one way"):
+        run("plan", internals, "--checkpoint", CHECKPOINT, *cuts, "--out", plan)
+    assert not plan.exists()
+
+
+def test_distill_takes_no_choice_of_layers(recorded, tmp_path):
+    given = ("--hidden-states", recorded / "states", "--internals", recorded / "internals.safetensors", "--img-cut", 9)
+    with pytest.raises(UserError, match="all layers at once"):
+        run("retrain", CHECKPOINT, *given, "--method", "distill", "--layers", "0", "--out", tmp_path)
+
+
 def test_arguments_in_a_file_are_as_on_the_command_line(recorded, tmp_path):
     (tmp_path / "arguments.txt").write_text(
         f"""--hidden-states '{recorded / "states"}'   # where the states are
@@ -90,5 +104,5 @@ def test_what_to_cut_is_said_once(recorded, tmp_path):
             run(*given, *wrong)
     with pytest.raises(UserError, match="says already what to cut"):
         run(*given, *plan, "--img-cut", 7)
-    with pytest.raises(UserError, match="cuts nothing"):
+    with pytest.raises(UserError, match="said in one way"):
         run(*given, *internals)

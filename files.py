@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -57,9 +58,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield new
         with _explained(path):
-            umask = os.umask(0)
-            os.umask(umask)
-            new.chmod(0o666 & ~umask)
+            as_usual = folder / "as usual"  # what a new file may here, by umask or by the folder
+            as_usual.touch()
+            new.chmod(stat.S_IMODE(as_usual.stat().st_mode))
             with open(new, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(new, path)
@@ -96,6 +97,8 @@ def _remove_abandoned(folder: Path) -> None:
             continue
         shutil.rmtree(abandoned, ignore_errors=True)
         lock.release()
+        if os.name == "nt":  # where the lock could not be removed as long as it was held
+            shutil.rmtree(abandoned, ignore_errors=True)
 
 
 def check_replaces(path: str | os.PathLike[str], format: str | None) -> None:

@@ -269,6 +269,11 @@ class HiddenStates:
         text = json.dumps([manifest.created, manifest.fingerprint.values, shards, manifest.amplification], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    @property
+    def outgrown(self) -> bool:
+        """Whether the folder holds other rows by now."""
+        return HiddenStates.open(self.folder).digest != self.digest
+
     def bytes(self, kind: Kind) -> int:
         """What the shards of `kind` take."""
         return sum(shard.bytes for shard in self.manifest.shards if shard.kind == kind)
@@ -290,14 +295,10 @@ class HiddenStates:
         """The rows of a site in pieces of at most `size`, in the order of recording; only of `images` where given."""
         waiting: list[Rows] = []
         for shard in self._shards(site):
-            image = self._read(shard, site, ("image",))["image"].long()
-            wanted = None if images is None else torch.isin(image, torch.tensor(sorted(images), dtype=torch.int64))
-            if wanted is not None and not wanted.any():
-                continue
-            found = self._read(shard, site, ("x", "attn", "sigma", "step"))
-            rows = Rows(found["x"], found.get("attn"), found["sigma"], image, found["step"].long())
-            if wanted is not None and not wanted.all():
-                rows = rows[wanted]
+            found = self._read(shard, site, ("x", "attn", "sigma", "image", "step"))
+            rows = Rows(found["x"], found.get("attn"), found["sigma"], found["image"].long(), found["step"].long())
+            if images is not None:
+                rows = rows[torch.isin(rows.image, torch.tensor(sorted(images), dtype=torch.int64))]
             waiting.append(rows)
             while sum(map(len, waiting)) >= size:
                 together = _joined(waiting)

@@ -33,6 +33,11 @@ class Fingerprint:
     values: tuple[float, ...]
     steps: tuple[float, ...]
 
+    @property
+    def digest(self) -> str:
+        """Hexadecimal; another one for every precision, where `matches` makes no difference."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
     @classmethod
     def of(
         cls, shapes: Mapping[str, Sequence[int]], row: Callable[[str, int], Tensor], scale: Callable[[str, int], float]

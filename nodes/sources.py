@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,9 @@ def space_taken(repairs: Repairs) -> str:
     """What is kept of all plans' repairs, in words."""
     if repairs.folder is None:
         return ""
-    size = sum(path.stat().st_size for path in repairs.folder.parent.rglob("*.safetensors"))
+    size = 0
+    for path in repairs.folder.parent.rglob("*.safetensors"):
+        with suppress(FileNotFoundError):  # removed by somebody else in between
+            size += path.stat().st_size
     place = f"{size / 1e9:.3g} GB in output/{host.FOLDER}/{REPAIRS}"
     return f"\nRepairs of all plans take {place}: what is deleted there is worked out again when it is needed"

@@ -29,7 +29,8 @@ from ..flux.checkpoint import Checkpoint, open_safetensors, require_format
 from ..flux.layout import FAMILY_NAMES, Layout, Site, canonical_key
 from .dense import KEPT, PRUNED_FORMAT, Dense
 from .plan import PruningPlan
-from .repair import Fold, RepairReport, report_table
+from .refit import Fold, RepairReport
+from .repair import report_table
 from .surgery import Changed
 
 FOLD = "flux_poke.fold."

@@ -42,10 +42,10 @@ class Repairs(Mapping[str, Repaired]):
     """The repairs of a whole plan, one site in memory at a time.
 
     none and bias are worked out whenever a site is asked for. affine is worked out once: every site is a file in a folder of
-    `folder` that is named after the plan, the repair and the rows, so asking again costs reading it, and a run that was
-    cancelled goes on where it was. What was worked out from the rows of a store before more were recorded is removed, since
-    nobody can ask for it any more. `compute` does all sites on `device`; `progress` is told after each, `check` is called
-    within them, and an exception from either stops the work. `device` may be changed at any time.
+    `folder` that is named after the plan, the model in its precision and the rows, so asking again costs reading it, and a run
+    that was cancelled goes on where it was. Once more rows were recorded, what comes from the earlier ones is removed, and
+    nothing more is worked out from those. `compute` does all sites on `device`; `progress` is told after each, `check` is
+    called within them, and an exception from either stops the work. `device` may be changed at any time.
 
     Raises `UserError` where the plan is not of `dense`, or what the method needs is missing, too little, or of another model.
     """
@@ -76,7 +76,7 @@ class Repairs(Mapping[str, Repaired]):
             assert rows is not None
             self._store = f"repair-{_short(str(rows.folder.resolve()))}-"
             self._recording = f"{self._store}{_short(FORMAT + rows.digest)}-"
-            self.folder = Path(folder) / f"{self._recording}{plan.digest[:16]}"
+            self.folder = Path(folder) / f"{self._recording}{_short(plan.digest + dense.fingerprint.digest)}"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.sites)
@@ -87,7 +87,7 @@ class Repairs(Mapping[str, Repaired]):
     def __getitem__(self, name: str) -> Repaired:
         site, kept = self.sites[name], self.plan.kept[name]
         if self.method == "affine":
-            if not self._path(name).exists():
+            if self.lacks(name):
                 self._compute(site)
             return load_repaired(self._path(name))
         weights = SiteWeights.read(self.dense.tensors, site, up=False)
@@ -110,7 +110,7 @@ class Repairs(Mapping[str, Repaired]):
             return Fold(None, mean if site.biased else None)
         if self.lacks(name, fold=True):
             self._compute(site, fold=True)
-        path = self._path(name) if self.report[name].method == "bias" else self._fold_path(name)
+        path = self._path(name) if _read_report(self._path(name)).method == "bias" else self._fold_path(name)
         found = _read(path, ("matrix", "offset") if matrix else ("offset",))
         return Fold(found.get("matrix"), found.get("offset"))
 
@@ -119,7 +119,7 @@ class Repairs(Mapping[str, Repaired]):
         """By site, how well it was repaired; only of those that were computed."""
         if self.method != "affine":
             return {name: RepairReport(self.method) for name in self}
-        return {name: _read_report(self._path(name)) for name in self if self._path(name).exists()}
+        return {name: _read_report(self._path(name)) for name in self if _there(self._path(name))}
 
     def compute(self, progress: Progress | None = None, fold: bool = False) -> None:
         """Works out what is not there yet, and with `fold` also what LoRAs need."""
@@ -134,17 +134,21 @@ class Repairs(Mapping[str, Repaired]):
         if self.method != "affine":
             return False
         path = self._path(name)
-        return not path.exists() or (fold and _read_report(path).method == "affine" and not self._fold_path(name).exists())
+        if not _there(path):
+            return True
+        return fold and _read_report(path).method == "affine" and not _there(self._fold_path(name))
 
     def _compute(self, site: Site, fold: bool = False) -> None:
         assert self.rows is not None
+        if self.rows.outgrown:
+            raise UserError(f"More rows were recorded in {self.rows.folder} since this plan was loaded: load it again.")
         name, kept, path = site.name, self.plan.kept[site.name], self._path(site.name)
         weights = SiteWeights.read(self.dense.tensors, site, self.device)
         fit, judge = held_out(self.rows.images(name))
         importance = partial(self.rows.importance, name)
         moments = gather(weights, self.rows.rows(name, fit), importance, self.check)
         others = gather(weights, self.rows.rows(name, judge), importance, self.check)
-        report = _read_report(path) if path.exists() else choose(weights, kept, moments, others)
+        report = _read_report(path) if _there(path) else choose(weights, kept, moments, others)
         moments = moments.merged(others)
         del others
         if report.ridge is None:
@@ -153,7 +157,7 @@ class Repairs(Mapping[str, Repaired]):
             repaired = affine(weights, kept, moments, report.ridge, fold)
         if fold and repaired.fold.matrix is not None:
             _write(self._fold_path(name), {"matrix": repaired.fold.matrix.bfloat16(), "offset": repaired.fold.offset}, report)
-        if not path.exists():
+        if not _there(path):
             stored = self.dense.tensors[f"{site.down}.weight"].dtype
             save_repaired(path, replace(repaired, report=report), stored)
         self._forget_earlier_rows()
@@ -212,6 +216,16 @@ def _write(path: Path, tensors: Mapping[str, Tensor | None], report: RepairRepor
 def _read(path: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
     with open_safetensors(path) as file:
         return {name: file.get_tensor(name) for name in names if name in file.keys()}
+
+
+def _there(path: Path) -> bool:
+    """Whether the file is there and whole; one that is damaged is removed, to be made anew."""
+    try:
+        _read_report(path)
+    except UserError:
+        path.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def _read_report(path: Path) -> RepairReport:

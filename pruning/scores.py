@@ -203,8 +203,9 @@ def _by_rows(dense: Dense, site: Site, rows: HiddenStates, device: torch.device 
     assert ranking.error is not None
     energy = torch.tensor(ranking.energy, dtype=torch.float64)
     tensors = {"order": ranking.order, "error": ranking.error, "energy": energy}
-    for other in path.parent.glob(f"{site.name}.*.safetensors"):
-        other.unlink(missing_ok=True)
+    if not rows.outgrown:
+        for other in path.parent.glob(f"{site.name}.*.safetensors"):
+            other.unlink(missing_ok=True)
     write_safetensors(path, tensors, {"format": RANKING_FORMAT})
     return ranking
 

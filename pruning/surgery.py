@@ -24,8 +24,8 @@ from ..flux.checkpoint import Checkpoint, scale_key
 from ..flux.layout import Site
 from .dense import Dense
 from .plan import PruningPlan
-from .refit import Fold, RepairReport
-from .repair import Repaired, Repairs
+from .refit import Fold, Repaired, RepairReport
+from .repair import Repairs
 from .weights import require_plain, stored_like
 
 #: What a tensor is to its MLP: up projection (weight, bias, scale by row), down projection, its bias, its scale.

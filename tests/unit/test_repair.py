@@ -136,6 +136,34 @@ def test_a_cancelled_repair_goes_on_where_it_was(recorded, tmp_path):
     assert set(repairs.report) == set(plan.kept)
 
 
+def test_a_repair_is_of_one_model_in_one_precision_and_of_all_rows_that_are_there(recorded, tmp_path):
+    plan, folder = half(recorded, "magnitude"), tmp_path / "repairs"
+    store = HiddenStates.open(shutil.copytree(recorded.store.folder, tmp_path / "hidden"))
+    repairs = Repairs(recorded.dense, plan, "affine", rows=store, folder=folder)
+    repairs.compute()
+    rounded = Dense.of({key: tensor.bfloat16() for key, tensor in recorded.dense.tensors.items()})
+    other = Repairs(rounded, plan, "affine", rows=store, folder=folder)
+    assert all(other.lacks(name) for name in plan.kept)
+
+    more = {f"double-img-0.{part}": torch.zeros(1) for part in ("sigma", "image", "step")}
+    HiddenStates.open(store.folder).append("rows", {**more, "double-img-0.x": torch.zeros(1, 128)})
+    newer = Repairs(recorded.dense, plan, "affine", rows=HiddenStates.open(store.folder), folder=folder)
+    newer.compute()
+    with pytest.raises(UserError, match="More rows were recorded"):
+        repairs.compute()
+    assert not any(newer.lacks(name) for name in plan.kept)
+
+
+def test_a_damaged_repair_is_made_anew(recorded, tmp_path):
+    repairs = Repairs(recorded.dense, half(recorded, "magnitude"), "affine", rows=recorded.store, folder=tmp_path)
+    repairs.compute()
+    path = next(tmp_path.rglob("single-0.safetensors"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    repairs.compute()
+    assert path.read_bytes() == whole
+
+
 def test_cancel_stops_within_a_site_and_leaves_nothing_of_it(recorded, tmp_path):
     def cancel():
         raise KeyboardInterrupt

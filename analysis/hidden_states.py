@@ -1,7 +1,7 @@
 """`hidden_states/`: a folder with sampled activations of one model, in shards beside a manifest.
 
     store = HiddenStates.for_model(folder, family, fingerprint)      # made, or gone on with where it is of this model
-    first = store.new_images(4)                                      # numbers for the next four images
+    drawing = store.numbered(4, "4 digits, seed 7")                  # numbers for the four images of a run
     store.append("rows", tensors, Limit(gigabytes=20))               # one shard, whole or not at all
 
     store = HiddenStates.open(folder)
@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -90,9 +90,25 @@ class Shard:
         return cls(**{**found, "captures": tuple(Capture(**capture) for capture in found.get("captures", ()))})
 
 
+class Drawing(NamedTuple):
+    """Images of one sampling run: the number of the first one, how many there are, and how often they were recorded before."""
+
+    first: int
+    images: int
+    times: int
+
+    @property
+    def lot(self) -> str:
+        """What their steps and tokens are drawn by: others each time."""
+        return f"{self.first} {self.times}" if self.times else f"{self.first}"
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder holds. `images` counts those that were given a number; `halvings` is what new rows start at.
+    """What a folder holds. `images` is the next image's number; `halvings` is what new rows start at.
+
+    `drawings` are those that were recorded, by a digest of what was drawn: the same images have the same number for ever, so
+    that none is on both sides of a split.
 
     `amplification` is, by site and sigma, [sum of measurements, their number] (see `amplification.py`).
     """
@@ -100,6 +116,7 @@ class Manifest:
     family: str
     fingerprint: Fingerprint
     images: int = 0
+    drawings: Mapping[str, Drawing] = field(default_factory=dict)
     halvings: int = 0
     shards: tuple[Shard, ...] = ()
     amplification: Mapping[str, Mapping[float, tuple[float, int]]] = field(default_factory=dict)
@@ -128,6 +145,7 @@ class Manifest:
                 family=found["family"],
                 fingerprint=Fingerprint.from_json(json.dumps(found["model"])),
                 images=int(found["images"]),
+                drawings={name: Drawing(*map(int, drawing)) for name, drawing in found["drawings"].items()},
                 halvings=int(found["halvings"]),
                 shards=tuple(Shard.from_json(shard) for shard in found["shards"]),
                 amplification={
@@ -195,12 +213,27 @@ class HiddenStates:
                 f"{self.manifest.fingerprint.difference(fingerprint)}. Choose the folder that belongs to it, or a new one."
             )
 
-    def new_images(self, count: int) -> int:
-        """Takes the numbers n … n + count - 1 for `count` images; n."""
+    def numbered(self, count: int, what: str | None = None) -> Drawing:
+        """Numbers for the `count` images of a sampling run; `what` tells these images from others (None: from all others)."""
         with self._changing():
+            known = None if what is None else self.manifest.drawings.get(_digest(what))
+            if known is not None and known.images == count:
+                return known
             first = self.manifest.images
             self.manifest = replace(self.manifest, images=first + count)
-        return first
+        return Drawing(first, count, 0)
+
+    def recorded(self, drawing: Drawing, what: str | None = None) -> None:
+        """Takes down that these images were recorded whole; `what` as in `numbered`."""
+        with self._changing():
+            name = _digest(f"{drawing.first}" if what is None else what)
+            drawings = {**self.manifest.drawings, name: drawing._replace(times=drawing.times + 1)}
+            self.manifest = replace(self.manifest, drawings=drawings)
+
+    @property
+    def image_count(self) -> int:
+        """How many different images were recorded whole."""
+        return sum(drawing.images for drawing in self.manifest.drawings.values())
 
     def append(
         self,
@@ -413,6 +446,10 @@ def _joined(parts: list[Rows]) -> Rows:
         torch.cat([part.x for part in parts]), attn, torch.cat([part.sigma for part in parts]),
         torch.cat([part.image for part in parts]), torch.cat([part.step for part in parts]),
     )  # fmt: skip
+
+
+def _digest(what: str) -> str:
+    return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -72,7 +72,8 @@ def record_prompts(
             progress(f"drawing and recording {len(prompts)} prompts", start / len(prompts))
         context, vector = tiny.words(prompts[start : start + batch])
         with ExitStack() as recording:
-            run = recording.enter_context(sampled.run(sigmas, len(context))) if sampled is not None else None
+            what = f"{prompts[start : start + batch]} {seed + start}"
+            run = recording.enter_context(sampled.run(sigmas, len(context), what)) if sampled is not None else None
 
             def velocity(x: Tensor, sigma: Tensor, context=context, vector=vector, run=run, first=calls) -> Tensor:
                 nonlocal calls

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..flux.layout import Site
-from .hidden_states import HiddenStates, Limit
+from .hidden_states import Drawing, HiddenStates, Limit
 from .hooks import hooks_heard
 from .recording import TokenMask
 
@@ -53,24 +53,22 @@ class RowChoice:
         if self.sigmas[0] > self.sigmas[1]:
             raise UserError(f"A sigma range runs from low to high, within 0 and 1; found {self.sigmas[0]} to {self.sigmas[1]}.")
 
-    def drawn_steps(self, sigmas: Sequence[float], image: int) -> frozenset[int]:
-        """Steps to record of image number `image`; `sigmas` has one number more than there are steps."""
-        return draw_steps(sigmas, image, self.steps, self.sigmas, self.seed)
+    def drawn_steps(self, sigmas: Sequence[float], lot: str) -> frozenset[int]:
+        """Steps to record of a `Drawing` with that lot; `sigmas` has one number more than there are steps."""
+        return draw_steps(sigmas, lot, self.steps, self.sigmas, self.seed)
 
 
-def draw_steps(
-    sigmas: Sequence[float], image: int, steps: int | None, within: tuple[float, float], seed: int
-) -> frozenset[int]:
-    """`steps` (None = 5 %, at least one) of an image's steps whose sigma lies `within` a range; the same for the same seed."""
+def draw_steps(sigmas: Sequence[float], lot: str, steps: int | None, within: tuple[float, float], seed: int) -> frozenset[int]:
+    """`steps` (None = 5 %, at least one) steps whose sigma lies `within` a range; the same for the same seed and lot."""
     low, high = within
     known = [step for step, sigma in enumerate(sigmas[:-1]) if low <= sigma <= high]
     count = min(len(known), steps if steps is not None else max(1, round(STEP_SHARE * (len(sigmas) - 1))))
-    return frozenset(random.Random(f"{seed} {image}").sample(known, count))
+    return frozenset(random.Random(f"{seed} {lot}").sample(known, count))
 
 
 def estimated_bytes(sites: Sequence[Site], hidden: int, choice: RowChoice, steps: int, images: int) -> int:
     """What `images` images of `steps` steps take on disk at most: fewer where an image has fewer tokens than `choice.rows`."""
-    drawn = len(choice.drawn_steps([1.0] * (steps + 1), 0)) if choice.sigmas[1] >= 1 else choice.steps or 1
+    drawn = len(choice.drawn_steps([1.0] * (steps + 1), "")) if choice.sigmas[1] >= 1 else choice.steps or 1
     row = sum(2 * (hidden + site.down_column) + 4 + 4 + 4 for site in sites)  # x, attn in bf16; sigma, image, step
     return images * drawn * choice.rows * row
 
@@ -89,30 +87,33 @@ class RowRecorder:
         self.full = False
 
     @contextmanager
-    def run(self, sigmas: Sequence[float] | Tensor, images: int = 1) -> Iterator[RowRun]:
-        """One sampling run of `images` images along `sigmas` (all of them); written when it ends well."""
-        run = self.begin(sigmas, images)
-        yield run
-        run.flush()
+    def run(self, sigmas: Sequence[float] | Tensor, images: int = 1, what: str | None = None) -> Iterator[RowRun]:
+        """One sampling run of `images` images along `sigmas` (all of them); written when it ends well.
 
-    def begin(self, sigmas: Sequence[float] | Tensor, images: int = 1) -> RowRun:
-        """As `run`, where the end is known elsewhere: `flush` it when it ended well."""
+        `what` tells these images from others: the same ones keep their numbers when they are recorded again.
+        """
+        run = self.begin(sigmas, images, what)
+        yield run
+        run.finish()
+
+    def begin(self, sigmas: Sequence[float] | Tensor, images: int = 1, what: str | None = None) -> RowRun:
+        """As `run`, where the end is known elsewhere: `finish` it when it ended well."""
         levels = sigmas.tolist() if isinstance(sigmas, Tensor) else list(sigmas)
-        return RowRun(self, levels, self.store.new_images(images), images)
+        return RowRun(self, levels, self.store.numbered(images, what), what)
 
 
 class RowRun:
     """One sampling run; `steps` are those that are recorded."""
 
-    def __init__(self, recorder: RowRecorder, sigmas: list[float], first: int, images: int):
+    def __init__(self, recorder: RowRecorder, sigmas: list[float], drawing: Drawing, what: str | None):
         self.recorder = recorder
         self.sigmas = sigmas
-        self.first = first
-        self.images = images
+        self.drawing = drawing
+        self.what = what
         self.halvings = recorder.store.manifest.halvings
         self.rows = recorder.choice.rows >> self.halvings
         idle = recorder.full or self.rows == 0
-        self.steps = frozenset() if idle else recorder.choice.drawn_steps(sigmas, first)
+        self.steps = frozenset() if idle else recorder.choice.drawn_steps(sigmas, drawing.lot)
         self._pieces: list[_Piece] = []
         self._events: list[torch.cuda.Event] = []
 
@@ -143,6 +144,11 @@ class RowRun:
             self._events.append(event)
         if sum(piece.values.numel() for piece in self._pieces) * 2 >= SHARD_BYTES:
             self.flush()
+
+    def finish(self) -> None:
+        """Writes the rest, and takes down that these images were recorded."""
+        self.flush()
+        self.recorder.store.recorded(self.drawing, self.what)
 
     def flush(self) -> None:
         """Writes what was recorded so far as one shard."""
@@ -202,7 +208,7 @@ class _Call:
     def _draw(self, stream: str, batch: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [batch, rows] on the device; which of them count, and their image's number [batch · rows], on the CPU."""
         run = self.run
-        seed = hashlib.sha256(f"{run.recorder.choice.seed} {run.first} {self.step} {stream}".encode()).digest()
+        seed = hashlib.sha256(f"{run.recorder.choice.seed} {run.drawing.lot} {self.step} {stream}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(seed[:7]))
         lot = torch.rand(batch, tokens, generator=generator).to(device)
         allowed = self.mask.rows(stream, batch, tokens)
@@ -210,7 +216,7 @@ class _Call:
             lot = lot.masked_fill(~allowed.view(batch, tokens), -1.0)
         best, chosen = lot.topk(min(run.rows, tokens), dim=1)
         places = list(self.images) if self.images is not None else list(range(batch))
-        image = (torch.tensor(places, dtype=torch.int32) + run.first)[:, None].expand(-1, best.shape[1]).flatten()
+        image = (torch.tensor(places, dtype=torch.int32) + run.drawing.first)[:, None].expand(-1, best.shape[1]).flatten()
         return chosen, to_host((best >= 0).flatten()), image
 
 

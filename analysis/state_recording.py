@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..flux.layout import Layout
 from .blocks import Block, blocks_of
-from .hidden_states import Capture, HiddenStates, Limit
+from .hidden_states import Capture, Drawing, HiddenStates, Limit
 from .hooks import hooks_heard
 from .row_recording import draw_steps
 
@@ -108,7 +108,10 @@ class StateRecorder:
     ) -> StateRun:
         """As `run`; nothing is left to do when the run ends."""
         levels = sigmas.tolist() if isinstance(sigmas, Tensor) else list(sigmas)
-        return StateRun(self, levels, self.store.new_images(images), prompts, seeds)
+        what = f"{list(prompts)} {list(seeds)}" if prompts and seeds else None
+        drawing = self.store.numbered(images, what)
+        self.store.recorded(drawing, what)  # every call that is written stays
+        return StateRun(self, levels, drawing, prompts, seeds)
 
 
 class StateRun:
@@ -118,13 +121,13 @@ class StateRun:
         self,
         recorder: StateRecorder,
         sigmas: list[float],
-        first: int,
+        drawing: Drawing,
         prompts: Sequence[str] | None,
         seeds: Sequence[int] | None,
     ):
-        self.recorder, self.sigmas, self.first, self.prompts, self.seeds = recorder, sigmas, first, prompts, seeds
+        self.recorder, self.sigmas, self.first, self.prompts, self.seeds = recorder, sigmas, drawing.first, prompts, seeds
         choice = recorder.choice
-        drawn = draw_steps(sigmas, first, choice.steps, choice.sigmas, choice.seed)
+        drawn = draw_steps(sigmas, drawing.lot, choice.steps, choice.sigmas, choice.seed)
         self.steps = frozenset() if recorder.full else drawn
 
     @contextmanager

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 
 from ..analysis.amplification import AmplificationProbe, probed_steps
 from ..analysis.blocks import choose_blocks
-from ..analysis.hidden_states import HiddenStates, Limit
+from ..analysis.hidden_states import Drawing, HiddenStates, Limit
 from ..analysis.lens import LensRecorder
 from ..analysis.row_recording import RowChoice, RowRecorder, RowRun, estimated_bytes
 from ..analysis.state_recording import (
@@ -167,7 +167,7 @@ class RowsRun(SamplingWatcher):
     @contextmanager
     def watching(self, call: ModelCall):
         if self.run is None:
-            self.run = self.recorder.begin(call.sigmas, call.images)
+            self.run = self.recorder.begin(call.sigmas, call.images, call.drawn)
         with ExitStack() as hooks:
             if call.positive_rows is not None:
                 mask = call.mask(self.layout, ignore_padding=True, positive_only=True)
@@ -178,13 +178,15 @@ class RowsRun(SamplingWatcher):
     def finish(self) -> None:
         if self.run is None:
             return
-        self.run.flush()
+        self.run.finish()
         store = self.recorder.store
         store.add_amplification(self.probe.results())
         site, size = store.scarcest(self.recorder.sites), store.bytes("rows") / 1e9
         count, needed = store.count(site.name), site.regressors
-        text = f"{store.folder.name}: {store.manifest.images} images, {size:.3g} GB, "
+        text = f"{store.folder.name}: {store.image_count} images, {size:.3g} GB, "
         text += f"{count:,} of {needed:,} rows that a plan needs"
+        if self.run.drawing.times:
+            text += ". These images were recorded before: change the prompt or the seed for others"
         if self.recorder.full:
             text += ". Full, nothing more is taken"
             if 0 < count < needed:
@@ -232,16 +234,19 @@ class LensRun(SamplingWatcher):
     def __init__(self, store: HiddenStates, layout: Layout, choice: RowChoice, limit: Limit, node_id: str | None):
         self.store, self.layout, self.choice, self.limit, self.node_id = store, layout, choice, limit, node_id
         self.recorder: LensRecorder | None = None
+        self.drawing, self.drawn = Drawing(0, 0, 0), ""
         self.images = torch.empty(0, dtype=torch.int64)
         self.steps: frozenset[int] = frozenset()
 
     @contextmanager
     def watching(self, call: ModelCall):
         if self.recorder is None:
-            first = self.store.new_images(call.images)
+            self.drawn = call.drawn
+            self.drawing = self.store.numbered(call.images, self.drawn)
+            first = self.drawing.first
             self.recorder = LensRecorder(self.layout, self.choice.rows, seed=self.choice.seed + first)
             self.images = torch.arange(first, first + call.images)
-            self.steps = self.choice.drawn_steps(call.sigmas, first)
+            self.steps = self.choice.drawn_steps(call.sigmas, self.drawing.lot)
         if call.step not in self.steps or call.positive_rows is None:
             yield
             return
@@ -249,11 +254,14 @@ class LensRun(SamplingWatcher):
             yield
 
     def finish(self) -> None:
-        full = "" if self.recorder is None or self.recorder.save(self.store, self.limit) else ": full, nothing more is taken"
+        if self.recorder is None:
+            return
+        full = "" if self.recorder.save(self.store, self.limit) else ": full, nothing more is taken"
         store = self.store
+        store.recorded(self.drawing, self.drawn)
         host.say(
             self.node_id,
-            f"{store.folder.name}: {store.manifest.images} images, lens rows of {store.bytes('lens') / 1e9:.3g} GB{full}",
+            f"{store.folder.name}: {store.image_count} images, lens rows of {store.bytes('lens') / 1e9:.3g} GB{full}",
         )
 
     def abandon(self) -> None:

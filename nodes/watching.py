@@ -8,6 +8,7 @@ and every other clone of it, is never touched.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -103,6 +104,13 @@ class ModelCall:
         """Which of the run's steps this is, from 0; the first who asks waits for the device."""
         now = self.sigma.max().item()
         return max(sum(level >= now for level in self.sigmas[:-1]) - 1, 0)
+
+    @property
+    def drawn(self) -> str:
+        """Tells the images of this run from those of others, asked at its first call: their noise and the prompt's text."""
+        rows = self.positive_rows or slice(None)
+        parts = (self.x[rows], self.context[rows])
+        return hashlib.sha256(b"".join(part.float().cpu().numpy().tobytes() for part in parts)).hexdigest()
 
     @property
     def positive_rows(self) -> slice | None:

@@ -116,16 +116,16 @@ def test_every_image_gives_the_same_share(flux, store, inputs):
 
 def test_the_same_seed_draws_the_same_and_another_seed_other_steps():
     sigmas = [1 - n / 40 for n in range(41)]
-    steps = [RowChoice(seed=0).drawn_steps(sigmas, image) for image in range(50)]
-    assert steps == [RowChoice(seed=0).drawn_steps(sigmas, image) for image in range(50)]
+    steps = [RowChoice(seed=0).drawn_steps(sigmas, str(image)) for image in range(50)]
+    assert steps == [RowChoice(seed=0).drawn_steps(sigmas, str(image)) for image in range(50)]
     assert all(len(drawn) == 2 for drawn in steps)  # 5 % of 40
     assert len(set().union(*steps)) > 25
-    assert steps != [RowChoice(seed=1).drawn_steps(sigmas, image) for image in range(50)]
+    assert steps != [RowChoice(seed=1).drawn_steps(sigmas, str(image)) for image in range(50)]
 
 
 def test_short_runs_give_one_step_and_a_sigma_range_is_kept():
-    assert len(RowChoice().drawn_steps(SIGMAS, 0)) == 1
-    drawn = [RowChoice(steps=5, sigmas=(0.3, 0.7)).drawn_steps(SIGMAS, image) for image in range(5)]
+    assert len(RowChoice().drawn_steps(SIGMAS, "0")) == 1
+    drawn = [RowChoice(steps=5, sigmas=(0.3, 0.7)).drawn_steps(SIGMAS, str(image)) for image in range(5)]
     assert drawn == [frozenset({2, 3})] * 5
 
 
@@ -277,3 +277,25 @@ def test_measuring_amplification_makes_another_digest(store):
     before = store.digest
     store.add_amplification({"single-0": {1.0: (1.0, 1)}})
     assert HiddenStates.open(store.folder).digest == store.digest != before
+
+
+def test_an_image_keeps_its_number_when_it_is_recorded_again_and_gives_other_rows(store, flux, inputs):
+    def record(what):
+        with RowRecorder(flux.layout.sites, store, RowChoice(rows=4, steps=2)).run(SIGMAS, 2, what) as run, torch.no_grad():
+            for step in range(len(SIGMAS) - 1):
+                with run.watching(flux, step):
+                    flux(**inputs(flux, batch=2))
+        return sorted(run.steps)
+
+    first = [record("a two, seed 1"), record("a three, seed 1")]
+    assert store.images("single-0").tolist() == [0, 1, 2, 3]
+    again = [record("a two, seed 1") for _ in range(4)]
+    assert store.images("single-0").tolist() == [0, 1, 2, 3]
+    assert store.image_count == HiddenStates.open(store.folder).image_count == 4
+    assert any(steps != first[0] for steps in again)
+
+
+def test_images_of_a_run_that_was_given_up_do_not_count(store, flux):
+    with pytest.raises(KeyboardInterrupt), RowRecorder(flux.layout.sites, store).run(SIGMAS, 2, "a two"):
+        raise KeyboardInterrupt
+    assert store.image_count == 0

@@ -8,6 +8,8 @@ A site's amplification is |change of the velocity|² / |velocity|², divided by 
 noise that was added at the output of its down projection: times a site's squared error per token, it predicts what that
 error does to the velocity, relative and squared. Sites differ a thousandfold, which is what lets one budget be spread over
 them; noise levels differ fortyfold at one site, which is what rows are weighted by when a site is ranked and repaired.
+Weights are of the velocity alone: times the square of the Euler step's length, which is what one step's error does to the
+image, they leave more error in velocity and image alike (benchmarks/README.md, "Rows by importance").
 
 All it needs of a host is to call the model once more for every site, with the hook in place.
 """

@@ -8,12 +8,15 @@ A site's amplification is |change of the velocity|² / |velocity|², divided by 
 noise that was added at the output of its down projection: times a site's squared error per token, it predicts what that
 error does to the velocity, relative and squared. Sites differ a thousandfold, which is what lets one budget be spread over
 them; noise levels differ fortyfold at one site, which is what rows are weighted by when a site is ranked and repaired.
+Weights are of the velocity alone: times the square of the Euler step's length, which is what one step's error does to the
+image, they leave more error in velocity and image alike (benchmarks/README.md, "Rows by importance").
 
 All it needs of a host is to call the model once more for every site, with the hook in place.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -40,7 +43,10 @@ class AmplificationProbe:
     @torch.no_grad()
     @hooks_heard()
     def measure(self, model: nn.Module, sigma: float, velocity: Callable[[], Tensor]) -> None:
-        """`velocity()` runs `model` at noise level `sigma`: once as it is, once for every site with noise at its output."""
+        """`velocity()` runs `model` at noise level `sigma`: once as it is, once for every site with noise at its output.
+
+        A site that gives no finite number above 0 is left out, as one is that `velocity()` skips (a cache of the host's).
+        """
         expected = velocity().float()
         energy = expected.square().sum().item()
         for site in self.sites:
@@ -50,11 +56,12 @@ class AmplificationProbe:
                 moved = (velocity().float() - expected).square().sum().item()
             finally:
                 handle.remove()
-            noise = torch.stack(added).mean().item()
-            levels = self._measured.setdefault(site.name, {})
-            value, times = levels.get(sigma, (0.0, 0))
-            if noise > 0 and energy > 0:
-                levels[sigma] = (value + moved / energy / noise, times + 1)
+            noise = torch.stack(added).mean().item() if added else 0.0
+            found = moved / energy / noise if energy > 0 and noise > 0 else 0.0
+            if 0 < found < math.inf:  # no number where float16 overflows
+                levels = self._measured.setdefault(site.name, {})
+                value, times = levels.get(sigma, (0.0, 0))
+                levels[sigma] = (value + found, times + 1)
 
     def results(self) -> Measured:
         """By site and sigma, the sum of all measurements and their number."""

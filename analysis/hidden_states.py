@@ -278,21 +278,19 @@ class HiddenStates:
 
     @property
     def amplification(self) -> dict[str, float]:
-        """Mean amplification by site; empty where it was not measured."""
-        return {
-            name: sum(value for value, _ in levels.values()) / sum(count for _, count in levels.values())
-            for name, levels in self.manifest.amplification.items()
-            if levels
-        }
+        """Mean amplification by site, of those where it was measured: over the noise levels of all sites together, so that
+        sites whose runs had other levels compare."""
+        measured = self.manifest.amplification
+        sigma = np.array(sorted({level for levels in measured.values() for level in levels}))
+        return {name: float(_at(levels, sigma).mean()) for name, levels in measured.items() if levels}
 
     def importance(self, site: str, sigma: Tensor) -> Tensor:
-        """How much an error at a site counts at these noise levels [n]: its amplification there, relative to the mean of all;
-        1 where it was not measured. Between the levels that were, it is interpolated."""
-        levels = sorted(self.manifest.amplification.get(site, {}).items())
-        if not levels:
+        """How much an error at a site counts at these noise levels [n]: its amplification there, relative to its mean;
+        1 where it was not measured, or is 0 throughout."""
+        mean = self.amplification.get(site, 0.0)
+        if not mean > 0:
             return torch.ones_like(sigma)
-        found = np.interp(sigma.numpy(), [level for level, _ in levels], [value / count for _, (value, count) in levels])
-        return torch.from_numpy(found).to(sigma) / self.amplification[site]
+        return torch.from_numpy(_at(self.manifest.amplification[site], sigma.numpy()) / mean).to(sigma)
 
     @property
     def digest(self) -> str:
@@ -438,6 +436,13 @@ def held_out(images: Tensor, share: float = 0.2) -> tuple[set[int], set[int]]:
     # drawn, since prompts may come in turns, and always by the same lot
     judged = set(random.Random(len(numbers)).sample(numbers, max(1, round(share * len(numbers)))))
     return set(numbers) - judged, judged
+
+
+def _at(levels: Mapping[float, tuple[float, int]], sigma: np.ndarray) -> np.ndarray:
+    """Amplification at noise levels [n]: the mean of what was measured, in between interpolated, and beyond the outermost
+    measurements as at the nearest (so the last step of a run counts as the one before it)."""
+    known = sorted(levels.items())
+    return np.interp(sigma, [level for level, _ in known], [value / count for _, (value, count) in known])
 
 
 def _joined(parts: list[Rows]) -> Rows:

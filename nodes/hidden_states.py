@@ -146,12 +146,15 @@ class RowsRun(SamplingWatcher):
         measured = recorder.store.amplification
         self.probe = AmplificationProbe([site for site in recorder.sites if site.name not in measured])
         self.probe_steps = probe_steps if self.probe.sites else 0
+        self.probed: set[int] = set()
         self.run: RowRun | None = None
 
     def before(self, call: ModelCall) -> None:
-        probed = sorted(probed_steps(len(call.sigmas) - 1, self.probe_steps))
-        if call.step in probed and call.positive_rows:
-            self._probe(call, f"{probed.index(call.step) + 1} of {len(probed)}")
+        """Measures at the first call of a probed step; samplers of higher order and several prompts call more than once."""
+        steps = probed_steps(len(call.sigmas) - 1, self.probe_steps)
+        if call.step in steps - self.probed and call.positive_rows is not None:
+            self.probed.add(call.step)
+            self._probe(call, f"{len(self.probed)} of {len(steps)}")
 
     def _probe(self, call: ModelCall, which: str) -> None:
         calls = len(self.probe.sites) + 1

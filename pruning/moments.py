@@ -33,7 +33,8 @@ class Moments:
     """Of rows of regressors [attention | neurons].
 
     Attributes:
-        count: how many rows, each counted by its weight.
+        count: sum of the rows' weights.
+        squares: sum of their squares.
         attn: how many of the regressors are attention channels (0 in double blocks).
         mean: float64 [regressors].
         second: float64 [regressors, regressors]: their covariance if `centred`; in an MLP without bias, which cannot make up
@@ -41,10 +42,16 @@ class Moments:
     """
 
     count: float
+    squares: float
     attn: int
     centred: bool
     mean: Tensor
     second: Tensor
+
+    @property
+    def rows(self) -> float:
+        """Effective number of rows: of equal weight, so many would tell as much (Kish 1965)."""
+        return self.count**2 / self.squares
 
     def merged(self, other: Moments) -> Moments:
         """Moments of both sets of rows together (Chan et al. 1979), in the memory of these."""
@@ -54,7 +61,7 @@ class Moments:
         second = self.second.lerp_(other.second, share)
         if self.centred:
             second.addr_(apart, apart, alpha=share * (1 - share))
-        return Moments(count, self.attn, self.centred, self.mean + share * apart, second)
+        return Moments(count, self.squares + other.squares, self.attn, self.centred, self.mean + share * apart, second)
 
 
 def gather(
@@ -67,7 +74,7 @@ def gather(
 
     `importance` gives the weights of rows [n] from their noise levels [n]; without it, all weigh 1.
     """
-    count, attn = 0.0, 0
+    count, squares, attn = 0.0, 0.0, 0
     guess = total = second = None
     with exact_products():
         for part in _pieces(rows):
@@ -80,6 +87,7 @@ def gather(
             z -= guess
             weight = z.new_ones(len(z)) if importance is None else importance(part.sigma).to(z)
             count += weight.double().sum().item()
+            squares += weight.double().square().sum().item()
             total += (weight @ z).double()
             z *= weight.sqrt()[:, None]
             add_product(second, z, z)
@@ -93,7 +101,7 @@ def gather(
     second.addr_(offset, offset, alpha=-1.0)
     if weights.bias is None:
         second.addr_(mean, mean)
-    return Moments(count, attn, weights.bias is not None, mean, second)
+    return Moments(count, squares, attn, weights.bias is not None, mean, second)
 
 
 def _pieces(rows: Iterable[Rows]) -> Iterator[Rows]:

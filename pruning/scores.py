@@ -42,7 +42,7 @@ from .symmetric import add_product, inner
 from .weights import SiteWeights, down_energy
 
 #: Its number changes with what goes into a ranking by obs.
-RANKING_FORMAT = "flux-poke ranking 2"
+RANKING_FORMAT = "flux-poke ranking 3"
 SCORES = ("frequency", "magnitude", "fluctuation", "obs")
 
 #: Shares of a site's neurons at which the errors of cutting are measured on held-out images.
@@ -94,7 +94,7 @@ def obs(moments: Moments, down: Tensor, ridge: float | None = None, check: Check
     `ridge_for` these rows.
     """
     a, width = moments.attn, down.shape[1]
-    ridge = ridge_for(width, moments.count) if ridge is None else ridge
+    ridge = ridge_for(width, moments.rows) if ridge is None else ridge
     wide = down.double()
     gram = wide.new_zeros(width, width)
     add_product(gram, wide, wide)
@@ -118,7 +118,7 @@ def judged(ranking: Ranking, weights: SiteWeights, moments: Moments, judge: Mome
     """
     assert ranking.error is not None
     width = len(ranking.order)
-    weights, ridge = sketched(weights), ridge_for(width, moments.count)
+    weights, ridge = sketched(weights), ridge_for(width, moments.rows)
     unit = ranking.energy / output_energy(weights.down, judge)
     cuts = sorted({cut for share in grid if 0 < (cut := round(share * width)) < width})
     factors = []
@@ -239,7 +239,10 @@ def require_internals(internals: Internals | None, dense: Dense, sites: Sequence
 
 
 def require_rows(rows: HiddenStates | None, dense: Dense, sites: Sequence[Site], what: str) -> HiddenStates:
-    """`rows`, or `UserError` where they do not cover `sites` of `dense` with enough rows; `what` needs them."""
+    """`rows`, or `UserError` where they do not cover `sites` of `dense` with enough rows; `what` needs them.
+
+    Each row counts for one here, whatever its importance: fewer are in effect a matter of the ridge, not of an error.
+    """
     if rows is None:
         raise UserError(f"Rows are missing, and {what} needs them: record them first (Record Hidden States, what = rows).")
     rows.require(dense.fingerprint, dense.source)

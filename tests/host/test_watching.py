@@ -176,6 +176,22 @@ def test_what_a_probe_asks_of_the_model_is_not_counted(load, record, tmp_path, r
         assert torch.equal(site.fires, alone.sites[name].fires)
 
 
+@pytest.mark.parametrize("sampler", ["heun", "dpm_2"])
+def test_samplers_that_call_more_often_are_probed_once_a_step(load, tmp_path, sampler):
+    from flux_poke.analysis.hidden_states import HiddenStates, Limit
+    from flux_poke.analysis.row_recording import RowChoice, RowRecorder
+    from flux_poke.nodes import watching
+    from flux_poke.nodes.hidden_states import RowsRun
+
+    model = load(FLUX1)
+    layout, fingerprint = watching.flux_layout(model), watching.model_fingerprint(model)
+    store = HiddenStates.for_model(tmp_path / "rows", layout.family, fingerprint)
+    recorder = RowRecorder(layout.sites, store, RowChoice(4, STEPS), Limit(1.0))
+    sample(watching.sampling_clone(model, lambda: RowsRun(recorder, layout, 2, None)), sampler=sampler)
+    for levels in store.manifest.amplification.values():
+        assert [times for _, times in levels.values()] == [1, 1]
+
+
 def traces(model) -> list:
     """Everything a hook, a patch or a wrapper could have left in the model."""
     found = [copy.copy(model.model_options["transformer_options"]), list(model.wrappers), list(model.object_patches)]

@@ -11,6 +11,7 @@ from flux_poke.flux.layout import Site, read_layout
 from flux_poke.pruning.moments import Moments, gather
 from flux_poke.pruning.obs import eliminate
 from flux_poke.pruning.refit import SKETCH, Problem, affine, bias, choose, none, output_energy, sketched
+from flux_poke.pruning.scores import obs
 from flux_poke.pruning.weights import SiteWeights, full_precision, stored_like
 from torch.nn import functional as F
 
@@ -61,7 +62,7 @@ def test_moments_of_weighted_rows_are_numpys(site_rows):
     moments = gather(weights, [rows[:400], rows[400:]], lambda sigma: 3 * sigma**2)
     w, values = 3 * sigma.double().numpy() ** 2, z.numpy()
     expected = np.cov(values.T, bias=True, aweights=w) if weights.bias is not None else (values.T * w) @ values / w.sum()
-    assert moments.count == pytest.approx(w.sum(), rel=1e-6)
+    assert moments.rows == pytest.approx(w.sum() ** 2 / (w**2).sum(), rel=1e-6)
     np.testing.assert_allclose(moments.mean.numpy(), w @ values / w.sum(), atol=1e-5 * np.abs(values).max())
     np.testing.assert_allclose(moments.second.numpy(), expected, atol=1e-5 * np.abs(expected).max())
 
@@ -69,8 +70,15 @@ def test_moments_of_weighted_rows_are_numpys(site_rows):
 def test_merged_moments_are_those_of_all_rows(site_rows):
     weights, rows, _ = site_rows
     together, apart = gather(weights, [rows]), gather(weights, [rows[:300]]).merged(gather(weights, [rows[300:]]))
-    assert apart.count == together.count
+    assert (apart.count, apart.rows) == (together.count, together.rows)
     torch.testing.assert_close(apart.second, together.second, rtol=1e-4, atol=1e-5 * together.second.abs().max().item())
+
+
+def test_a_ranking_does_not_depend_on_the_unit_of_weights(site_rows):
+    weights, rows, _ = site_rows
+    plain, tenfold = gather(weights, [rows]), gather(weights, [rows], lambda sigma: torch.full_like(sigma, 10.0))
+    expected, found = obs(plain, weights.down), obs(tenfold, weights.down)
+    torch.testing.assert_close(found.error, expected.error, rtol=1e-3, atol=1e-6 * expected.energy)
 
 
 def test_affine_repair_is_numpys_least_squares(site_rows):
@@ -80,7 +88,7 @@ def test_affine_repair_is_numpys_least_squares(site_rows):
     centred = weights.bias is not None
     mean = z.mean(0)
     about = z - mean if centred else z
-    moments = Moments(count, a, centred, mean, about.T @ about / count)
+    moments = Moments(count, count, a, centred, mean, about.T @ about / count)
     repaired = affine(weights, KEPT, moments, ridge, fold=True)
 
     gone = np.setdiff1d(np.arange(weights.down.shape[1]), KEPT.numpy())

@@ -353,6 +353,18 @@ def test_amplification_is_the_velocitys_error_over_the_noises_energy(recorded, c
     assert not toy.down._forward_hooks
 
 
+@pytest.mark.parametrize(
+    "velocity",
+    [lambda toy, x: x, lambda toy, x: 0 * toy(x) + 1, lambda toy, x: (1e5 * toy(x)).half()],
+    ids=["skipped", "unmoved", "overflown"],
+)
+def test_what_gives_no_amplification_is_left_out(recorded, velocity):
+    toy, x = Toy(), torch.randn(2, 11, 4)
+    probe = AmplificationProbe([replace(recorded.dense.layout.sites[0], name="toy", down="down")])
+    probe.measure(toy, 0.9, lambda: velocity(toy, x))
+    assert probe.results() == {}
+
+
 def test_steps_to_probe_are_spread_from_the_first_to_the_last_but_one():
     assert probed_steps(20, 4) == {0, 6, 12, 18}
     assert probed_steps(20, 1) == {0}

@@ -43,6 +43,9 @@ def main() -> None:
     except UserError as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(1)
+    except OSError as error:
+        typer.echo(f"Error: {error.filename} cannot be used ({error.strerror}): check the path and its permissions.", err=True)
+        sys.exit(1)
 
 
 def args_with_files(arguments: list[str]) -> list[str]:

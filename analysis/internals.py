@@ -188,6 +188,8 @@ def merge_files(out: str | os.PathLike[str], files: Sequence[str | os.PathLike[s
     Raises `UserError`, with `out` as it was, where another file stands there, or the recordings are not of one model.
     """
     out = Path(out)
+    if len({Path(file).resolve() for file in files}) < len(files):
+        raise UserError("A recording is named twice, and would be counted twice: name each once.")
     with locked(out):
         if out.exists() and out.resolve() not in {Path(file).resolve() for file in files}:
             raise UserError(f"{out} is there already and is none of the files to add up: choose another name, or add it too.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError
-from .terminal import progress_bar, spread
+from .terminal import drawable, progress_bar, spread
 
 if TYPE_CHECKING:
     from ..analysis.hidden_states import HiddenStates
@@ -42,7 +42,7 @@ class Cuts:
         self, dense: Dense, recorded: Internals, rows: HiddenStates | None, device: str
     ) -> tuple[PruningPlan, BudgetCurve | None]:
         """The plan, and for a budget the curve it was chosen on; `device` is where neurons are ranked."""
-        from ..pruning.budget import BudgetCurve, by_budget, protected_sites
+        from ..pruning.budget import BudgetCurve, by_budget, check_budget, protected_sites
         from ..pruning.plan import by_count, by_threshold
         from ..pruning.scores import rank
 
@@ -53,6 +53,9 @@ class Cuts:
                 "What to cut is said in one way: by count (--img-cut, --txt-cut, --single-cut), by threshold (--img-threshold, "
                 "…), or by a budget (--share or --gigabytes)."
             )
+        protected = protected_sites(dense.layout, self.protect)
+        if self.share is not None or self.gigabytes is not None:
+            check_budget(dense.layout, self.share, self.gigabytes, self.multiple, protected)
         if any(limits):
             return by_threshold(dense, recorded, *limits, "rate" if self.on_rate else "counts", self.double, self.single), None
         with progress_bar() as update:
@@ -61,7 +64,6 @@ class Cuts:
             )
         if any(counts):
             return by_count(dense, rankings, self.score, *counts, self.double, self.single), None
-        protected = protected_sites(dense.layout, self.protect)
         curve = BudgetCurve.of(dense.layout, rankings, rows.amplification if rows else None, self.multiple, protected)
         return by_budget(dense, rankings, curve, self.score, self.share, self.gigabytes), curve
 
@@ -73,7 +75,9 @@ def plan(
     cuts: Cuts,
     out: Annotated[Path, typer.Option("--out", "-o", help="Plan to write.")] = Path("plan.safetensors"),
     rows: Annotated[Path | None, typer.Option(help="Folder that `record --rows` filled.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Budget: draw memory saved against predicted error.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(callback=drawable, help="Budget: draw memory saved against predicted error.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")] = "cpu",
 ) -> None:
     """Choose which neurons to keep: by count, by threshold, or by a budget. Nothing is cut yet."""
@@ -89,7 +93,13 @@ def plan(
     if picture and curve:
         curve.figure(made).savefig(picture, dpi=110)
     made.save(out)
-    typer.echo(f"{made.table()}\n{out}: flux-poke prune {checkpoint} --plan {out}")
+    typer.echo(f"{made.table()}\n{out}: {_next(checkpoint, out, made.score, rows)}")
+
+
+def _next(checkpoint: Path, plan: Path, score: str, rows: Path | None) -> str:
+    """What to do with a plan: the repair that goes with its score."""
+    repair = f" --repair affine --rows {rows}" if score == "obs" else ""
+    return f"flux-poke prune {checkpoint} --plan {plan}{repair} -o pruned.safetensors"
 
 
 def prune(

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..errors import UserError
-from .terminal import progress_bar
+from .terminal import drawable, progress_bar
 
 
 def record(
@@ -107,7 +107,7 @@ def download_prompts(
 def show(
     file: Annotated[Path, typer.Argument(help="internals.safetensors")],
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="Also draw it (.png, .pdf, .svg).")] = None,
+    picture: Annotated[Path | None, typer.Option(callback=drawable, help="Also draw it (.png, .pdf, .svg).")] = None,
 ) -> None:
     """Print what was recorded, MLP by MLP."""
     from dataclasses import asdict

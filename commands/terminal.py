@@ -15,6 +15,19 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
+from pathlib import Path
+
+from ..errors import UserError
+
+#: What pictures may be written as.
+PICTURES = (".png", ".jpg", ".pdf", ".svg")
+
+
+def drawable(path: Path | None) -> Path | None:
+    """For options that name a picture to write; raises `UserError`, before any work is done, where it is of no known kind."""
+    if path is not None and path.suffix.lower() not in PICTURES:
+        raise UserError(f"{path} is no picture that can be written: its name ends in one of {', '.join(PICTURES)}.")
+    return path
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..errors import UserError
-from .terminal import progress_bar, table
+from .terminal import drawable, progress_bar, table
 
 
 def animate(
@@ -39,7 +39,7 @@ def animate(
 def compare(
     reference: Annotated[Path, typer.Argument(help="An image, a folder of images, or a .latent: the dense model's.")],
     variants: Annotated[list[Path], typer.Argument(help="What to compare with it, of the same size.")],
-    picture: Annotated[Path | None, typer.Option(help="Draw them side by side.")] = None,
+    picture: Annotated[Path | None, typer.Option(callback=drawable, help="Draw them side by side.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the table (.csv or .json).")] = None,
 ) -> None:
     """Relative MSE, PSNR and SSIM of images or latents against a reference."""
@@ -62,7 +62,7 @@ def compare(
 def fit(
     rows: Annotated[Path, typer.Argument(help="Folder with lens rows (Record Hidden States, what = lens rows).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("lens.safetensors"),
-    picture: Annotated[Path | None, typer.Option(help="Also draw how replaceable each block is.")] = None,
+    picture: Annotated[Path | None, typer.Option(callback=drawable, help="Also draw how replaceable each block is.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "cpu",
 ) -> None:
     """Fit the affine map from each block's tokens to the last block's."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,9 @@ def say(node_id: str | None, text: str) -> None:
 
 
 def show(node_id: str | None, text: str) -> None:
-    """Shows a line of text on the node."""
+    """Shows some text on the node, whose letters differ in width: what stands between columns becomes a dot."""
     if node_id is not None:
-        PromptServer.instance.send_progress_text(text, node_id)
+        PromptServer.instance.send_progress_text(re.sub(r"(?<=\S) {2,}(?=\S)", " · ", text), node_id)
 
 
 def metadata_enabled() -> bool:

@@ -74,6 +74,6 @@ def files_written(inputs: Mapping[str, Any], own_recording: bool) -> str:
     names = {name: value for name, value in inputs.items() if value is not None}
     paths = [Path(loading.checkpoint_path(names["unet_name"]))] if "unet_name" in names else []
     if not own_recording:
-        paths += [host.output_path(names["hidden_states"]) / MANIFEST] if "hidden_states" in names else []
+        paths += [host.output_path(names["hidden_states"]) / MANIFEST] if names.get("hidden_states", "").strip() else []
         paths += [host.output_path(names["file"], ".safetensors")] if "file" in names else []
     return str([path.stat().st_mtime_ns if path.exists() else None for path in paths])

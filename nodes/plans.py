@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
 
 from ..analysis.report import figure_pixels
 from ..errors import UserError
-from ..pruning.budget import BudgetCurve, by_budget, protected_sites
-from ..pruning.plan import PruningPlan, by_count, by_threshold, plan_figure
+from ..files import check_replaces
+from ..pruning.budget import BudgetCurve, by_budget, check_budget, protected_sites
+from ..pruning.plan import FORMAT, PruningPlan, by_count, by_threshold, plan_figure
 from ..pruning.scores import SCORES
 from . import host
 from .inputs import (
@@ -36,9 +38,15 @@ def _plan_outputs() -> list[io.Output]:
     ]
 
 
-def _planned(plan: PruningPlan, name: str, node: type[io.ComfyNode], figure=None, note: str = "") -> io.NodeOutput:
-    """Saves a plan, and shows its table and picture on the node, after a `note`."""
+def _plan_path(name: str) -> Path:
+    """Where a plan is to be saved; raises `UserError`, before any work is done, where it cannot be."""
     path = host.output_path(name, ".safetensors")
+    check_replaces(path, FORMAT)
+    return path
+
+
+def _planned(plan: PruningPlan, path: Path, node: type[io.ComfyNode], figure=None, note: str = "") -> io.NodeOutput:
+    """Saves a plan, and shows its table and picture on the node, after a `note`."""
     if not any(plan.cut.values()):
         raise UserError(f"Nothing is cut ({plan.made}): raise a cut or a threshold, or widen the range of layers.")
     plan.save(path)
@@ -100,11 +108,11 @@ class PlanByCount(PlanNode):
         cls, unet_name, img_cut, txt_cut, single_cut, score, first_layer, last_layer, first_single, last_single, save_as,
         hidden_states, file, internals=None, after=None,
     ) -> io.NodeOutput:  # fmt: skip
-        sources = Sources.of(unet_name, hidden_states, file, internals)
+        path, sources = _plan_path(save_as), Sources.of(unet_name, hidden_states, file, internals)
         double, single = chosen_ranges(sources.dense.layout, first_layer, last_layer, first_single, last_single)
         rankings = sources.ranked(score, cls.hidden.unique_id)
         plan = by_count(sources.dense, rankings, score, img_cut, txt_cut, single_cut, double, single)
-        return _planned(plan, save_as, cls)
+        return _planned(plan, path, cls)
 
 
 class PlanByThreshold(PlanNode):
@@ -145,10 +153,10 @@ class PlanByThreshold(PlanNode):
         cls, unet_name, img_threshold, txt_threshold, single_threshold, on, first_layer, last_layer, first_single, last_single,
         save_as, file, internals=None, after=None,
     ) -> io.NodeOutput:  # fmt: skip
-        sources = Sources.of(unet_name, DEFAULT_FOLDER, file, internals)
+        path, sources = _plan_path(save_as), Sources.of(unet_name, DEFAULT_FOLDER, file, internals)
         double, single = chosen_ranges(sources.dense.layout, first_layer, last_layer, first_single, last_single)
         limits = img_threshold, txt_threshold, single_threshold
-        return _planned(by_threshold(sources.dense, sources.internals, *limits, on, double, single), save_as, cls)
+        return _planned(by_threshold(sources.dense, sources.internals, *limits, on, double, single), path, cls)
 
 
 class PlanByBudget(PlanNode):
@@ -193,16 +201,17 @@ class PlanByBudget(PlanNode):
     def execute(
         cls, unet_name, budget, amount, score, multiple, protect, save_as, hidden_states, file, internals=None, after=None
     ) -> io.NodeOutput:
-        sources = Sources.of(unet_name, hidden_states, file, internals)
+        path, sources = _plan_path(save_as), Sources.of(unet_name, hidden_states, file, internals)
         protected = protected_sites(sources.dense.layout, protect)
+        share, gigabytes = (amount, None) if budget == "share of neurons" else (None, amount)
+        check_budget(sources.dense.layout, share, gigabytes, multiple, protected)
         rankings = sources.ranked(score, cls.hidden.unique_id)
         amplification = sources.amplification
         curve = BudgetCurve.of(sources.dense.layout, rankings, amplification, multiple, protected)
-        share, gigabytes = (amount, None) if budget == "share of neurons" else (None, amount)
         plan = by_budget(sources.dense, rankings, curve, score, share, gigabytes)
         measured = f"{len(rankings.keys() & amplification.keys())} of {len(rankings)} MLPs"
         note = f"An error counts alike wherever it is made: what it does to the picture is known of {measured} (probe steps).\n"
-        return _planned(plan, save_as, cls, curve.figure(plan), "" if curve.amplified else note)
+        return _planned(plan, path, cls, curve.figure(plan), "" if curve.amplified else note)
 
 
 class LoadPlan(io.ComfyNode):

@@ -10,6 +10,7 @@ import torch
 
 from ..analysis.hidden_states import MANIFEST, HiddenStates
 from ..analysis.internals import Internals
+from ..errors import UserError
 from ..pruning.dense import Dense
 from ..pruning.plan import PruningPlan
 from ..pruning.repair import Repairs
@@ -27,26 +28,29 @@ class Sources:
     """A dense checkpoint and what was recorded of it, opened only where it is asked for."""
 
     dense: Dense
-    file: Path
-    folder: Path
+    file: Path | str
+    hidden_states: str
 
     @classmethod
     def of(cls, unet_name: str, hidden_states: str, file: str, internals: Path | None) -> Sources:
         dense = Dense.open(loading.checkpoint_path(unet_name))
-        return cls(dense, internals or host.output_path(file, ".safetensors"), host.output_path(hidden_states))
+        return cls(dense, internals or file, hidden_states)
 
     @property
     def internals(self) -> Internals:
-        return Internals.load(self.file)
+        file = self.file
+        return Internals.load(host.output_path(file, ".safetensors") if isinstance(file, str) else file)
 
     @property
     def rows(self) -> HiddenStates:
-        return HiddenStates.open(self.folder)
+        if not self.hidden_states.strip():
+            raise UserError("hidden_states is empty: name the folder in output/flux_poke that Record Hidden States filled.")
+        return HiddenStates.open(host.output_path(self.hidden_states))
 
     @property
     def amplification(self) -> dict[str, float]:
         """By site, where the folder is there and of this model: every score's errors are weighed with it, and none needs it."""
-        if not (self.folder / MANIFEST).exists():
+        if not self.hidden_states.strip() or not (host.output_path(self.hidden_states) / MANIFEST).exists():
             return {}
         return self.rows.amplification if self.rows.manifest.fingerprint.matches(self.dense.fingerprint) else {}
 

@@ -136,25 +136,28 @@ def by_budget(
 
     Raises `UserError` where that is more than may be cut.
     """
-    if (share is None) == (gigabytes is None):
-        raise UserError("A budget is either a share of the neurons or gigabytes to save: give one of the two.")
-    if share is not None:
-        if not 0 < share < 1:
-            raise UserError(f"The share of neurons to cut lies between 0 and 1, both excluded; found {share:g}.")
-        taken = curve.until(share * dense.layout.neurons, "neurons")
-        what = f"{share:.0%} of the neurons"
-    else:
-        assert gigabytes is not None
-        if gigabytes <= 0:
-            raise UserError(f"The gigabytes to save are above 0; found {gigabytes:g}.")
-        taken = curve.until(gigabytes * 1e9 / dtype.itemsize, "parameters")
-        what = f"{gigabytes:g} GB at {str(dtype).removeprefix('torch.')}"
+    amount, of, what = _budget(dense.layout, share, gigabytes, dtype)
+    taken = curve.until(amount, of)
     cuts: dict[str, int] = {}
     for step in curve.steps[:taken]:
         cuts[step.site] = cuts.get(step.site, 0) + step.neurons
     error = sum(step.error for step in curve.steps[:taken]) if curve.amplified else None
     weighed = "times amplification" if curve.amplified else "counted alike everywhere"
     return from_rankings(dense, rankings, cuts, score, f"by budget, {what}, score {score}, errors {weighed}", error)
+
+
+def check_budget(
+    layout: Layout,
+    share: float | None = None,
+    gigabytes: float | None = None,
+    multiple: int = 64,
+    protected: Collection[str] = (),
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Raises `UserError` where `by_budget` would, whatever the neurons are worth: to be asked before they are ranked."""
+    amount, of, _ = _budget(layout, share, gigabytes, dtype)
+    alike = {site.name: Ranking(torch.arange(site.width), torch.zeros(site.width + 1)) for site in layout.sites}
+    BudgetCurve.of(layout, alike, None, multiple, protected).until(amount, of)
 
 
 def protected_sites(layout: Layout, names: str | Sequence[str]) -> frozenset[str]:
@@ -166,7 +169,7 @@ def protected_sites(layout: Layout, names: str | Sequence[str]) -> frozenset[str
     found: set[str] = set()
     for part in parts:
         kind, _, index = part.partition("-")
-        block = {f"double-img-{index}", f"double-txt-{index}"} if kind == "double" and index.isdigit() else {part}
+        block = (f"double-img-{index}", f"double-txt-{index}") if kind == "double" and index.isdigit() else (part,)
         found |= {layout.site(name).name for name in block}
     return frozenset(found)
 
@@ -175,6 +178,22 @@ def neuron_parameters(layout: Layout, site: Site) -> int:
     """How many parameters one neuron of a site has: its row or rows, their biases, and its column."""
     rows = 2 if site.gated else 1
     return rows * (layout.hidden + int(site.biased)) + layout.hidden
+
+
+def _budget(
+    layout: Layout, share: float | None, gigabytes: float | None, dtype: torch.dtype
+) -> tuple[float, Literal["neurons", "parameters"], str]:
+    """How many neurons or parameters are to be saved, and the same in words."""
+    if (share is None) == (gigabytes is None):
+        raise UserError("A budget is either a share of the neurons or gigabytes to save: give one of the two.")
+    if share is not None:
+        if not 0 < share < 1:
+            raise UserError(f"The share of neurons to cut lies between 0 and 1, both excluded; found {share:g}.")
+        return share * layout.neurons, "neurons", f"{share:.0%} of the neurons"
+    assert gigabytes is not None
+    if gigabytes <= 0:
+        raise UserError(f"The gigabytes to save are above 0; found {gigabytes:g}.")
+    return gigabytes * 1e9 / dtype.itemsize, "parameters", f"{gigabytes:g} GB at {str(dtype).removeprefix('torch.')}"
 
 
 def _steps(site: Site, layout: Layout, error: torch.Tensor, multiple: int) -> list[Step]:

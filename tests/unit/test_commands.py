@@ -1,5 +1,7 @@
-"""The commands retrain and replace (commands/layers.py), on recordings that the command record makes."""
+"""The commands plan, retrain and replace, on recordings that the command record makes."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,41 @@ def test_what_to_cut_is_said_in_one_way(recorded, tmp_path, cuts):
     with pytest.raises(UserError, match="said in one way"):
         run("plan", internals, "--checkpoint", CHECKPOINT, *cuts, "--out", plan)
     assert not plan.exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (("--share", 1.5), "between 0 and 1"),
+        (("--gigabytes", 9), "ask for less"),
+        (("--share", 0.5, "--multiple", 0), "multiple of at least 1"),
+        (("--share", 0.5, "--protect", "double-9"), "double-img-9"),
+        (("--share", 0.5, "--picture", "x.foo"), "is no picture"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_before_neurons_are_ranked(recorded, tmp_path, monkeypatch, wrong, said):
+    monkeypatch.setattr("flux_poke.pruning.scores.rank", None)
+    given = ("plan", recorded / "internals.safetensors", "--checkpoint", CHECKPOINT, "--out", tmp_path / "plan.safetensors")
+    with pytest.raises(UserError, match=said):
+        run(*given, *wrong)
+
+
+def test_a_recording_is_not_added_to_itself(recorded):
+    internals = recorded / "internals.safetensors"
+    with pytest.raises(UserError, match="named twice"):
+        run("internals", "merge", internals, internals, "--out", internals)
+
+
+def test_what_the_file_system_refuses_is_said_in_one_sentence(recorded, tmp_path):
+    (tmp_path / "junk.txt").write_text("mine")
+    given = ["retrain", CHECKPOINT, "--hidden-states", recorded / "states", "--internals", recorded / "internals.safetensors"]
+    given += ["--img-cut", 9, *QUICK, "--out", tmp_path / "junk.txt"]
+    main = [sys.executable, "-c", "from flux_poke.cli import main; main()"]
+    ended = subprocess.run([*main, *map(str, given)], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.strip().splitlines()[-1].startswith("Error: ")
+    assert "junk.txt" in ended.stderr
 
 
 def test_distill_takes_no_choice_of_layers(recorded, tmp_path):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UserError
+from .checkpoint import scale_key
 from .layout import FAMILY_NAMES, Layout, Site, canonical_key, read_layout
 
 
@@ -55,7 +56,8 @@ class Flux(nn.Module):
     def load(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None, source: str = "the state dict") -> Flux:
         """A model with the given weights (kept in their own precision unless `dtype` is given).
 
-        Raises `UserError` where the tensors are not those of a FLUX.1 or FLUX.2 transformer.
+        Raises `UserError` where the tensors are not those of a FLUX.1 or FLUX.2 transformer, or stand for others: without
+        their scales, quantised weights run as noise.
         """
         layout = read_layout({key: tensor.shape for key, tensor in tensors.items()}, source)
         with torch.device("meta"):
@@ -70,6 +72,12 @@ class Flux(nn.Module):
             raise UserError(
                 f"{source} lacks {len(missing)} tensors of a {FAMILY_NAMES[layout.family]} model, first {missing[0]}."
             )
+        for key in model.state_dict():
+            if scale_key(weights, key) or f"{key.removesuffix('.weight')}.comfy_quant" in weights:
+                raise UserError(
+                    f"{source} has {key} quantised, with a scale beside it; expected plain numbers. Undo the scales "
+                    "(`pruning.weights.full_precision`), or use a bf16 or fp16 file."
+                )
         model.load_state_dict(weights, strict=False, assign=True)
         return model.eval().requires_grad_(False)
 

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..analysis.hidden_states import MANIFEST
 from ..flux.layout import Layout
+from ..retrain.files import layer_files
 from . import host, loading
 
 PlanType = io.Custom("PRUNING_PLAN")
@@ -68,12 +69,15 @@ def chosen_ranges(layout: Layout, first_layer: int, last_layer: int, first_singl
 def files_written(inputs: Mapping[str, Any], own_recording: bool) -> str:
     """When the files were written that a node reads by name, for `fingerprint_inputs`: a name out of another node is None.
 
+    `unet_name` is a checkpoint, `hidden_states` a folder of recordings, `folder` one of retrained layers, `file` a single file.
+
     With `own_recording`, recordings are made in the same graph: what changes them reaches the node through its links, and
     their files, written after this is asked, must not count, or every recording would make the next run plan again.
     """
     names = {name: value for name, value in inputs.items() if value is not None}
     paths = [Path(loading.checkpoint_path(names["unet_name"]))] if "unet_name" in names else []
+    paths += layer_files(host.output_path(names["folder"])).values() if "folder" in names else []
     if not own_recording:
         paths += [host.output_path(names["hidden_states"]) / MANIFEST] if names.get("hidden_states", "").strip() else []
         paths += [host.output_path(names["file"], ".safetensors")] if "file" in names else []
-    return str([path.stat().st_mtime_ns if path.exists() else None for path in paths])
+    return str([(path.name, path.stat().st_mtime_ns if path.exists() else None) for path in paths])

@@ -228,9 +228,8 @@ class LoadPlan(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file: str) -> int:
-        path = host.output_path(file, ".safetensors")
-        return path.stat().st_mtime_ns if path.is_file() else 0
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
+        return files_written(inputs, own_recording=False)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw
@@ -15,9 +17,9 @@ from ..retrain.options import Progress
 from ..retrain.replaced import Replaced, RetrainedLayers
 from ..retrain.stats import stats_figure, stats_table
 from . import computing, host, loading
-from .inputs import DEFAULT_FOLDER, PlanType, checkpoint_input, weight_dtype_input
+from .inputs import DEFAULT_FOLDER, PlanType, checkpoint_input, files_written, weight_dtype_input
 from .pruned import PRUNED, PrunedModel
-from .sources import REPAIRS
+from .sources import REPAIRS, compute
 
 DEFAULT_LAYERS = "retrained_layers"
 
@@ -92,8 +94,14 @@ class RetrainLayers(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **kwargs) -> float:
-        return float("nan")  # what was recorded changes while the inputs do not
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
+        """The checkpoint's, the recording's and the layers' own times.
+
+        What is recorded in the same graph reaches the node through the plan that waits for it, else by its time, in the next
+        run. Files that a run writes are seen by the next one, which so runs once more and finds its layers done; layers that
+        were deleted, or written by others, are made again.
+        """
+        return files_written(inputs, own_recording=False)
 
     @classmethod
     def execute(
@@ -104,8 +112,9 @@ class RetrainLayers(io.ComfyNode):
         source, out = host.output_path(hidden_states), host.output_path(folder)
         with computing.training():
             stats = retrain(
-                method, dense, plan, source, out, layers, train_on, LossCurve(), host.output_path(REPAIRS), steps=steps or None,
-                learning_rate=learning_rate, batch=batch or None, thickness=thickness, save_dtype=save_dtype, seed=train_seed,
+                method, dense, plan, source, out, layers, train_on, LossCurve(), host.output_path(REPAIRS),
+                partial(compute, node_id=cls.hidden.unique_id), steps=steps or None, learning_rate=learning_rate,
+                batch=batch or None, thickness=thickness, save_dtype=save_dtype, seed=train_seed,
                 mixed_precision=mixed_precision, device=str(computing.training_device()),
             )  # fmt: skip
         draw_stats(out)
@@ -180,9 +189,9 @@ class LoadReplacedFlux(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str, **kwargs) -> str:
-        path = host.output_path(folder)
-        return str(sorted((file.name, file.stat().st_mtime_ns) for file in path.glob("*.safetensors")))
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
+        """A folder out of Retrain Layers has its layers' times in that node's fingerprint."""
+        return files_written(inputs, own_recording=False)
 
     @classmethod
     def execute(cls, unet_name, weight_dtype, folder, first_layer, last_layer) -> io.NodeOutput:

@@ -73,15 +73,21 @@ class Sources:
         """The plan's repairs, worked out on the GPU, and kept in output/flux_poke/repairs for the next time."""
         internals = self.internals if method == "bias" else None
         rows = self.rows if method == "affine" else None
-        repairs = Repairs(self.dense, plan, method, internals, rows, host.output_path(REPAIRS), check=throw_if_cancelled)
-
-        def work(device: torch.device) -> None:
-            repairs.device = device
-            repairs.compute(StepProgress(node_id, "repaired"), fold)
-
-        if any(repairs.lacks(name, fold) for name in repairs):
-            on_gpu(work, node_id)
+        repairs = Repairs(self.dense, plan, method, internals, rows, host.output_path(REPAIRS))
+        compute(repairs, node_id, fold)
         return repairs
+
+
+def compute(repairs: Repairs, node_id: str | None, fold: bool = False) -> None:
+    """Works out on the GPU what is not there yet, with progress on the node; Cancel stops it, there and later."""
+    repairs.check = throw_if_cancelled
+
+    def work(device: torch.device) -> None:
+        repairs.device = device
+        repairs.compute(StepProgress(node_id, "repaired"), fold)
+
+    if any(repairs.lacks(name, fold) for name in repairs):
+        on_gpu(work, node_id)
 
 
 def space_taken(repairs: Repairs) -> str:

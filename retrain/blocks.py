@@ -57,7 +57,7 @@ class Chain(nn.Module):
         layout = read_layout({key: shape_of(tensors, key) for key in tensors})
         with torch.device("meta"):
             chain = cls(layout, places)
-        chain.load_state_dict({key: _read(tensors, key, device) for key in chain.state_dict()}, assign=True)
+        chain.load_state_dict({key: in_float32(tensors, key, device) for key in chain.state_dict()}, assign=True)
         return chain.eval().requires_grad_(False)
 
     @property
@@ -141,15 +141,15 @@ class BlockProblem:
                 yield samples, self.state(samples)
 
 
-def _block_name(site: Site) -> str:
-    return f"{'single' if site.stream == 'single' else 'double'}-{site.index}"
-
-
-def _read(tensors: Mapping[str, Tensor], key: str, device: torch.device | str) -> Tensor:
-    """A tensor in float32 that no one else holds."""
+def in_float32(tensors: Mapping[str, Tensor], key: str, device: torch.device | str) -> Tensor:
+    """A tensor in float32 that no one else holds, its scale undone."""
     if key.endswith(".weight"):
         return full_precision(tensors, key, device).clone()
     return tensors[key].to(device, torch.float32, copy=True)
+
+
+def _block_name(site: Site) -> str:
+    return f"{'single' if site.stream == 'single' else 'double'}-{site.index}"
 
 
 def _seeing(model: nn.Module, path: str, seen: dict[str, Tensor]):

@@ -14,12 +14,11 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -31,6 +30,7 @@ from ..pruning.dense import Dense
 from ..pruning.plan import PruningPlan
 from ..pruning.repair import Repairs
 from ..pruning.surgery import Cut
+from .blocks import in_float32
 from .files import Layer, made_before, write_layer
 from .loop import Loss, fit, held_out_loss, samples_of, split_images, squared
 from .options import Options, Report
@@ -72,14 +72,14 @@ def distill(
     saved: Path | None = None,
     report: Report | None = None,
 ) -> Distilled:
-    """Trains the MLPs of the pruned checkpoint `cut` (canonical keys) on `samples`.
+    """Trains the MLPs of the pruned checkpoint `cut` (canonical keys, quantised or not) on `samples`.
 
     Where no training does better on held-out images than `cut` itself, `cut`'s own tensors come back. `saved`: where its state
     is kept, to go on after a kill. Raises `UserError` where there are too few images.
     """
     options = options or DEFAULT
-    own = {key: tensor.to(options.device, torch.float32, copy=True) for key, tensor in cut.items()}
-    flux = Flux.load(own)
+    numbers = (key for key in cut if key.endswith((".weight", ".bias", ".scale")))  # not what quantisation keeps beside them
+    flux = Flux.load({key: in_float32(cut, key, options.device) for key in numbers})
     keys = mlp_parameters(flux, flux.layout.sites)
     if options.recompute:
         for block in (*flux.double_blocks, *flux.single_blocks):
@@ -106,12 +106,13 @@ def distill_layers(
     options: Options | None = None,
     report: Report | None = None,
     repairs: str | os.PathLike[str] | None = None,
+    prepare: Callable[[Repairs], None] = Repairs.compute,
 ) -> list[LayerStats]:
     """`distill` on recorded trajectories, with every block's share written to `folder` as a retrained layer.
 
-    It starts from affine repair where `store` holds rows as well (kept in the folder `repairs`), else from the cut alone. The
-    losses in the stats are the whole model's: its relative velocity error, before and after. What was made in the very same way
-    before is not made again.
+    It starts from affine repair where `store` holds rows as well (kept in the folder `repairs`, worked out by `prepare`), else
+    from the cut alone. The losses in the stats are the whole model's: its relative velocity error as cut, at the start, and at
+    the end. What was made in the very same way before is not made again.
     """
     options, begun, folder = options or DEFAULT, time.monotonic(), Path(folder)
     store.require(dense.fingerprint, dense.source)
@@ -121,20 +122,24 @@ def distill_layers(
         dense, plan, "affine" if rows else "none", rows=store, folder=repairs or folder / "repairs", device=options.device
     )
     described = replace(options, device="", tensorboard=None)
-    made = hashlib.sha256(f"{plan.digest} {store.digest} {repair.method} {described}".encode()).hexdigest()[:16]
+    story = f"{dense.fingerprint} {plan.digest} {store.digest} {repair.method} {described}"
+    made = hashlib.sha256(story.encode()).hexdigest()[:16]
     places = sorted(cut_places(dense.layout, plan))
     if not options.just_evaluate and (before := made_before(folder, places, made)):
         return before
+    evaluated = replace(options, just_evaluate=True, recompute=False)
+    as_cut = distill(Cut(dense, plan), samples, evaluated).before
+    prepare(repair)
     found = distill(Cut(dense, plan, repair), samples, options, folder / f".distill.{made}.training.safetensors", report)
     stats = [
         LayerStats(
             layer=place,
             name=blocks_of(dense.layout)[place].name,
             **plan_stats(dense.layout, plan, place),
-            initial_loss=found.before,
+            initial_loss=as_cut,
             final_loss=found.after,
             train_loss=None,
-            relative_cut=found.before,
+            relative_cut=as_cut,
             relative_start=found.before,
             relative_final=found.after,
             method="distill",

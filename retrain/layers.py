@@ -136,7 +136,7 @@ class _Trainer:
         self.cut = Cut(dense, plan)
         different = {"device": "", "tensorboard": None, "just_evaluate": False}
         described = {name: value for name, value in asdict(options).items() if name not in different}
-        self._key = json.dumps([plan.digest, digest, described], sort_keys=True)
+        self._key = json.dumps([dense.fingerprint.to_json(), plan.digest, digest, described], sort_keys=True)
 
     def made(self, group: range) -> str:
         return hashlib.sha256(f"{self._key} {group}".encode()).hexdigest()[:16]
@@ -189,7 +189,13 @@ class _OnBlocks(_Trainer):
         self.states = states
         self.before: list[Chain] = []
 
+    def made(self, group: range) -> str:
+        """In sequential training, where the retrained blocks begin that lead up to the group is part of it."""
+        return super().made(range(self.before[0].places.start, group.stop) if self.before else group)
+
     def done(self, group: range) -> list[LayerStats] | None:
+        if self.before and self.before[-1].places.stop != group.start:
+            self.before.clear()  # across a gap it goes on from the recorded states
         stats = super().done(group)
         if stats:
             self._follow(group)
@@ -199,8 +205,6 @@ class _OnBlocks(_Trainer):
         begun = time.monotonic()
         options = self.options
         student = Chain.load(self.cut, group, options.device)
-        if self.before and self.before[-1].places.stop != group.start:
-            self.before.clear()
         name = "_".join(blocks_of(self.dense.layout)[place].name for place in group)
         problem = BlockProblem(name, student, self.states, options, self.before)
         keys = mlp_parameters(student, student.sites)

@@ -8,6 +8,7 @@ What is not given is left to the method: a layer takes fewer and smaller steps t
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,7 @@ from ..analysis.hidden_states import HiddenStates
 from ..errors import UserError
 from ..pruning.dense import Dense
 from ..pruning.plan import PruningPlan
+from ..pruning.repair import Repairs
 from .distill import DEFAULT, distill_layers
 from .layers import open_data, retrain_layers
 from .options import Method, Options, Report
@@ -34,12 +36,14 @@ def retrain(
     on: Literal["auto", "blocks", "rows"] = "auto",
     report: Report | None = None,
     repairs: str | os.PathLike[str] | None = None,
+    prepare: Callable[[Repairs], None] = Repairs.compute,
     **given: Any,
 ) -> list[LayerStats]:
     """Retrains what `plan` leaves of `layers` on what is recorded in the folder `recorded`, and writes them to `folder`.
 
-    `given` are fields of `Options`, None where they are left to the method. `repairs`: where distill keeps what it starts from.
-    Raises `UserError` where plan, data and model do not belong together, or a choice makes no sense with the method.
+    `given` are fields of `Options`, None where they are left to the method. `repairs`: where distill keeps what it starts from,
+    which `prepare` works out. Raises `UserError` where plan, data and model do not belong together, or a choice makes
+    no sense with the method.
     """
     given = {name: value for name, value in given.items() if value is not None}
     if method != DISTILL:
@@ -49,4 +53,5 @@ def retrain(
             "distill trains all layers at once, on trajectories: leave layers at 'all', the data at 'auto', thickness at 1 and "
             "sequential off, or choose another method."
         )
-    return distill_layers(dense, plan, HiddenStates.open(recorded), folder, replace(DEFAULT, **given), report, repairs)
+    store = HiddenStates.open(recorded)
+    return distill_layers(dense, plan, store, folder, replace(DEFAULT, **given), report, repairs, prepare)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -162,6 +163,52 @@ def test_distilled_layers_run_too(recorded, server):
         client.run(retrain("distilled", method="distill", steps=10, batch=16))
         pictures(client, drawing(replaced("distilled")))
     assert len(load_file(recorded / "distilled" / "0.safetensors")) == 10
+
+
+def test_cancel_is_heard_while_distillation_works_out_the_repair_it_starts_from(recorded, server):
+    rows = record("rows", model=["tiny", 0], folder="whole")
+    velocities = record("trajectories", model=["rows", 0], folder="whole")
+    model = {"tiny": node("FluxPokeLoadTinyFlux"), "rows": rows, "velocities": velocities}
+    with ComfyClient(server.address) as client:
+        for seed in range(2):
+            client.run(drawing(model, seed=seed, batch=8))
+        before = set((recorded / "repairs").glob("*/*.safetensors"))
+        prompt_id = client.queue(retrain("unmade", method="distill", hidden_states="whole", steps=10, batch=16))
+
+        def stop(number: str, step: int, _: int) -> None:
+            if number == "retrain" and step >= 2:
+                client.interrupt(prompt_id)
+
+        with pytest.raises(Interrupted):
+            client.wait(prompt_id, stop)
+    assert 2 <= len(set((recorded / "repairs").glob("*/*.safetensors")) - before) < 8
+    assert not (recorded / "unmade").exists()
+
+
+def test_layers_are_made_and_loaded_again_only_when_a_file_behind_them_is_another(recorded, server):
+    shutil.copytree(recorded / "states", recorded / "kept")
+    graph = retrain("kept_layers", method="closed form", hidden_states="kept", layers="0-1")
+    graph["replaced"] = node("FluxPokeLoadReplacedFlux", **{**replaced()["replaced"]["inputs"], "folder": ["retrain", 0]})
+    first = recorded / "kept_layers" / "0.safetensors"
+    with ComfyClient(server.address) as client:
+
+        def ran(seed: int) -> set[str]:
+            return {"retrain", "replaced"} & set(client.run(drawing(graph, seed=seed)).executed)
+
+        assert ran(1) == {"retrain", "replaced"}
+        made = first.stat().st_mtime_ns
+        assert ran(2) == {"retrain", "replaced"}  # sees the files of the run before
+        assert first.stat().st_mtime_ns == made
+        assert ran(3) == set()
+        first.unlink()
+        assert ran(4) == {"retrain", "replaced"}
+        assert first.exists()
+        more = record("block states", model=["tiny", 0], folder="kept")
+        client.run(drawing({"tiny": node("FluxPokeLoadTinyFlux"), "more": more}, seed=9))
+        made = first.stat().st_mtime_ns
+        assert ran(4) == {"retrain", "replaced"}
+        assert first.stat().st_mtime_ns > made
+    assert "'NoneType' object has no attribute 'strip'" not in server.log.read_text()
 
 
 def test_cancel_keeps_finished_layers_and_leaves_the_host_in_order(recorded, server):

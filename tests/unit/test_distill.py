@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from flux_poke.analysis.hidden_states import HiddenStates
+from flux_poke.analysis.row_recording import RowChoice, RowRecorder
 from flux_poke.analysis.state_recording import StateChoice, StateRecorder
 from flux_poke.analysis.trajectories import Trajectories, trajectory, velocity_error
 from flux_poke.errors import UserError
 from flux_poke.flux.model import Flux, SingleBlock
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan
+from flux_poke.pruning.repair import Repairs
 from flux_poke.pruning.surgery import Cut
-from flux_poke.retrain.distill import distill
+from flux_poke.retrain.distill import distill, distill_layers
 from flux_poke.retrain.loop import split_images
 from flux_poke.retrain.options import Options, Progress
 from safetensors.torch import load_file, save_file
@@ -25,9 +27,9 @@ OPTIONS = Options(steps=40, learning_rate=1e-3, batch=4, eval_every=10, save_dty
 
 
 class Drawn:
-    """A small FLUX, half of every MLP cut out of it, and trajectories of ten images."""
+    """A small FLUX, half of every MLP cut out of it, and trajectories of a few images."""
 
-    def __init__(self, tensors, family="flux1"):
+    def __init__(self, tensors, family="flux1", images=10, words=5):
         self.dense = Dense.of(tensors(family, depth=1, depth_single=1))
         self.flux, layout = Flux.load(self.dense.tensors), self.dense.layout
         widths = {site.name: site.width for site in layout.sites}
@@ -36,9 +38,9 @@ class Drawn:
         cut = Cut(self.dense, self.plan)
         self.cut = {key: cut[key] for key in cut}
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(10, layout.in_channels // layout.patch**2, 4 * layout.patch, 4, generator=generator)
-        context = torch.randn(10, 5, layout.context, generator=generator)
-        vector = torch.randn(10, layout.vector, generator=generator) if layout.vector else None
+        noise = torch.randn(images, layout.in_channels // layout.patch**2, 4 * layout.patch, 4, generator=generator)
+        context = torch.randn(images, words, layout.context, generator=generator)
+        vector = torch.randn(images, layout.vector, generator=generator) if layout.vector else None
         self.points, _ = trajectory(self.flux, noise, SIGMAS, context, vector)
         self.samples = Trajectories.of(self.points)
 
@@ -72,6 +74,21 @@ def test_the_tensors_that_were_given_are_not_touched(drawn):
     before = {key: tensor.clone() for key, tensor in drawn.cut.items()}
     distill(drawn.cut, drawn.samples, OPTIONS)
     assert all(torch.equal(drawn.cut[key], tensor) for key, tensor in before.items())
+
+
+def test_a_scaled_8_bit_model_is_distilled_from_what_its_numbers_stand_for(drawn):
+    cut = {}
+    for key, tensor in drawn.cut.items():
+        if "_blocks." in key and key.endswith(".weight"):
+            layer = key.removesuffix(".weight")
+            cut[f"{layer}.weight_scale"] = (scale := tensor.abs().max() / 448)
+            cut[f"{layer}.comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+            tensor = (tensor / scale).to(torch.float8_e4m3fn)
+        cut[key] = tensor
+    options = replace(OPTIONS, just_evaluate=True)
+    assert distill(cut, drawn.samples, options).before == pytest.approx(
+        distill(drawn.cut, drawn.samples, options).before, rel=0.05
+    )
 
 
 def test_only_mlps_are_changed(drawn):
@@ -186,6 +203,47 @@ def test_a_training_that_was_cut_off_goes_on_bit_for_bit(drawn, optimizer, tmp_p
     assert min(steps) > 0
     assert not saved.exists()
     assert all(torch.equal(rest[key], tensor) for key, tensor in whole.items())
+
+
+@pytest.fixture(scope="module")
+def many(tensors) -> Drawn:
+    return Drawn(tensors, images=80, words=10)
+
+
+@pytest.fixture(scope="module")
+def store(many, tmp_path_factory) -> HiddenStates:
+    """Trajectories, and enough rows for affine repair."""
+    store = HiddenStates.for_model(tmp_path_factory.mktemp("store"), "flux1", many.dense.fingerprint)
+    velocities = StateRecorder("trajectories", store, StateChoice(3, dtype=torch.float32))
+    rows = RowRecorder(many.dense.layout.sites, store, RowChoice(rows=48, steps=3))
+    with velocities.run(SIGMAS, 80) as run, rows.run(SIGMAS, 80) as row_run, torch.no_grad():
+        for step, point in enumerate(many.points):
+            with run.watching(many.flux, step), row_run.watching(many.flux, step):
+                point.run(many.flux)
+    return HiddenStates.open(store.folder)
+
+
+def test_stats_tell_the_error_of_the_cut_apart_from_that_of_the_repair(many, store, tmp_path):
+    options = replace(OPTIONS, steps=2, eval_every=2)
+    stats = distill_layers(many.dense, many.plan, store, tmp_path / "layers", options, repairs=tmp_path / "repairs")[0]
+    held_out = [point[stats.held_out_images] for point in many.points]
+    affine = Repairs(many.dense, many.plan, "affine", rows=store, folder=tmp_path / "repairs")
+    for told, repairs in ((stats.relative_cut, None), (stats.relative_start, affine)):
+        assert told == pytest.approx(velocity_error(Flux.load(Cut(many.dense, many.plan, repairs)), held_out), rel=1e-3)
+    assert stats.relative_start < stats.relative_cut
+
+
+def test_repair_is_worked_out_by_whom_is_asked_and_only_where_it_is_needed(many, store, tmp_path):
+    asked: list[Repairs] = []
+
+    def prepare(repairs: Repairs) -> None:
+        assert all(repairs.lacks(name) for name in repairs)
+        asked.append(repairs)
+
+    given = many.dense, many.plan, store, tmp_path / "layers", replace(OPTIONS, steps=2, eval_every=2)
+    made = distill_layers(*given, prepare=prepare)
+    assert distill_layers(*given, prepare=prepare) == made
+    assert len(asked) == 1
 
 
 KILLED = """

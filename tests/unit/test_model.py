@@ -142,6 +142,13 @@ def test_missing_tensors_are_counted_and_the_first_is_named(tensors):
         Flux.load(lacking, source="tiny")
 
 
+@pytest.mark.parametrize("beside", ["scale_weight", "weight_scale", "comfy_quant"])
+def test_numbers_that_want_a_scale_are_not_run_without_it(tensors, beside):
+    quantised = tensors("flux1") | {f"double_blocks.1.img_mlp.0.{beside}": torch.ones(1)}
+    with pytest.raises(UserError, match=r"tiny has double_blocks.1.img_mlp.0.weight quantised"):
+        Flux.load(quantised, source="tiny")
+
+
 def test_chroma_is_left_to_the_host(tensors):
     with pytest.raises(UserError, match="load Chroma in ComfyUI"):
         Flux.load(tensors("chroma"))

@@ -171,6 +171,16 @@ def test_in_sequential_training_a_layer_learns_from_what_the_retrained_ones_give
     )
 
 
+@pytest.mark.parametrize(("first", "layers"), [("0,2", "0,2,3"), ("3", "2-3")])
+def test_sequential_training_that_goes_on_ends_where_one_in_one_go_does(recorded, first, layers, tmp_path):
+    options = Options(method="closed form", sequential=True, save_dtype="float32")
+    given = recorded.dense, recorded.plan, recorded.states
+    whole = retrain_layers(*given, layers, tmp_path / "whole", options)
+    retrain_layers(*given, first, tmp_path / "parts", options)
+    rest = retrain_layers(*given, layers, tmp_path / "parts", options)
+    assert [stats.relative_final for stats in rest] == [stats.relative_final for stats in whole]
+
+
 def test_a_training_that_only_does_harm_saves_what_it_started_from(recorded, tmp_path):
     options = Options(steps=4, eval_every=2, learning_rate=20.0, save_dtype="float32", method="gradient")
     (stats,) = retrain_layers(recorded.dense, recorded.plan, recorded.states, "0", tmp_path, options)
@@ -243,6 +253,16 @@ def test_layers_that_are_done_are_not_done_again(recorded, tmp_path):
     assert {progress.layer for progress in told} == {"double-1"}
     retrain_layers(recorded.dense, recorded.plan, recorded.states, "0", tmp_path, Options(steps=3, save_dtype="float32"))
     assert (tmp_path / "0.safetensors").stat().st_mtime_ns != written
+
+
+def test_layers_of_the_model_in_another_precision_are_made_anew(recorded, tmp_path):
+    options = Options(method="closed form", save_dtype="float32")
+    low = Dense.of({key: tensor.bfloat16() for key, tensor in recorded.dense.tensors.items()})
+    for dense in (recorded.dense, low):
+        retrain_layers(dense, recorded.plan, recorded.states, "0", tmp_path / "one", options)
+    retrain_layers(low, recorded.plan, recorded.states, "0", tmp_path / "other", options)
+    found, expected = (load_file(tmp_path / folder / "0.safetensors") for folder in ("one", "other"))
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
 def test_a_cancelled_training_keeps_finished_layers_and_goes_on_bit_for_bit(recorded, tmp_path, monkeypatch):

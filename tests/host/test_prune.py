@@ -200,8 +200,8 @@ def test_a_plan_and_its_model_are_made_anew_only_when_there_is_something_new(cli
 
 
 def test_cancel_stops_a_ranking_and_the_next_run_goes_on_from_there(client: ComfyClient, recorded: Path):
-    rows = Path(shutil.copytree(recorded / "rows", recorded / "cancelled", ignore=shutil.ignore_patterns("rankings")))
-    plan = {"plan": by_count("obs", hidden_states="cancelled")}
+    rows = Path(shutil.copytree(recorded / "rows", recorded / "cancelled_rows", ignore=shutil.ignore_patterns("rankings")))
+    plan = {"plan": by_count("obs", hidden_states="cancelled_rows")}
     prompt_id = client.queue(plan)
 
     def stop(node: str, step: int, _: int) -> None:

@@ -91,11 +91,13 @@ class Shard:
 
 
 class Drawing(NamedTuple):
-    """Images of one sampling run: the number of the first one, how many there are, and how often they were recorded before."""
+    """Images of one sampling run: the number of the first one, how many there are, how often they were recorded before, and a
+    digest of what tells them from others (empty: nothing does)."""
 
     first: int
     images: int
     times: int
+    name: str
 
     @property
     def lot(self) -> str:
@@ -107,16 +109,14 @@ class Drawing(NamedTuple):
 class Manifest:
     """What a folder holds. `images` is the next image's number; `halvings` is what new rows start at.
 
-    `drawings` are those that were recorded, by a digest of what was drawn: the same images have the same number for ever, so
-    that none is on both sides of a split.
-
-    `amplification` is, by site and sigma, [sum of measurements, their number] (see `amplification.py`).
+    `drawings` are those that were recorded: the same images have the same number for ever, so that none is on both sides of a
+    split. `amplification` is, by site and sigma, [sum of measurements, their number] (see `amplification.py`).
     """
 
     family: str
     fingerprint: Fingerprint
     images: int = 0
-    drawings: Mapping[str, Drawing] = field(default_factory=dict)
+    drawings: tuple[Drawing, ...] = ()
     halvings: int = 0
     shards: tuple[Shard, ...] = ()
     amplification: Mapping[str, Mapping[float, tuple[float, int]]] = field(default_factory=dict)
@@ -145,7 +145,7 @@ class Manifest:
                 family=found["family"],
                 fingerprint=Fingerprint.from_json(json.dumps(found["model"])),
                 images=int(found["images"]),
-                drawings={name: Drawing(*map(int, drawing)) for name, drawing in found["drawings"].items()},
+                drawings=tuple(Drawing(int(first), int(n), int(times), name) for first, n, times, name in found["drawings"]),
                 halvings=int(found["halvings"]),
                 shards=tuple(Shard.from_json(shard) for shard in found["shards"]),
                 amplification={
@@ -215,25 +215,25 @@ class HiddenStates:
 
     def numbered(self, count: int, what: str | None = None) -> Drawing:
         """Numbers for the `count` images of a sampling run; `what` tells these images from others (None: from all others)."""
+        name = "" if what is None else hashlib.sha256(what.encode()).hexdigest()[:16]
         with self._changing():
-            known = None if what is None else self.manifest.drawings.get(_digest(what))
-            if known is not None and known.images == count:
-                return known
+            for known in self.manifest.drawings:
+                if name and (known.name, known.images) == (name, count):
+                    return known
             first = self.manifest.images
             self.manifest = replace(self.manifest, images=first + count)
-        return Drawing(first, count, 0)
+        return Drawing(first, count, 0, name)
 
-    def recorded(self, drawing: Drawing, what: str | None = None) -> None:
-        """Takes down that these images were recorded whole; `what` as in `numbered`."""
+    def recorded(self, drawing: Drawing) -> None:
+        """Takes down that these images were recorded whole."""
         with self._changing():
-            name = _digest(f"{drawing.first}" if what is None else what)
-            drawings = {**self.manifest.drawings, name: drawing._replace(times=drawing.times + 1)}
-            self.manifest = replace(self.manifest, drawings=drawings)
+            others = tuple(other for other in self.manifest.drawings if other.first != drawing.first)
+            self.manifest = replace(self.manifest, drawings=(*others, drawing._replace(times=drawing.times + 1)))
 
     @property
     def image_count(self) -> int:
         """How many different images were recorded whole."""
-        return sum(drawing.images for drawing in self.manifest.drawings.values())
+        return sum(drawing.images for drawing in self.manifest.drawings)
 
     def append(
         self,
@@ -451,10 +451,6 @@ def _joined(parts: list[Rows]) -> Rows:
         torch.cat([part.x for part in parts]), attn, torch.cat([part.sigma for part in parts]),
         torch.cat([part.image for part in parts]), torch.cat([part.step for part in parts]),
     )  # fmt: skip
-
-
-def _digest(what: str) -> str:
-    return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -124,7 +124,7 @@ def record_states(
         context, vector = tiny.words(texts)
         seeds = range(seed + start, seed + start + len(texts))
         calls = count()
-        with recorder.run(sigmas, len(texts), texts, seeds) as run, torch.no_grad():
+        with recorder.run(sigmas, len(texts), texts, seeds, f"{texts} {seed + start}") as run, torch.no_grad():
 
             def velocity(x: Tensor, sigma: Tensor, context=context, vector=vector, run=run, calls=calls) -> Tensor:
                 with run.watching(flux, next(calls)):

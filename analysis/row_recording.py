@@ -99,17 +99,16 @@ class RowRecorder:
     def begin(self, sigmas: Sequence[float] | Tensor, images: int = 1, what: str | None = None) -> RowRun:
         """As `run`, where the end is known elsewhere: `finish` it when it ended well."""
         levels = sigmas.tolist() if isinstance(sigmas, Tensor) else list(sigmas)
-        return RowRun(self, levels, self.store.numbered(images, what), what)
+        return RowRun(self, levels, self.store.numbered(images, what))
 
 
 class RowRun:
     """One sampling run; `steps` are those that are recorded."""
 
-    def __init__(self, recorder: RowRecorder, sigmas: list[float], drawing: Drawing, what: str | None):
+    def __init__(self, recorder: RowRecorder, sigmas: list[float], drawing: Drawing):
         self.recorder = recorder
         self.sigmas = sigmas
         self.drawing = drawing
-        self.what = what
         self.halvings = recorder.store.manifest.halvings
         self.rows = recorder.choice.rows >> self.halvings
         idle = recorder.full or self.rows == 0
@@ -148,7 +147,7 @@ class RowRun:
     def finish(self) -> None:
         """Writes the rest, and takes down that these images were recorded."""
         self.flush()
-        self.recorder.store.recorded(self.drawing, self.what)
+        self.recorder.store.recorded(self.drawing)
 
     def flush(self) -> None:
         """Writes what was recorded so far as one shard."""

@@ -95,9 +95,13 @@ class StateRecorder:
         images: int = 1,
         prompts: Sequence[str] | None = None,
         seeds: Sequence[int] | None = None,
+        what: str | None = None,
     ) -> Iterator[StateRun]:
-        """One sampling run of `images` images along `sigmas` (all of them)."""
-        yield self.begin(sigmas, images, prompts, seeds)
+        """One sampling run of `images` images along `sigmas` (all of them).
+
+        `what` tells these images from others: the same ones keep their numbers when they are recorded again.
+        """
+        yield self.begin(sigmas, images, prompts, seeds, what)
 
     def begin(
         self,
@@ -105,12 +109,12 @@ class StateRecorder:
         images: int = 1,
         prompts: Sequence[str] | None = None,
         seeds: Sequence[int] | None = None,
+        what: str | None = None,
     ) -> StateRun:
         """As `run`; nothing is left to do when the run ends."""
         levels = sigmas.tolist() if isinstance(sigmas, Tensor) else list(sigmas)
-        what = f"{list(prompts)} {list(seeds)}" if prompts and seeds else None
-        drawing = self.store.numbered(images, what)
-        self.store.recorded(drawing, what)  # every call that is written stays
+        drawing = self.store.numbered(images, None if what is None else f"{self.kind} {what}")
+        self.store.recorded(drawing)  # every call that is written stays
         return StateRun(self, levels, drawing, prompts, seeds)
 
 

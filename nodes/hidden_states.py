@@ -3,7 +3,7 @@ for retraining."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import count
 
 import torch
@@ -169,13 +169,14 @@ class RowsRun(SamplingWatcher):
 
     @contextmanager
     def watching(self, call: ModelCall):
+        if call.positive_rows is None:
+            yield
+            return
         if self.run is None:
             self.run = self.recorder.begin(call.sigmas, call.images, call.drawn)
-        with ExitStack() as hooks:
-            if call.positive_rows is not None:
-                mask = call.mask(self.layout, ignore_padding=True, positive_only=True)
-                images = [row % call.images for row in range(len(call.x))]
-                hooks.enter_context(self.run.watching(call.model, call.step, mask, images))
+        mask = call.mask(self.layout, ignore_padding=True, positive_only=True)
+        images = [row % call.images for row in range(len(call.x))]
+        with self.run.watching(call.model, call.step, mask, images):
             yield
 
     def finish(self) -> None:
@@ -209,13 +210,13 @@ class StatesRun(SamplingWatcher):
 
     @contextmanager
     def watching(self, call: ModelCall):
-        if self.run is None:
-            prompt = "" if self.node_id is None else host.prompt_below(host.running_graph(), self.node_id)
-            seeds = None if call.seed is None else [call.seed] * call.images
-            self.run = self.recorder.begin(call.sigmas, call.images, [prompt] * call.images, seeds)
         if call.positive_rows is None:
             yield
             return
+        if self.run is None:
+            prompt = "" if self.node_id is None else host.prompt_below(host.running_graph(), self.node_id)
+            seeds = None if call.seed is None else [call.seed] * call.images
+            self.run = self.recorder.begin(call.sigmas, call.images, [prompt] * call.images, seeds, call.drawn)
         rows = range(*call.positive_rows.indices(len(call.x)))
         images = [row - rows.start if row in rows else None for row in range(len(call.x))]
         with self.run.watching(call.model, call.step, images):
@@ -237,31 +238,33 @@ class LensRun(SamplingWatcher):
     def __init__(self, store: HiddenStates, layout: Layout, choice: RowChoice, limit: Limit, node_id: str | None):
         self.store, self.layout, self.choice, self.limit, self.node_id = store, layout, choice, limit, node_id
         self.recorder: LensRecorder | None = None
-        self.drawing, self.drawn = Drawing(0, 0, 0), ""
+        self.drawing: Drawing | None = None
         self.images = torch.empty(0, dtype=torch.int64)
         self.steps: frozenset[int] = frozenset()
 
     @contextmanager
     def watching(self, call: ModelCall):
+        if call.positive_rows is None:
+            yield
+            return
         if self.recorder is None:
-            self.drawn = call.drawn
-            self.drawing = self.store.numbered(call.images, self.drawn)
+            self.drawing = self.store.numbered(call.images, call.drawn)
             first = self.drawing.first
             self.recorder = LensRecorder(self.layout, self.choice.rows, seed=self.choice.seed + first)
             self.images = torch.arange(first, first + call.images)
             self.steps = self.choice.drawn_steps(call.sigmas, self.drawing.lot)
-        if call.step not in self.steps or call.positive_rows is None:
+        if call.step not in self.steps:
             yield
             return
         with self.recorder.watching(call.model, call.x, call.sigma, self.images, call.positive_rows):
             yield
 
     def finish(self) -> None:
-        if self.recorder is None:
+        if self.recorder is None or self.drawing is None:
             return
         full = "" if self.recorder.save(self.store, self.limit) else ": full, nothing more is taken"
         store = self.store
-        store.recorded(self.drawing, self.drawn)
+        store.recorded(self.drawing)
         host.say(
             self.node_id,
             f"{store.folder.name}: {store.image_count} images, lens rows of {store.bytes('lens') / 1e9:.3g} GB{full}",

@@ -12,8 +12,10 @@ import torch
 from comfy_api.latest import io
 
 from ..errors import UserError
+from ..files import check_replaces
 from ..flux.layout import Layout
 from ..pruning.checkpoint import Pruned, save_pruned
+from ..pruning.dense import PRUNED_FORMAT
 from ..pruning.lora import convert_lora
 from ..pruning.plan import PruningPlan
 from ..pruning.refit import METHODS, Fold, RepairReport
@@ -129,9 +131,10 @@ class SavePrunedFlux(io.ComfyNode):
     def execute(cls, unet_name, plan, repair, save_as, fold, hidden_states, file, internals=None) -> io.NodeOutput:
         folder = loading.checkpoint_folder().resolve()
         path = host.inside(folder, save_as, ".safetensors")
-        sources = Sources.of(unet_name, hidden_states, file, internals)
         if path.resolve() == Path(loading.checkpoint_path(unet_name)).resolve():
             raise UserError(f"'{save_as}' is the dense model itself: choose another name, it is needed for other plans.")
+        check_replaces(path, PRUNED_FORMAT)
+        sources = Sources.of(unet_name, hidden_states, file, internals)
         repairs = sources.repaired(plan, repair, cls.hidden.unique_id, fold)
         save_pruned(path, Cut(sources.dense, plan, repairs), fold, StepProgress())
         name, size = str(path.relative_to(folder)), path.stat().st_size / 1e9

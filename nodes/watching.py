@@ -107,9 +107,8 @@ class ModelCall:
 
     @property
     def drawn(self) -> str:
-        """Tells the images of this run from those of others, asked at its first call: their noise and the prompt's text."""
-        rows = self.positive_rows or slice(None)
-        parts = (self.x[rows], self.context[rows])
+        """Tells the images of this run from those of others: noise and text of its first call with a positive prompt."""
+        parts = (self.x[self.positive_rows], self.context[self.positive_rows])
         return hashlib.sha256(b"".join(part.float().cpu().numpy().tobytes() for part in parts)).hexdigest()
 
     @property

@@ -207,3 +207,9 @@ def test_an_empty_folder_and_a_damaged_manifest_are_named(tmp_path, store):
     (store.folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="damaged"):
         BlockStates.open(store.folder)
+
+
+def test_images_are_told_apart_by_what_was_drawn_also_where_prompt_and_seed_do_not(store, flux):
+    recorder = StateRecorder("trajectories", store, StateChoice(1))
+    found = [recorder.begin(SIGMAS, 2, ["", ""], [7, 7], what).first for what in ("a two", "a three", "a two", None, None)]
+    assert found == [0, 2, 0, 4, 6]

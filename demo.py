@@ -22,18 +22,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .analysis.hidden_states import HiddenStates
-from .analysis.record import RowsTo, record_prompts
 from .analysis.report import internals_figure
-from .analysis.row_recording import RowChoice
-from .analysis.trajectories import Trajectories, relative_error, trajectory, velocity_error
 from .errors import UserError
 from .files import write_text
 from .flux.model import Flux
 from .flux.sampling import FluxTimer
-from .flux.tiny import FOLDER, STEPS, TinyFlux
-from .flux.tiny.data import digit_accuracy
-from .flux.tiny.words import digit_prompts
 from .pruning.budget import BudgetCurve, by_budget
 from .pruning.checkpoint import save_changed, save_pruned
 from .pruning.dense import Dense
@@ -42,7 +35,14 @@ from .pruning.refit import RepairReport
 from .pruning.repair import Repairs
 from .pruning.scores import rank
 from .pruning.surgery import Cut
+from .recording.drawing import RowsTo, record_prompts
+from .recording.rows import RowChoice
+from .recording.store import HiddenStates
+from .recording.trajectories import Trajectories, relative_error, trajectory, velocity_error
 from .retrain.distill import distill
+from .tiny.data import digit_accuracy
+from .tiny.model import FOLDER, STEPS, TinyFlux
+from .tiny.words import digit_prompts
 
 #: Told what is being done, and how far all of it is (0..1).
 Progress = Callable[[str, float], None]

@@ -1,1 +1,1 @@
-"""Recording what a FLUX does while it draws, and showing it."""
+"""Making what a FLUX does visible and comparable: block predictions, lens, sheets, charts, metrics, reports."""

@@ -19,10 +19,10 @@ from PIL import Image
 
 from ..errors import UserError
 from ..files import replacing
-from .blocks import Kind
+from ..flux.blocks import Kind
 from .generation import Progress
-from .previews import Tap
 from .sheets import captioned
+from .taps import Tap
 
 #: "step" shows every block of a step before the next step; "block" follows one block through all steps, then the next.
 Order = Literal["step", "block"]

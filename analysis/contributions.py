@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .lens import Lens
-from .previews import BlockTaps, Tap
+from .taps import BlockTaps, Tap
 
 #: A block after which the lens's error is lower by less than this adds next to nothing.
 REPLACEABLE = 0.01

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .previews import BlockTaps, Tap, View
+from .taps import BlockTaps, Tap, View
 
 #: Latents [batch, channels, h, w] to images [batch, 3, height, width] in 0..1.
 Decode = Callable[[Tensor], Tensor]

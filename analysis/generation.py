@@ -26,12 +26,12 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..errors import UserError
 from ..files import replacing, write_safetensors, write_text
-from .blocks import Block
+from ..flux.blocks import Block
 from .contributions import block_contributions, contributions_figure
 from .decoding import Decode, decode_taps
-from .previews import BlockTaps, Tap, View
 from .report import figure_pixels
 from .sheets import captioned, cell_size, contact_sheet, difference_sheet
+from .taps import BlockTaps, Tap, View
 
 SOFTWARE = "flux-poke"
 

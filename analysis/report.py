@@ -16,8 +16,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from ..flux.layout import FAMILY_NAMES
-from .internals import Internals
-from .statistics import SiteInternals
+from ..recording.internals import Internals
+from ..recording.statistics import SiteInternals
 
 #: A neuron that fires at fewer than one token in a thousand counts as nearly dead, at more than 999 as nearly always on.
 RARE = 1e-3

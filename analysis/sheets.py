@@ -15,8 +15,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .blocks import Block
-from .previews import Tap
+from ..flux.blocks import Block
+from .taps import Tap
 
 #: Longest side of a sheet, and the sizes a cell may take to stay below it.
 LONGEST, SMALLEST_CELL, LARGEST_CELL = 4096, 40, 112

@@ -17,10 +17,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from flux_poke.analysis.blocks import blocks_of, choose_blocks
-from flux_poke.analysis.previews import BlockTaps, Moment, TapRecorder
+from flux_poke.analysis.taps import BlockTaps, TapRecorder
+from flux_poke.flux.blocks import blocks_of, choose_blocks
 from flux_poke.flux.layout import Layout, Site, Stream
 from flux_poke.flux.model import Flux
+from flux_poke.recording.call import Moment
 from torch import nn
 
 

@@ -26,9 +26,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from flux_poke.analysis.hidden_states import Rows
 from flux_poke.flux.layout import Layout
 from flux_poke.flux.model import Flux
+from flux_poke.flux.weights import SiteWeights
 from flux_poke.pruning.checkpoint import Pruned, save_pruned
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.moments import gather
@@ -37,7 +37,7 @@ from flux_poke.pruning.refit import affine, choose
 from flux_poke.pruning.repair import load_repaired, save_repaired
 from flux_poke.pruning.scores import judged, obs
 from flux_poke.pruning.surgery import Cut
-from flux_poke.pruning.weights import SiteWeights
+from flux_poke.recording.store import Rows
 from record import HIDDEN, IMAGE, TEXT, Blocks, flux_dev_layout
 from safetensors import safe_open
 from safetensors.torch import save_file

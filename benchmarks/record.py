@@ -16,9 +16,9 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 
 import torch
-from flux_poke.analysis.recording import InternalsRecorder
 from flux_poke.flux.layout import Layout, Site
 from flux_poke.flux.model import DoubleBlock, Flux, SingleBlock
+from flux_poke.recording.neurons import InternalsRecorder
 from torch import nn
 
 HIDDEN, IMAGE, TEXT = 3072, 1024, 256

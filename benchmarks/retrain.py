@@ -20,23 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flux_poke.analysis.block_states import BlockStates
-from flux_poke.analysis.blocks import blocks_of
-from flux_poke.analysis.internals import Internals
-from flux_poke.analysis.record import record_prompts, record_states
-from flux_poke.analysis.state_recording import StateChoice
-from flux_poke.flux.tiny import FOLDER
-from flux_poke.flux.tiny.words import digit_prompts
+from flux_poke.flux.blocks import blocks_of
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan, by_count
 from flux_poke.pruning.scores import rank
 from flux_poke.pruning.surgery import Cut
+from flux_poke.recording.block_states import BlockStates
+from flux_poke.recording.drawing import record_prompts, record_states
+from flux_poke.recording.internals import Internals
+from flux_poke.recording.states import StateChoice
 from flux_poke.retrain.blocks import BlockProblem, Chain
 from flux_poke.retrain.layers import retrain_layers
 from flux_poke.retrain.loop import Loss, batch, held_out_loss
 from flux_poke.retrain.options import Options
 from flux_poke.retrain.replaced import Replaced, RetrainedLayers
 from flux_poke.retrain.trainable import mlp_parameters
+from flux_poke.tiny.model import FOLDER
+from flux_poke.tiny.words import digit_prompts
 from torch.nn import functional as F
 
 

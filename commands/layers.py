@@ -13,9 +13,9 @@ from .plans import Cuts
 from .terminal import progress_bar, spread
 
 if TYPE_CHECKING:
-    from ..analysis.hidden_states import HiddenStates
     from ..pruning.dense import Dense
     from ..pruning.plan import PruningPlan
+    from ..recording.store import HiddenStates
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ def _chosen(
     dense: Dense, plan: Path | None, internals: Path | None, cuts: Cuts, hidden_states: Path, device: str
 ) -> PruningPlan:
     """The plan, from its file or made now."""
-    from ..analysis.hidden_states import MANIFEST, HiddenStates
-    from ..analysis.internals import Internals
     from ..pruning.plan import PruningPlan
+    from ..recording.internals import Internals
+    from ..recording.store import MANIFEST, HiddenStates
 
     if plan is not None and internals is None:
         if cuts != Cuts():

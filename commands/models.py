@@ -42,10 +42,10 @@ def tiny(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for the weights; called again, it goes on from there.")
     ] = Path("tiny"),
-    config: Annotated[Path | None, typer.Option(help="YAML like flux/tiny/config.yaml.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML like tiny/config.yaml.")] = None,
 ) -> None:
     """Make the tiny FLUX from scratch: autoencoder, transformer and word encoder, under 20 minutes on 2 cores."""
-    from ..flux.tiny.training import read_config, train_tiny
+    from ..tiny.training import read_config, train_tiny
 
     with progress_bar() as update:
         train_tiny(out, read_config(config), lambda part, step, steps, loss: update(f"{part}: loss {loss:.4f}", step / steps))

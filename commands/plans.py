@@ -12,11 +12,11 @@ from ..errors import UserError
 from .terminal import drawable, progress_bar, spread
 
 if TYPE_CHECKING:
-    from ..analysis.hidden_states import HiddenStates
-    from ..analysis.internals import Internals
     from ..pruning.budget import BudgetCurve
     from ..pruning.dense import Dense
     from ..pruning.plan import PruningPlan
+    from ..recording.internals import Internals
+    from ..recording.store import HiddenStates
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ def plan(
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")] = "cpu",
 ) -> None:
     """Choose which neurons to keep: by count, by threshold, or by a budget. Nothing is cut yet."""
-    from ..analysis.hidden_states import HiddenStates
-    from ..analysis.internals import Internals
     from ..files import check_replaces
     from ..pruning.dense import Dense
     from ..pruning.plan import FORMAT
+    from ..recording.internals import Internals
+    from ..recording.store import HiddenStates
 
     check_replaces(out, FORMAT)
     store = HiddenStates.open(rows) if rows else None
@@ -113,14 +113,14 @@ def prune(
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")] = "cpu",
 ) -> None:
     """Cut what a plan says, repair what is left, and write a smaller checkpoint that needs no other file."""
-    from ..analysis.hidden_states import HiddenStates
-    from ..analysis.internals import Internals
     from ..files import check_replaces
     from ..pruning.checkpoint import inspect, save_pruned
     from ..pruning.dense import PRUNED_FORMAT, Dense
     from ..pruning.plan import PruningPlan
     from ..pruning.repair import Repairs
     from ..pruning.surgery import Cut
+    from ..recording.internals import Internals
+    from ..recording.store import HiddenStates
 
     check_replaces(out, PRUNED_FORMAT)
     dense, loaded = Dense.open(checkpoint), PruningPlan.load(plan)

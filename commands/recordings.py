@@ -35,12 +35,12 @@ def record(
         raise UserError("Rows and hidden states are recorded one after the other: give --rows or --hidden-states, not both.")
     if hidden_states:
         return _record_states(checkpoint, prompts, hidden_states, what, blocks, keep_steps, storage, max_gb, seed, steps, batch)
-    from ..analysis.hidden_states import Limit
-    from ..analysis.record import RowsTo, record_prompts
     from ..analysis.report import internals_title
-    from ..analysis.row_recording import RowChoice, estimated_bytes
     from ..flux.checkpoint import Checkpoint
     from ..prompts import read_prompts
+    from ..recording.drawing import RowsTo, record_prompts
+    from ..recording.rows import RowChoice, estimated_bytes
+    from ..recording.store import Limit
 
     texts = read_prompts(prompts)
     to = None
@@ -69,14 +69,14 @@ def _record_states(
 ) -> None:
     import torch
 
-    from ..analysis.blocks import choose_blocks
-    from ..analysis.hidden_states import Limit
-    from ..analysis.record import record_states
-    from ..analysis.state_recording import StateChoice, estimated_state_bytes, places_around
+    from ..flux.blocks import choose_blocks
     from ..flux.checkpoint import Checkpoint
-    from ..flux.tiny import LATENT_SIDE
-    from ..flux.tiny.words import PADDED
     from ..prompts import read_prompts
+    from ..recording.drawing import record_states
+    from ..recording.states import StateChoice, estimated_state_bytes, places_around
+    from ..recording.store import Limit
+    from ..tiny.model import LATENT_SIDE
+    from ..tiny.words import PADDED
 
     texts, layout = read_prompts(prompts), Checkpoint(checkpoint).layout
     choice = StateChoice(kept_steps, seed=seed, dtype=getattr(torch, storage))
@@ -112,8 +112,8 @@ def show(
     """Print what was recorded, MLP by MLP."""
     from dataclasses import asdict
 
-    from ..analysis.internals import Internals
     from ..analysis.report import internals_figure, internals_summaries, internals_table
+    from ..recording.internals import Internals
 
     internals = Internals.load(file)
     if as_json:
@@ -130,7 +130,7 @@ def merge(
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write: a new one, or one of those.")],
 ) -> None:
     """Add up recordings of one model."""
-    from ..analysis.internals import merge_files
     from ..analysis.report import internals_title
+    from ..recording.internals import merge_files
 
     typer.echo(f"{out}: {internals_title(merge_files(out, files))}")

@@ -67,8 +67,9 @@ def fit(
 ) -> None:
     """Fit the affine map from each block's tokens to the last block's."""
     from ..analysis.contributions import lens_figure
-    from ..analysis.lens import FORMAT, LensRows, fit_lens
+    from ..analysis.lens import FORMAT, fit_lens
     from ..files import check_replaces
+    from ..recording.lens_rows import LensRows
 
     check_replaces(out, FORMAT)
     with progress_bar() as update:

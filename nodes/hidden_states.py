@@ -9,20 +9,13 @@ from itertools import count
 import torch
 from comfy_api.latest import io
 
-from ..analysis.amplification import AmplificationProbe, probed_steps
-from ..analysis.blocks import choose_blocks
-from ..analysis.hidden_states import Drawing, HiddenStates, Limit
-from ..analysis.lens import LensRecorder
-from ..analysis.row_recording import RowChoice, RowRecorder, RowRun, estimated_bytes
-from ..analysis.state_recording import (
-    StateChoice,
-    StateKind,
-    StateRecorder,
-    StateRun,
-    estimated_state_bytes,
-    places_around,
-)
+from ..flux.blocks import choose_blocks
 from ..flux.layout import Layout, select_sites
+from ..recording.amplification import AmplificationProbe, probed_steps
+from ..recording.lens_rows import LensRecorder
+from ..recording.rows import RowChoice, RowRecorder, RowRun, estimated_bytes
+from ..recording.states import StateChoice, StateKind, StateRecorder, StateRun, estimated_state_bytes, places_around
+from ..recording.store import Drawing, HiddenStates, Limit
 from . import computing, host
 from .inputs import DEFAULT_FOLDER
 from .watching import ModelCall, SamplingWatcher, flux_layout, model_fingerprint, sampling_clone

@@ -8,8 +8,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..analysis.hidden_states import MANIFEST
 from ..flux.layout import Layout
+from ..recording.store import MANIFEST
 from ..retrain.files import layer_files
 from . import host, loading
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..flux.layout import read_layout
-from ..flux.tiny import FOLDER as TINY_FOLDER
 from ..pruning.checkpoint import Pruned
+from ..tiny.model import FOLDER as TINY_FOLDER
 
 #: What the loaders offer beside the files in models/diffusion_models.
 TINY = "tiny FLUX (ships with the pack)"

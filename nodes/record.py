@@ -7,12 +7,12 @@ from pathlib import Path
 
 from comfy_api.latest import io, ui
 
-from ..analysis.internals import Internals, add_to_file, check_file
-from ..analysis.recording import InternalsRecorder
 from ..analysis.report import figure_pixels, internals_figure, internals_table, internals_title
 from ..errors import UserError
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import Layout
+from ..recording.internals import Internals, add_to_file, check_file
+from ..recording.neurons import InternalsRecorder
 from . import host
 from .inputs import DEFAULT_FILE, InternalsType
 from .watching import ModelCall, SamplingWatcher, flux_layout, model_fingerprint, sampling_clone

@@ -13,12 +13,13 @@ from comfy_execution.graph import ExecutionBlocker
 from PIL import Image
 
 from ..analysis.animation import FORMATS, captioned_frames, choose_frames, write_animation
-from ..analysis.blocks import choose_blocks
 from ..analysis.generation import Generation, find_previews, generation_files, write_generations
 from ..analysis.lens import Lens
-from ..analysis.previews import BlockTaps, Moment, StepChoice, TapRecorder
 from ..analysis.sheets import stacked
+from ..analysis.taps import BlockTaps, StepChoice, TapRecorder
+from ..flux.blocks import choose_blocks
 from ..flux.layout import FAMILY_NAMES, Layout
+from ..recording.call import Moment
 from . import host
 from .watching import ModelCall, SamplingWatcher, flux_layout, sampling_clone
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from ..analysis.hidden_states import MANIFEST, HiddenStates
-from ..analysis.internals import Internals
 from ..errors import UserError
 from ..pruning.dense import Dense
 from ..pruning.plan import PruningPlan
 from ..pruning.repair import Repairs
 from ..pruning.scores import Ranking, rank, ranked_before
+from ..recording.internals import Internals
+from ..recording.store import MANIFEST, HiddenStates
 from . import host, loading
 from .computing import StepProgress, on_gpu, throw_if_cancelled
 

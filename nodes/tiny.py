@@ -10,8 +10,8 @@ from comfy.supported_models_base import ClipTarget
 from comfy_api.latest import io
 
 from ..errors import UserError
-from ..flux.tiny import FOLDER
-from ..flux.tiny.words import PADDED, WordEncoder, known_words
+from ..tiny.model import FOLDER
+from ..tiny.words import PADDED, WordEncoder, known_words
 from . import host
 
 

@@ -23,10 +23,10 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
-from ..analysis.recording import TokenMask
 from ..errors import UserError
 from ..flux.fingerprint import Fingerprint, row_scale
 from ..flux.layout import Layout, canonical_key, read_layout
+from ..recording.call import TokenMask
 
 #: What the wrappers of this pack are filed under.
 KEY = "flux_poke"

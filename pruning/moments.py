@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..analysis.hidden_states import Rows
 from ..errors import UserError
+from ..flux.weights import SiteWeights
+from ..recording.store import Rows
 from .symmetric import add_product, mirror
-from .weights import SiteWeights
 
 #: Called now and then; an exception from it stops the work (this is how Cancel comes in).
 Check = Callable[[], None]

@@ -25,12 +25,12 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..analysis.internals import Internals, site_order
 from ..errors import UserError
 from ..files import write_safetensors
 from ..flux.checkpoint import open_safetensors, require_format
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import Layout, select_sites
+from ..recording.internals import Internals, site_order
 from .dense import Dense
 from .scores import Ranking, predicted_errors, require_internals
 

@@ -25,9 +25,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..flux.weights import SiteWeights
 from .moments import Moments
 from .symmetric import BLOCK, select
-from .weights import SiteWeights
 
 METHODS = ("none", "bias", "affine")
 

@@ -22,18 +22,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..analysis.hidden_states import HiddenStates, held_out
-from ..analysis.internals import Internals
 from ..errors import UserError
 from ..files import write_safetensors
 from ..flux.checkpoint import open_safetensors
 from ..flux.layout import Site
+from ..flux.weights import SiteWeights
+from ..recording.internals import Internals
+from ..recording.store import HiddenStates, held_out
 from .dense import Dense
 from .moments import Check, gather
 from .plan import PruningPlan
 from .refit import METHODS, Fold, Repaired, RepairReport, affine, bias, choose, none
 from .scores import Progress, require_internals, require_rows
-from .weights import SiteWeights
 
 FORMAT = "flux-poke repair 2"
 

@@ -27,19 +27,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..analysis.hidden_states import HiddenStates, held_out
-from ..analysis.internals import Internals
-from ..analysis.statistics import SiteInternals
 from ..errors import UserError
 from ..files import write_safetensors
 from ..flux.checkpoint import open_safetensors
 from ..flux.layout import Site
+from ..flux.weights import SiteWeights, down_energy
+from ..recording.internals import Internals
+from ..recording.statistics import SiteInternals
+from ..recording.store import HiddenStates, held_out
 from .dense import Dense
 from .moments import Check, Moments, gather
 from .obs import eliminate
 from .refit import Problem, output_energy, sketched
 from .symmetric import add_product, inner
-from .weights import SiteWeights, down_energy
 
 #: Its number changes with what goes into a ranking by obs.
 RANKING_FORMAT = "flux-poke ranking 3"

@@ -22,11 +22,11 @@ from torch import Tensor
 from ..files import kind_of
 from ..flux.checkpoint import Checkpoint, scale_key
 from ..flux.layout import Site
+from ..flux.weights import require_plain, stored_like
 from .dense import Dense
 from .plan import PruningPlan
 from .refit import Fold, Repaired, RepairReport
 from .repair import Repairs
-from .weights import require_plain, stored_like
 
 #: What a tensor is to its MLP: up projection (weight, bias, scale by row), down projection, its bias, its scale.
 Part = Literal["up", "down", "bias", "scale"]

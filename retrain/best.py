@@ -15,10 +15,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..analysis.hidden_states import Rows
+from ..flux.weights import SiteWeights
 from ..pruning.moments import gather
 from ..pruning.refit import Repaired, affine, bias, choose
-from ..pruning.weights import SiteWeights
+from ..recording.store import Rows
 from .loop import Loss, Problem, fit, held_out_loss
 from .options import Options, Report
 from .trainable import rounded

@@ -17,14 +17,14 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from ..analysis.block_states import BlockStates, State
-from ..analysis.blocks import blocks_of
-from ..analysis.hidden_states import Rows
 from ..errors import UserError
+from ..flux.blocks import blocks_of
 from ..flux.layout import Layout, Site, read_layout
 from ..flux.model import DoubleBlock, Modulation, SingleBlock
+from ..flux.weights import full_precision
 from ..pruning.surgery import shape_of
-from ..pruning.weights import full_precision
+from ..recording.block_states import BlockStates, State
+from ..recording.store import Rows
 from .loop import samples_of, split_images, squared
 from .options import Options
 

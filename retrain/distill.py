@@ -22,14 +22,14 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..analysis.blocks import blocks_of
-from ..analysis.hidden_states import HiddenStates
-from ..analysis.trajectories import Trajectories
+from ..flux.blocks import blocks_of
 from ..flux.model import Flux
 from ..pruning.dense import Dense
 from ..pruning.plan import PruningPlan
 from ..pruning.repair import Repairs
 from ..pruning.surgery import Cut
+from ..recording.store import HiddenStates
+from ..recording.trajectories import Trajectories
 from .blocks import in_float32
 from .files import Layer, made_before, write_layer
 from .loop import Loss, fit, held_out_loss, samples_of, split_images, squared

@@ -21,8 +21,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from ..analysis.blocks import blocks_of, sites_at
 from ..files import locked, replacing, write_safetensors, write_text
+from ..flux.blocks import blocks_of, sites_at
 from ..flux.checkpoint import open_safetensors
 from ..pruning.dense import KEPT, Dense
 from ..pruning.plan import PruningPlan

@@ -23,17 +23,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..analysis.block_states import BlockStates
-from ..analysis.blocks import blocks_of, choose_blocks, sites_at
-from ..analysis.hidden_states import MANIFEST, HiddenStates, Manifest
 from ..errors import UserError
+from ..flux.blocks import blocks_of, choose_blocks, sites_at
 from ..flux.layout import Layout, Site
+from ..flux.weights import SiteWeights, full_precision
 from ..pruning.dense import Dense
 from ..pruning.plan import PruningPlan
 from ..pruning.refit import Repaired
 from ..pruning.scores import require_rows
 from ..pruning.surgery import Cut
-from ..pruning.weights import SiteWeights, full_precision
+from ..recording.block_states import BlockStates
+from ..recording.store import MANIFEST, HiddenStates, Manifest
 from .best import Losses, closed_form, together, train_best
 from .blocks import BlockProblem, Chain
 from .files import Layer, made_before, write_layer

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
-from ..analysis.hidden_states import HiddenStates
 from ..errors import UserError
 from ..pruning.dense import Dense
 from ..pruning.plan import PruningPlan
 from ..pruning.repair import Repairs
+from ..recording.store import HiddenStates
 from .distill import DEFAULT, distill_layers
 from .layers import open_data, retrain_layers
 from .options import Method, Options, Report

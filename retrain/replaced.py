@@ -20,16 +20,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..analysis.blocks import blocks_of, sites_at
 from ..errors import UserError
+from ..flux.blocks import blocks_of, sites_at
 from ..flux.checkpoint import open_safetensors, scale_key
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import Layout, Site, canonical_key
+from ..flux.weights import full_precision, stored_like
 from ..pruning.dense import KEPT, Dense
 from ..pruning.plan import PruningPlan
 from ..pruning.refit import RepairReport
 from ..pruning.surgery import Changed, shape_of
-from ..pruning.weights import full_precision, stored_like
 from .files import FORMAT, layer_files
 
 _SCALES = ("scale_weight", "weight_scale")

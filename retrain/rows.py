@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..analysis.hidden_states import HiddenStates
-from ..pruning.weights import SiteWeights
+from ..flux.weights import SiteWeights
+from ..recording.store import HiddenStates
 from .loop import samples_of, split_images, squared
 from .options import Options
 

@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..analysis.blocks import blocks_of, sites_at
+from ..flux.blocks import blocks_of, sites_at
 from ..flux.layout import Layout
 from ..pruning.plan import PruningPlan
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flux_poke.analysis.internals import Internals
 from flux_poke.errors import UserError
+from flux_poke.recording.internals import Internals
 from PIL import Image
 
 WORKFLOWS = Path(__file__).parents[2] / "workflows"

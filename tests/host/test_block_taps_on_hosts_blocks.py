@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from einops import rearrange
-from flux_poke.analysis.blocks import blocks_of, choose_blocks
-from flux_poke.analysis.previews import BlockTaps, Moment, Tap, TapRecorder
+from flux_poke.analysis.taps import BlockTaps, Tap, TapRecorder
+from flux_poke.flux.blocks import blocks_of, choose_blocks
 from flux_poke.flux.layout import read_layout
+from flux_poke.recording.call import Moment
 
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from flux_poke.flux.tiny import FOLDER
+from flux_poke.tiny.model import FOLDER
 from safetensors.torch import load_file, save_file
 
 #: Bytes of room for weights that the host gives a model with --novram.

@@ -14,10 +14,10 @@ import pytest
 import torch
 from flux_poke.errors import UserError
 from flux_poke.flux.model import Flux
-from flux_poke.flux.tiny import FOLDER, TinyFlux
 from flux_poke.headless.client import ComfyClient, Interrupted
 from flux_poke.pruning.checkpoint import Pruned
 from flux_poke.pruning.plan import PruningPlan
+from flux_poke.tiny.model import FOLDER, TinyFlux
 from PIL import Image
 from safetensors.torch import save_file
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from flux_poke.analysis.internals import Internals
 from flux_poke.errors import UserError
 from flux_poke.flux.fingerprint import Fingerprint
-from flux_poke.flux.tiny import TinyFlux
 from flux_poke.headless.client import ComfyClient, Interrupted, Result
+from flux_poke.recording.internals import Internals
+from flux_poke.tiny.model import TinyFlux
 from PIL import Image
 
 PROMPT = "a handwritten three"

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flux_poke.analysis.block_states import BlockStates
-from flux_poke.analysis.hidden_states import HiddenStates
-from flux_poke.analysis.trajectories import Trajectories
 from flux_poke.errors import UserError
-from flux_poke.flux.tiny import FOLDER, TinyFlux
 from flux_poke.headless.client import ComfyClient, Interrupted
 from flux_poke.pruning.checkpoint import save_pruned
 from flux_poke.pruning.dense import Dense
+from flux_poke.recording.block_states import BlockStates
+from flux_poke.recording.store import HiddenStates
+from flux_poke.recording.trajectories import Trajectories
 from flux_poke.retrain.blocks import Chain
 from flux_poke.retrain.replaced import Replaced, RetrainedLayers
+from flux_poke.tiny.model import FOLDER, TinyFlux
 from PIL import Image
 from safetensors.torch import load_file, save_file
 

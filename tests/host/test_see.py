@@ -11,14 +11,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from flux_poke.analysis.blocks import Block
 from flux_poke.analysis.generation import find_previews
-from flux_poke.analysis.internals import Internals
-from flux_poke.analysis.previews import Tap
+from flux_poke.analysis.taps import Tap
 from flux_poke.cli import app
 from flux_poke.errors import UserError
-from flux_poke.flux.tiny import TinyFlux
+from flux_poke.flux.blocks import Block
 from flux_poke.headless.client import ComfyClient, Interrupted, Result
+from flux_poke.recording.internals import Internals
+from flux_poke.tiny.model import TinyFlux
 from PIL import Image, ImageSequence
 from PIL.ExifTags import IFD, Base
 from safetensors import safe_open

@@ -44,9 +44,9 @@ def load(in_process):
 @pytest.fixture
 def record(in_process, tmp_path):
     """Samples `model`, recording it: the internals, or None where the run did not end well."""
-    from flux_poke.analysis.internals import Internals
     from flux_poke.nodes import watching
     from flux_poke.nodes.record import InternalsRun
+    from flux_poke.recording.internals import Internals
 
     def run(model, ignore_padding=True, positive_only=False, name="internals", **options):
         path = tmp_path / f"{name}.safetensors"
@@ -81,8 +81,8 @@ def sample(
 @pytest.fixture
 def tap(in_process):
     """`model` with every block tapped, and where its predictions go."""
-    from flux_poke.analysis.blocks import choose_blocks
-    from flux_poke.analysis.previews import BlockTaps, StepChoice, TapRecorder
+    from flux_poke.analysis.taps import BlockTaps, StepChoice, TapRecorder
+    from flux_poke.flux.blocks import choose_blocks
     from flux_poke.nodes import watching
     from flux_poke.nodes.see import TappedRun, TappingRun
 
@@ -149,12 +149,12 @@ def test_what_is_drawn_is_bit_identical(load, record, family, sampler):
 
 @pytest.mark.parametrize("rows_first", [False, True], ids=["internals first", "rows first"])
 def test_what_a_probe_asks_of_the_model_is_not_counted(load, record, tmp_path, rows_first: bool):
-    from flux_poke.analysis.hidden_states import HiddenStates, Limit
-    from flux_poke.analysis.internals import Internals
-    from flux_poke.analysis.row_recording import RowChoice, RowRecorder
     from flux_poke.nodes import watching
     from flux_poke.nodes.hidden_states import RowsRun
     from flux_poke.nodes.record import InternalsRun
+    from flux_poke.recording.internals import Internals
+    from flux_poke.recording.rows import RowChoice, RowRecorder
+    from flux_poke.recording.store import HiddenStates, Limit
 
     model = load(FLUX1)
     drawn, alone = record(model, name="alone")
@@ -178,10 +178,10 @@ def test_what_a_probe_asks_of_the_model_is_not_counted(load, record, tmp_path, r
 
 @pytest.mark.parametrize("sampler", ["heun", "dpm_2"])
 def test_samplers_that_call_more_often_are_probed_once_a_step(load, tmp_path, sampler):
-    from flux_poke.analysis.hidden_states import HiddenStates, Limit
-    from flux_poke.analysis.row_recording import RowChoice, RowRecorder
     from flux_poke.nodes import watching
     from flux_poke.nodes.hidden_states import RowsRun
+    from flux_poke.recording.rows import RowChoice, RowRecorder
+    from flux_poke.recording.store import HiddenStates, Limit
 
     model = load(FLUX1)
     layout, fingerprint = watching.flux_layout(model), watching.model_fingerprint(model)
@@ -222,7 +222,7 @@ def test_the_model_is_untouched_after_a_run_and_after_a_failure(load, record):
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 @pytest.mark.parametrize("family", [FLUX1, FLUX2], ids=["flux1", "flux2"])
 def test_the_last_blocks_prediction_is_the_models_own_to_the_bit(load, tap, family, cfg, references):
-    from flux_poke.analysis.previews import Tap
+    from flux_poke.analysis.taps import Tap
 
     model, own = load(family), []
 

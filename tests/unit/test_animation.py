@@ -6,10 +6,10 @@ import av
 import numpy as np
 import pytest
 from flux_poke.analysis.animation import captioned_frames, choose_frames, write_animation
-from flux_poke.analysis.blocks import Block
 from flux_poke.analysis.generation import find_previews
-from flux_poke.analysis.previews import Tap
+from flux_poke.analysis.taps import Tap
 from flux_poke.errors import UserError
+from flux_poke.flux.blocks import Block
 from PIL import Image, ImageSequence
 
 STEPS = (0, 2, 10)

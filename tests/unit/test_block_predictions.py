@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flux_poke.analysis.blocks import Block, blocks_of, choose_blocks
-from flux_poke.analysis.previews import BlockTaps, Moment, StepChoice, Tap, TapRecorder
+from flux_poke.analysis.taps import BlockTaps, StepChoice, Tap, TapRecorder
 from flux_poke.errors import UserError
+from flux_poke.flux.blocks import Block, blocks_of, choose_blocks
 from flux_poke.flux.layout import Layout
 from flux_poke.flux.model import Flux
 from flux_poke.flux.sampling import FluxTimer, euler
-from flux_poke.flux.tiny.training import tiny_layout
+from flux_poke.recording.call import Moment
+from flux_poke.tiny.training import tiny_layout
 
 SHAPE = {"hidden": 128, "mlp_ratio": 2, "text_width": 32, "depth": 2, "depth_single": 3}
 

@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from flux_poke.analysis.block_states import BlockStates
-from flux_poke.analysis.blocks import Block
-from flux_poke.analysis.hidden_states import MANIFEST, HiddenStates, Limit
-from flux_poke.analysis.state_recording import StateChoice, StateRecorder, estimated_state_bytes, places_around
-from flux_poke.analysis.trajectories import Trajectories
 from flux_poke.errors import UserError
+from flux_poke.flux.blocks import Block
 from flux_poke.flux.fingerprint import Fingerprint
 from flux_poke.flux.model import Flux
+from flux_poke.recording.block_states import BlockStates
+from flux_poke.recording.states import StateChoice, StateRecorder, estimated_state_bytes, places_around
+from flux_poke.recording.store import MANIFEST, HiddenStates, Limit
+from flux_poke.recording.trajectories import Trajectories
 from safetensors.torch import load_file, save_file
 
 SIGMAS = [1.0, 0.75, 0.5, 0.25, 0.0]

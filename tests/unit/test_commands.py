@@ -8,10 +8,10 @@ import pytest
 import torch
 from flux_poke.cli import app, args_with_files
 from flux_poke.errors import UserError
-from flux_poke.flux.tiny import FOLDER
-from flux_poke.flux.tiny.words import digit_prompts
 from flux_poke.pruning.checkpoint import Pruned
 from flux_poke.pruning.plan import PruningPlan
+from flux_poke.tiny.model import FOLDER
+from flux_poke.tiny.words import digit_prompts
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 

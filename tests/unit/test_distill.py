@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from flux_poke.analysis.hidden_states import HiddenStates
-from flux_poke.analysis.row_recording import RowChoice, RowRecorder
-from flux_poke.analysis.state_recording import StateChoice, StateRecorder
-from flux_poke.analysis.trajectories import Trajectories, trajectory, velocity_error
 from flux_poke.errors import UserError
 from flux_poke.flux.model import Flux, SingleBlock
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.repair import Repairs
 from flux_poke.pruning.surgery import Cut
+from flux_poke.recording.rows import RowChoice, RowRecorder
+from flux_poke.recording.states import StateChoice, StateRecorder
+from flux_poke.recording.store import HiddenStates
+from flux_poke.recording.trajectories import Trajectories, trajectory, velocity_error
 from flux_poke.retrain.distill import distill, distill_layers
 from flux_poke.retrain.loop import split_images
 from flux_poke.retrain.options import Options, Progress

@@ -8,16 +8,17 @@ import re
 import numpy as np
 import pytest
 import torch
-from flux_poke.analysis.blocks import Block, blocks_of, choose_blocks
 from flux_poke.analysis.contributions import block_contributions, contributions_figure
 from flux_poke.analysis.decoding import decode_taps
 from flux_poke.analysis.generation import Generation, find_previews, generation_files, write_generations
-from flux_poke.analysis.previews import BlockTaps, Moment, Tap, TapRecorder
 from flux_poke.analysis.sheets import contact_sheet, difference_sheet
+from flux_poke.analysis.taps import BlockTaps, Tap, TapRecorder
 from flux_poke.errors import UserError
+from flux_poke.flux.blocks import Block, blocks_of, choose_blocks
 from flux_poke.flux.model import Flux
 from flux_poke.flux.sampling import FluxTimer, euler
-from flux_poke.flux.tiny.training import tiny_layout
+from flux_poke.recording.call import Moment
+from flux_poke.tiny.training import tiny_layout
 from PIL import Image
 from PIL.ExifTags import IFD, Base
 from safetensors.torch import load_file

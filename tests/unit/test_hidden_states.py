@@ -5,13 +5,13 @@ from collections import Counter
 
 import pytest
 import torch
-from flux_poke.analysis.hidden_states import MANIFEST, HiddenStates, Limit, held_out
-from flux_poke.analysis.recording import TokenMask
-from flux_poke.analysis.row_recording import RowChoice, RowRecorder, estimated_bytes
 from flux_poke.errors import UserError
 from flux_poke.flux.fingerprint import Fingerprint
 from flux_poke.flux.layout import select_sites
 from flux_poke.flux.model import Flux
+from flux_poke.recording.call import TokenMask
+from flux_poke.recording.rows import RowChoice, RowRecorder, estimated_bytes
+from flux_poke.recording.store import MANIFEST, HiddenStates, Limit, held_out
 
 SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
 

@@ -1,7 +1,7 @@
 """Hooks on models that torch.compile has seen."""
 
 import torch
-from flux_poke.analysis.hooks import hooks_heard
+from flux_poke.recording.hooks import hooks_heard
 from torch import nn
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from flux_poke.analysis.internals import FORMAT, Internals, add_to_file, check_file, merge_files, site_order
-from flux_poke.analysis.statistics import SiteInternals
 from flux_poke.errors import UserError
 from flux_poke.flux.fingerprint import Fingerprint
+from flux_poke.recording.internals import FORMAT, Internals, add_to_file, check_file, merge_files, site_order
+from flux_poke.recording.statistics import SiteInternals
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flux_poke.analysis.blocks import Block, blocks_of, choose_blocks
-from flux_poke.analysis.hidden_states import HiddenStates, Limit
-from flux_poke.analysis.lens import Lens, LensRecorder, LensRows, fit_lens
-from flux_poke.analysis.previews import BlockTaps, Moment, Tap, TapRecorder
+from flux_poke.analysis.lens import Lens, fit_lens
+from flux_poke.analysis.taps import BlockTaps, Tap, TapRecorder
 from flux_poke.errors import UserError
+from flux_poke.flux.blocks import Block, blocks_of, choose_blocks
 from flux_poke.flux.fingerprint import Fingerprint
 from flux_poke.flux.model import Flux
-from flux_poke.flux.tiny.training import tiny_layout
+from flux_poke.recording.call import Moment
+from flux_poke.recording.lens_rows import LensRecorder, LensRows
+from flux_poke.recording.store import HiddenStates, Limit
+from flux_poke.tiny.training import tiny_layout
 from sklearn.linear_model import Ridge
 from torch import Tensor
 

@@ -4,14 +4,14 @@ import re
 
 import pytest
 import torch
-from flux_poke.analysis.hidden_states import Rows
+from flux_poke.flux.weights import SiteWeights
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.lora import convert_lora
 from flux_poke.pruning.moments import gather
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.refit import RepairReport, affine, bias, none
 from flux_poke.pruning.surgery import Cut
-from flux_poke.pruning.weights import SiteWeights
+from flux_poke.recording.store import Rows
 
 RANK = 3
 

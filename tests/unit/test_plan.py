@@ -6,14 +6,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from flux_poke.analysis.hidden_states import HiddenStates
-from flux_poke.analysis.internals import Internals
-from flux_poke.analysis.statistics import SiteInternals
 from flux_poke.errors import UserError
 from flux_poke.pruning.budget import BudgetCurve, by_budget, neuron_parameters, protected_sites, rising_means
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan, by_count, by_threshold
 from flux_poke.pruning.scores import Ranking, rank
+from flux_poke.recording.internals import Internals
+from flux_poke.recording.statistics import SiteInternals
+from flux_poke.recording.store import HiddenStates
 from safetensors.torch import save_file
 from scipy.optimize import isotonic_regression
 

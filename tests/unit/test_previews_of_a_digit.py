@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from flux_poke.analysis.blocks import choose_blocks
 from flux_poke.analysis.contributions import Contribution, block_contributions
-from flux_poke.analysis.previews import BlockTaps, Moment, StepChoice, TapRecorder
+from flux_poke.analysis.taps import BlockTaps, StepChoice, TapRecorder
+from flux_poke.flux.blocks import choose_blocks
 from flux_poke.flux.sampling import FluxTimer, euler
-from flux_poke.flux.tiny import TinyFlux
-from flux_poke.flux.tiny.data import read_digits
+from flux_poke.recording.call import Moment
+from flux_poke.tiny.data import read_digits
+from flux_poke.tiny.model import TinyFlux
 
 PROMPTS = [f"a handwritten {digit}" for digit in range(10)]
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from flux_poke.analysis.recording import InternalsRecorder, TokenMask, added
 from flux_poke.flux.model import Flux, attention, modulate, sinusoids
+from flux_poke.recording.call import TokenMask
+from flux_poke.recording.neurons import InternalsRecorder, added
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from flux_poke.analysis.hidden_states import Rows
 from flux_poke.flux.layout import Site, read_layout
+from flux_poke.flux.weights import SiteWeights, full_precision, stored_like
 from flux_poke.pruning.moments import Moments, gather
 from flux_poke.pruning.obs import eliminate
 from flux_poke.pruning.refit import SKETCH, Problem, affine, bias, choose, none, output_energy, sketched
 from flux_poke.pruning.scores import obs
-from flux_poke.pruning.weights import SiteWeights, full_precision, stored_like
+from flux_poke.recording.store import Rows
 from torch.nn import functional as F
 
 KEPT = torch.tensor([0, 3, 4, *range(10, 200)])

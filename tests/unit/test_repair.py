@@ -7,14 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flux_poke.analysis.amplification import AmplificationProbe, probed_steps
-from flux_poke.analysis.hidden_states import HiddenStates
-from flux_poke.analysis.internals import Internals
-from flux_poke.analysis.recording import InternalsRecorder
-from flux_poke.analysis.row_recording import RowChoice, RowRecorder
-from flux_poke.analysis.trajectories import trajectory, velocity_error
 from flux_poke.errors import UserError
 from flux_poke.flux.model import Flux
+from flux_poke.flux.weights import SiteWeights
 from flux_poke.pruning.budget import BudgetCurve, by_budget
 from flux_poke.pruning.checkpoint import Pruned, save_pruned
 from flux_poke.pruning.dense import Dense
@@ -23,7 +18,12 @@ from flux_poke.pruning.plan import by_count
 from flux_poke.pruning.repair import Repairs
 from flux_poke.pruning.scores import rank, ranked_before
 from flux_poke.pruning.surgery import Cut
-from flux_poke.pruning.weights import SiteWeights
+from flux_poke.recording.amplification import AmplificationProbe, probed_steps
+from flux_poke.recording.internals import Internals
+from flux_poke.recording.neurons import InternalsRecorder
+from flux_poke.recording.rows import RowChoice, RowRecorder
+from flux_poke.recording.store import HiddenStates
+from flux_poke.recording.trajectories import trajectory, velocity_error
 from safetensors.torch import load_file
 from torch import nn
 

@@ -13,25 +13,25 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from flux_poke.analysis.block_states import BlockStates
-from flux_poke.analysis.hidden_states import HiddenStates
-from flux_poke.analysis.record import record_states
-from flux_poke.analysis.row_recording import RowChoice, RowRecorder
-from flux_poke.analysis.state_recording import StateChoice, StateRecorder
-from flux_poke.analysis.trajectories import trajectory
 from flux_poke.errors import UserError
 from flux_poke.flux.model import Flux
-from flux_poke.flux.tiny import FOLDER
-from flux_poke.flux.tiny.words import digit_prompts
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.surgery import Cut
+from flux_poke.recording.block_states import BlockStates
+from flux_poke.recording.drawing import record_states
+from flux_poke.recording.rows import RowChoice, RowRecorder
+from flux_poke.recording.states import StateChoice, StateRecorder
+from flux_poke.recording.store import HiddenStates
+from flux_poke.recording.trajectories import trajectory
 from flux_poke.retrain.blocks import BlockProblem, Chain
 from flux_poke.retrain.files import PICTURE, STATS, draw_stats
 from flux_poke.retrain.layers import choose_layers, grouped, retrain_layers
 from flux_poke.retrain.loop import held_out_loss
 from flux_poke.retrain.options import Options, Progress
 from flux_poke.retrain.replaced import Replaced, RetrainedLayers
+from flux_poke.tiny.model import FOLDER
+from flux_poke.tiny.words import digit_prompts
 from safetensors.torch import load_file, save_file
 
 SIGMAS = torch.linspace(1, 0, 5)

@@ -7,12 +7,12 @@ import csv
 import numpy as np
 import pytest
 import torch
-from flux_poke.analysis.hidden_states import HiddenStates
 from flux_poke.analysis.lens import Lens
 from flux_poke.cli import app
 from flux_poke.errors import UserError
 from flux_poke.flux.fingerprint import Fingerprint
-from flux_poke.flux.tiny import TinyFlux
+from flux_poke.recording.store import HiddenStates
+from flux_poke.tiny.model import TinyFlux
 from PIL import Image, ImageSequence
 from typer.testing import CliRunner
 

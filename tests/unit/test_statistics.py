@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from flux_poke.analysis import statistics_triton
-from flux_poke.analysis.statistics import TILE, NeuronStatistics, SiteInternals, partial_sums_eager
+from flux_poke.recording import statistics_triton
+from flux_poke.recording.statistics import TILE, NeuronStatistics, SiteInternals, partial_sums_eager
 
 CASES = [(1, 5), (TILE, 7), (TILE + 1, 300), (3 * TILE - 5, 130)]
 

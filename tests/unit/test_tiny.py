@@ -2,9 +2,9 @@
 
 import torch
 from flux_poke.flux.checkpoint import Checkpoint
-from flux_poke.flux.tiny import FOLDER, TinyFlux
-from flux_poke.flux.tiny.data import digit_accuracy, digit_images
-from flux_poke.flux.tiny.words import digit_prompts
+from flux_poke.tiny.data import digit_accuracy, digit_images
+from flux_poke.tiny.model import FOLDER, TinyFlux
+from flux_poke.tiny.words import digit_prompts
 
 
 def test_all_that_ships_is_smaller_than_10_mb():

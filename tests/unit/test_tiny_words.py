@@ -1,8 +1,8 @@
-"""flux/tiny/words.py: prompts to word ids, context and vector."""
+"""tiny/words.py: prompts to word ids, context and vector."""
 
 import pytest
 import torch
-from flux_poke.flux.tiny.words import DIGIT_WORDS, PADDED, TEMPLATES, VOCABULARY, WordEncoder, digit_prompts, word_ids
+from flux_poke.tiny.words import DIGIT_WORDS, PADDED, TEMPLATES, VOCABULARY, WordEncoder, digit_prompts, word_ids
 
 
 def spelled(prompt):

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from flux_poke.analysis.blocks import Block
-from flux_poke.analysis.internals import Internals
 from flux_poke.analysis.lens import Lens
-from flux_poke.analysis.statistics import SiteInternals
 from flux_poke.cli import app
 from flux_poke.demo import run_demo
 from flux_poke.errors import UserError
 from flux_poke.files import write_text
+from flux_poke.flux.blocks import Block
 from flux_poke.pruning.checkpoint import save_changed, save_pruned
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.surgery import Cut
+from flux_poke.recording.internals import Internals
+from flux_poke.recording.statistics import SiteInternals
 from safetensors import safe_open
 from safetensors.torch import save_file
 

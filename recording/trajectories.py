@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..flux.sampling import euler
-from .hidden_states import HiddenStates, ShardSlices
+from .store import HiddenStates, ShardSlices
 
 #: velocity = model(x, sigma, context, vector, guidance); `flux.model.Flux` is one.
 Model = Callable[..., Tensor]

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..flux.layout import Site
-from .hidden_states import Drawing, HiddenStates, Limit
+from .call import TokenMask
 from .hooks import hooks_heard
-from .recording import TokenMask
+from .store import Drawing, HiddenStates, Limit
 
 #: Rows in memory before they are written, in the middle of a run if need be.
 SHARD_BYTES = 256_000_000

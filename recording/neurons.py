@@ -12,38 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..flux.layout import Site
+from .call import TokenMask
 from .hooks import hooks_heard
 from .statistics import NeuronStatistics, SiteInternals
-
-
-@dataclass(frozen=True)
-class TokenMask:
-    """Which tokens of a call count: `img` [batch, image tokens], `txt` [batch, words], bool; None = all of them."""
-
-    img: Tensor | None = None
-    txt: Tensor | None = None
-
-    def rows(self, stream: str, batch: int, tokens: int) -> Tensor | None:
-        """The mask for one MLP's input [batch, tokens, ...], flat, bool [batch · tokens]; None = all.
-
-        A single block sees text first, then the image.
-        """
-        if self.img is None and self.txt is None:
-            return None
-        if stream == "single":
-            known = self.img if self.img is not None else self.txt
-            assert known is not None
-            other = torch.ones(batch, tokens - known.shape[1], dtype=torch.bool, device=known.device)
-            txt, img = self.txt if self.txt is not None else other, self.img if self.img is not None else other
-            return torch.cat((txt, img), dim=1).flatten()
-        mask = self.img if stream == "img" else self.txt
-        return None if mask is None else mask.flatten()
 
 
 class InternalsRecorder:

@@ -16,17 +16,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..flux.blocks import choose_blocks
 from ..flux.checkpoint import Checkpoint
 from ..flux.fingerprint import Fingerprint
 from ..flux.sampling import FluxTimer, euler
-from ..flux.tiny import TinyFlux
+from ..tiny.model import TinyFlux
 from .amplification import AmplificationProbe, probed_steps
-from .blocks import choose_blocks
-from .hidden_states import HiddenStates, Limit
 from .internals import Internals, add_to_file
-from .recording import InternalsRecorder
-from .row_recording import RowChoice, RowRecorder
-from .state_recording import StateChoice, StateKind, StateRecorder, places_around
+from .neurons import InternalsRecorder
+from .rows import RowChoice, RowRecorder
+from .states import StateChoice, StateKind, StateRecorder, places_around
+from .store import HiddenStates, Limit
 
 #: At how many steps of the first batch the amplification of every MLP is measured.
 PROBED_STEPS = 10

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..flux.fingerprint import Fingerprint
-from .hidden_states import MANIFEST, HiddenStates, ShardSlices
+from .store import MANIFEST, HiddenStates, ShardSlices
 
 
 @dataclass(frozen=True)

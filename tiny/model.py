@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ...errors import UserError
-from ..autoencoder import CHANNELS, Autoencoder
-from ..checkpoint import Checkpoint
-from ..model import Flux
-from ..sampling import FluxTimer, euler
+from ..errors import UserError
+from ..flux.autoencoder import CHANNELS, Autoencoder
+from ..flux.checkpoint import Checkpoint
+from ..flux.model import Flux
+from ..flux.sampling import FluxTimer, euler
 from .words import WordEncoder
 
 FOLDER = Path(__file__).parent

@@ -19,7 +19,7 @@ import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,8 +30,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..flux.blocks import Block, blocks_of
 from ..flux.layout import Layout
-from .blocks import Block, Rows, blocks_of, watching_image_tokens
+from ..recording.call import BatchRows, Moment
+from ..recording.hooks import watching_image_tokens
 from .lens import Lens
 
 #: x0 is what the block takes for the image; "euler" is where one Euler step by its velocity leads.
@@ -86,32 +88,6 @@ class StepChoice:
 
     def __contains__(self, step: int) -> bool:
         return step % self.every == 0 if self.listed is None else step in self.listed
-
-
-@dataclass(frozen=True)
-class Moment:
-    """One call of the model within a sampling run.
-
-    Attributes:
-        step: number of the sampling step, from 0.
-        x: latents as the sampler holds them, [batch, channels, height, width].
-        sigma: their noise level, [batch].
-        sigma_next: the level the step leads to.
-        rows: the part of the batch to look at (under classifier-free guidance, the positive prompt's).
-    """
-
-    step: int
-    x: Tensor
-    sigma: Tensor
-    sigma_next: float
-    rows: Rows = field(default_factory=lambda: slice(None))
-
-    @classmethod
-    def at(cls, x: Tensor, sigma: Tensor, sigmas: Tensor, rows: Rows = slice(None)) -> Moment:
-        """Where `sigma` [batch] stands in the schedule `sigmas` [steps + 1]."""
-        levels, now = sigmas.tolist(), sigma.flatten()[0].item()
-        step = max(sum(level >= now for level in levels[:-1]) - 1, 0)
-        return cls(step, x, sigma, levels[step + 1], rows)
 
 
 class BlockTaps:
@@ -311,7 +287,7 @@ def _change(before: Tensor, after: Tensor) -> Tensor:
     return (after - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
 
 
-def _rows(value: Any, rows: Rows, batch: int) -> Any:
+def _rows(value: Any, rows: BatchRows, batch: int) -> Any:
     """`value` with every tensor in it that has one row for each of the batch cut to `rows`."""
     if isinstance(value, Tensor):
         return value[rows] if value.ndim and len(value) == batch else value

@@ -27,7 +27,7 @@ from ..files import check_writable, locked, write_safetensors
 from ..flux.checkpoint import open_safetensors, require_format
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import FAMILY_NAMES, Family
-from .recording import added
+from .neurons import added
 from .statistics import SiteInternals
 
 FORMAT = "flux-poke internals 1"

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..flux.blocks import Block, blocks_of
 from ..flux.layout import Layout
-from .blocks import Block, blocks_of
-from .hidden_states import Capture, Drawing, HiddenStates, Limit
 from .hooks import hooks_heard
-from .row_recording import draw_steps
+from .rows import draw_steps
+from .store import Capture, Drawing, HiddenStates, Limit
 
 StateKind = Literal["blocks", "trajectories"]
 

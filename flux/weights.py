@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import UserError
-from ..flux.checkpoint import scale_key
-from ..flux.layout import Site
+from .checkpoint import scale_key
+from .layout import Site
 
 #: ComfyUI's layer formats whose numbers stand for themselves, but for a scale.
 _PLAIN_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")

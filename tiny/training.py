@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import UserError
-from ..autoencoder import CHANNELS, Autoencoder
-from ..layout import Layout, Site, Stream
-from ..model import Flux
-from ..resume import load_training, save_training
-from . import FOLDER
+from ..errors import UserError
+from ..flux.autoencoder import CHANNELS, Autoencoder
+from ..flux.layout import Layout, Site, Stream
+from ..flux.model import Flux
+from ..flux.resume import load_training, save_training
 from .data import digit_images
+from .model import FOLDER
 from .words import WordEncoder, digit_prompts, word_ids
 
 SAVE_EVERY = 250
@@ -68,7 +68,7 @@ def read_config(path: Path | None = None) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read as YAML ({error}).") from error
     for part in ("autoencoder", "flux"):
         if not isinstance(config, dict) or not isinstance(config.get(part), dict):
-            raise UserError(f"{path} has no section '{part}': expected one like flux/tiny/config.yaml.")
+            raise UserError(f"{path} has no section '{part}': expected one like tiny/config.yaml.")
     return config
 
 

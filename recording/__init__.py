@@ -1,0 +1,1 @@
+"""Recording what a FLUX does while it draws: neurons, rows, states, trajectories."""

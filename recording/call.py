@@ -1,0 +1,133 @@
+"""One call of the model while it draws, as every recorder is told of it.
+
+call = Call.at(x, sigma, sigmas)
+with recorder.watching(model, call):
+    model(x, sigma, context, vector)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Part of a batch: a slice, or a tensor that masks or counts its rows.
+BatchRows = slice | Tensor
+
+
+@dataclass(frozen=True)
+class TokenMask:
+    """Which tokens of a call count: `img` [batch, image tokens], `txt` [batch, words], bool; None = all of them."""
+
+    img: Tensor | None = None
+    txt: Tensor | None = None
+
+    def rows(self, stream: str, batch: int, tokens: int) -> Tensor | None:
+        """The mask for one MLP's input [batch, tokens, ...], flat, bool [batch · tokens]; None = all.
+
+        A single block sees text first, then the image.
+        """
+        if self.img is None and self.txt is None:
+            return None
+        if stream == "single":
+            known = self.img if self.img is not None else self.txt
+            assert known is not None
+            other = torch.ones(batch, tokens - known.shape[1], dtype=torch.bool, device=known.device)
+            txt, img = self.txt if self.txt is not None else other, self.img if self.img is not None else other
+            return torch.cat((txt, img), dim=1).flatten()
+        mask = self.img if stream == "img" else self.txt
+        return None if mask is None else mask.flatten()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the model within a sampling run, before it happens.
+
+    Attributes:
+        x: latents as the sampler holds them, [batch, channels, height, width]. sigma: their noise level [batch].
+        sigmas: noise levels of the whole run, steps + 1 numbers: no device has to be waited for.
+        step: which of the run's steps this is, from 0.
+        images: which image of the run each row of the batch is, from 0; None for rows that no image is read from (a negative
+            prompt's, or a second positive prompt's).
+        mask: which tokens count.
+        context, guidance, seed: text [batch, words, width], what distilled guidance is told, and the sampler's seed, if known.
+        references: latents of reference pictures, whose tokens follow those of the image.
+        again: makes the same call once more, unwatched; the velocity.
+    """
+
+    x: Tensor
+    sigma: Tensor
+    sigmas: tuple[float, ...]
+    step: int
+    images: tuple[int | None, ...]
+    mask: TokenMask = field(default_factory=TokenMask)
+    context: Tensor | None = None
+    guidance: Tensor | None = None
+    seed: int | None = None
+    references: tuple[Tensor, ...] = ()
+    again: Callable[[], Tensor] | None = None
+
+    @classmethod
+    def at(
+        cls,
+        x: Tensor,
+        sigma: Tensor,
+        sigmas: Tensor | Sequence[float],
+        step: int | None = None,
+        images: Sequence[int | None] | None = None,
+        mask: TokenMask | None = None,
+        **known: Any,
+    ) -> Call:
+        """Where `sigma` [batch] stands in the schedule `sigmas` [steps + 1], unless `step` says so; row i is image i, unless
+        `images` says so."""
+        levels = tuple(sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas)
+        if step is None:
+            now = sigma.max().item()
+            step = max(sum(level >= now for level in levels[:-1]) - 1, 0)
+        return cls(x, sigma, levels, step, tuple(range(len(x)) if images is None else images), mask or TokenMask(), **known)
+
+    @property
+    def sigma_next(self) -> float:
+        """The level that the step leads to."""
+        return self.sigmas[self.step + 1]
+
+    @property
+    def rows(self) -> list[int]:
+        """The rows of the batch that images are read from, in the order of the batch."""
+        return [row for row, image in enumerate(self.images) if image is not None]
+
+    @property
+    def drawn(self) -> str:
+        """Tells the images of this run from those of others: noise and text of its first call, in hexadecimal."""
+        parts = [self.x[self.rows], *(() if self.context is None else (self.context[self.rows],))]
+        return hashlib.sha256(b"".join(part.float().cpu().numpy().tobytes() for part in parts)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One call of the model within a sampling run.
+
+    Attributes:
+        step: number of the sampling step, from 0.
+        x: latents as the sampler holds them, [batch, channels, height, width].
+        sigma: their noise level, [batch].
+        sigma_next: the level the step leads to.
+        rows: the part of the batch to look at (under classifier-free guidance, the positive prompt's).
+    """
+
+    step: int
+    x: Tensor
+    sigma: Tensor
+    sigma_next: float
+    rows: BatchRows = field(default_factory=lambda: slice(None))
+
+    @classmethod
+    def at(cls, x: Tensor, sigma: Tensor, sigmas: Tensor, rows: BatchRows = slice(None)) -> Moment:
+        """Where `sigma` [batch] stands in the schedule `sigmas` [steps + 1]."""
+        levels, now = sigmas.tolist(), sigma.flatten()[0].item()
+        step = max(sum(level >= now for level in levels[:-1]) - 1, 0)
+        return cls(step, x, sigma, levels[step + 1], rows)

@@ -1,0 +1,107 @@
+"""A recording: one folder with everything that was recorded of one model.
+
+    recording = Recording.open("output/flux_poke/portraits")
+    recording.internals()                            # Internals: how often every neuron fired
+    recording.states()                               # HiddenStates: rows, lens rows, block states, trajectories, amplification
+    recording.kinds                                  # {"internals", "rows", ...}: what is there
+
+    NAME/internals.safetensors
+    NAME/hidden_states/manifest.json, rows-00000.safetensors, ...
+    NAME/cache/                                      # rankings and repairs: made again whenever they are missing
+
+A recording is a value that flows from what records it to plans, repair, retraining, lens and reports. It holds nothing in
+memory: everything is read when it is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+from ..flux.fingerprint import Fingerprint
+from .internals import Internals
+from .store import MANIFEST, HiddenStates, Manifest
+
+INTERNALS, STATES, CACHE = "internals.safetensors", "hidden_states", "cache"
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A folder, and where in it things are. `folder` need not exist yet."""
+
+    folder: Path
+
+    @classmethod
+    def at(cls, folder: str | os.PathLike[str]) -> Recording:
+        """The recording in `folder`, to be recorded to; nothing is read or made."""
+        return cls(Path(folder))
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Recording:
+        """The recording in `folder`; raises `UserError` where there is none.
+
+        The name of an internals file in the folder stands for the folder.
+        """
+        path = Path(folder)
+        found = cls(path.parent if path.name == INTERNALS and path.is_file() else path)
+        if not found.kinds:
+            raise UserError(
+                f"{folder} holds no recording: expected {INTERNALS} or {STATES}/{MANIFEST} in it. Record first (Record, or "
+                "`uv run flux-poke record`), or choose another folder."
+            )
+        return found
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def internals_file(self) -> Path:
+        return self.folder / INTERNALS
+
+    @property
+    def states_folder(self) -> Path:
+        return self.folder / STATES
+
+    @property
+    def cache(self) -> Path:
+        """For what takes long to work out, and can be worked out again."""
+        return self.folder / CACHE
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """What there is: "internals", and of the states "rows", "lens", "blocks", "trajectories", "amplification"."""
+        found = {"internals"} if self.internals_file.is_file() else set()
+        if (self.states_folder / MANIFEST).is_file():
+            manifest = Manifest.load(self.states_folder)
+            found |= {shard.kind for shard in manifest.shards}
+            if manifest.amplification:
+                found.add("amplification")
+        return frozenset(found)
+
+    def internals(self) -> Internals:
+        """Raises `UserError` where there are none."""
+        if not self.internals_file.is_file():
+            raise UserError(f"{self.folder} holds no internals: record them first (Record, what = internals).")
+        return Internals.load(self.internals_file)
+
+    def states(self) -> HiddenStates:
+        """Raises `UserError` where there are none."""
+        return HiddenStates.open(self.states_folder)
+
+    def fingerprint(self) -> Fingerprint:
+        """Of the model that was recorded; raises `UserError` where nothing was, or internals and states are of two models."""
+        found = []
+        if self.internals_file.is_file():
+            found.append(self.internals().fingerprint)
+        if (self.states_folder / MANIFEST).is_file():
+            found.append(self.states().manifest.fingerprint)
+        if not found:
+            raise UserError(f"{self.folder} holds no recording: record first.")
+        if not found[0].matches(found[-1]):
+            raise UserError(
+                f"{self.folder} holds recordings of two models: {found[0].difference(found[-1])}. Record into another folder."
+            )
+        return found[-1]

@@ -25,7 +25,7 @@ import comfy.cli_args
 comfy.cli_args.args.cpu = True
 import torch, comfy.sample, comfy.sd, comfy.ldm.flux.model, comfy.ops
 from pathlib import Path
-from flux_poke.analysis.internals import Internals
+from flux_poke.recording.internals import Internals
 from flux_poke.nodes import watching
 from flux_poke.nodes.record import InternalsRun
 

@@ -251,7 +251,7 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from flux_poke.analysis.hidden_states import HiddenStates
+from flux_poke.recording.store import HiddenStates
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.retrain import loop

@@ -262,8 +262,8 @@ def test_merging_files_never_replaces_a_recording_that_is_not_in_the_sum(tmp_pat
 WORKERS = """
 import os, random, signal, sys, time
 import torch
-from flux_poke.analysis.internals import Internals, add_to_file
-from flux_poke.analysis.statistics import SiteInternals
+from flux_poke.recording.internals import Internals, add_to_file
+from flux_poke.recording.statistics import SiteInternals
 from flux_poke.flux.fingerprint import Fingerprint
 
 torch.set_num_threads(1)

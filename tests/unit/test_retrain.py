@@ -296,7 +296,7 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from flux_poke.analysis.block_states import BlockStates
+from flux_poke.recording.block_states import BlockStates
 from flux_poke.pruning.checkpoint import save_pruned
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan

@@ -31,7 +31,7 @@ def drawable(path: Path | None) -> Path | None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, float], None]]:
+def progress_bar() -> Iterator[Callable[..., None]]:
     """A bar on the terminal (nothing where there is none), told what is being done and how far it is, 0..1."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -39,7 +39,7 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("starting", total=1.0)
-        yield lambda doing, done: bar.update(task, description=doing, completed=done)
+        yield lambda doing, done, total=1.0: bar.update(task, description=doing, completed=done / total)
 
 
 def table(columns: tuple[str, ...], rows: list[list[object]]) -> None:

@@ -28,7 +28,8 @@ from ..flux.checkpoint import open_safetensors
 from ..flux.layout import Site
 from ..flux.weights import SiteWeights
 from ..recording.internals import Internals
-from ..recording.store import HiddenStates, held_out
+from ..recording.split import held_out
+from ..recording.store import HiddenStates
 from .dense import Dense
 from .moments import Check, gather
 from .plan import PruningPlan
@@ -75,7 +76,7 @@ class Repairs(Mapping[str, Repaired]):
                 raise UserError("Repair = affine keeps what it computes: name a folder for it.")
             assert rows is not None
             self._store = f"repair-{_short(str(rows.folder.resolve()))}-"
-            self._recording = f"{self._store}{_short(FORMAT + rows.digest)}-"
+            self._recording = f"{self._store}{_short(FORMAT + rows.digest('rows', 'amplification'))}-"
             self.folder = Path(folder) / f"{self._recording}{_short(plan.digest + dense.fingerprint.digest)}"
 
     def __iter__(self) -> Iterator[str]:
@@ -140,7 +141,7 @@ class Repairs(Mapping[str, Repaired]):
 
     def _compute(self, site: Site, fold: bool = False) -> None:
         assert self.rows is not None
-        if self.rows.outgrown:
+        if self.rows.changed("rows", "amplification"):
             raise UserError(f"More rows were recorded in {self.rows.folder} since this plan was loaded: load it again.")
         name, kept, path = site.name, self.plan.kept[site.name], self._path(site.name)
         weights = SiteWeights.read(self.dense.tensors, site, self.device)

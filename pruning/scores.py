@@ -33,8 +33,9 @@ from ..flux.checkpoint import open_safetensors
 from ..flux.layout import Site
 from ..flux.weights import SiteWeights, down_energy
 from ..recording.internals import Internals
+from ..recording.split import held_out
 from ..recording.statistics import SiteInternals
-from ..recording.store import HiddenStates, held_out
+from ..recording.store import HiddenStates
 from .dense import Dense
 from .moments import Check, Moments, gather
 from .obs import eliminate
@@ -182,7 +183,7 @@ def ranked_before(rows: HiddenStates, sites: Sequence[Site]) -> bool:
 
 
 def _ranking_file(rows: HiddenStates, site: Site) -> Path:
-    made_from = hashlib.sha256(f"{RANKING_FORMAT} {rows.digest}".encode()).hexdigest()[:16]
+    made_from = hashlib.sha256(f"{RANKING_FORMAT} {rows.digest('rows', 'amplification')}".encode()).hexdigest()[:16]
     return rows.folder / "rankings" / f"{site.name}.{made_from}.safetensors"
 
 
@@ -203,7 +204,7 @@ def _by_rows(dense: Dense, site: Site, rows: HiddenStates, device: torch.device 
     assert ranking.error is not None
     energy = torch.tensor(ranking.energy, dtype=torch.float64)
     tensors = {"order": ranking.order, "error": ranking.error, "energy": energy}
-    if not rows.outgrown:
+    if not rows.changed("rows", "amplification"):
         for other in path.parent.glob(f"{site.name}.*.safetensors"):
             other.unlink(missing_ok=True)
     write_safetensors(path, tensors, {"format": RANKING_FORMAT})

@@ -164,6 +164,8 @@ def rank(
         rows = require_rows(rows, dense, sites, "the score obs")
     else:
         internals = require_internals(internals, dense, sites, f"the score {score}")
+        if score != "frequency":
+            internals.require_sums(f"the score {score}")
     rankings: dict[str, Ranking] = {}
     for done, site in enumerate(sites, start=1):
         if score == "obs":
@@ -225,12 +227,7 @@ def require_internals(internals: Internals | None, dense: Dense, sites: Sequence
     """`internals`, or `UserError` where they do not cover `sites` of `dense`; `what` needs them."""
     if internals is None:
         raise UserError(f"Internals are missing, and {what} needs them: record them first (Record Internals).")
-    if not internals.fingerprint.matches(dense.fingerprint):
-        raise UserError(
-            f"The internals were recorded on another model than {dense.source}: "
-            f"{internals.fingerprint.difference(dense.fingerprint)}. Record internals of this one, or choose the checkpoint "
-            "they belong to."
-        )
+    internals.require(dense.fingerprint, {site.name: site.width for site in dense.layout.sites}, dense.source)
     for site in sites:
         if site.name not in internals.sites or internals.sites[site.name].tokens == 0:
             raise UserError(

@@ -96,7 +96,7 @@ def record(
     tiny = TinyFlux.load(checkpoint)
     layout = tiny.flux.layout
     fingerprint = Fingerprint.of_checkpoint(Checkpoint(checkpoint))
-    recording.check_writable(fingerprint, str(checkpoint))
+    recording.check_writable(fingerprint, str(checkpoint), wanted.internals)
     recorders = _recorders(recording, layout, fingerprint, wanted)
     probe = _probe(recorders, layout)
     noise, sigmas = tiny.noise(len(prompts), seed), FluxTimer(steps).sigmas()

@@ -109,7 +109,10 @@ def test_the_originals_counts_are_shown_and_not_added_to(given, tmp_path):
     with pytest.raises(UserError, match="do not say of which model"):
         run("internals", "merge", file, tmp_path / "digits", "-o", tmp_path / "all")
     assert file.read_bytes() == before
-    assert not (tmp_path / "all").exists()
+    assert not (tmp_path / "all" / "internals.safetensors").exists()
+    run("record", CHECKPOINT, tmp_path / "original", *given[3:], "--what", "rows")
+    assert Recording.open(tmp_path / "original").fingerprint() is not None
+    assert file.read_bytes() == before
 
 
 def test_a_recording_without_internals_is_not_shown(given, tmp_path):

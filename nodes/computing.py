@@ -60,6 +60,11 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in words or "alloc_failed" in words
 
 
+def throw_if_cancelled() -> None:
+    """Raises where the user has pressed Cancel."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
 class NodeProgress:
     """Progress of long work, in words and as a bar on the node that runs; raises where the user has pressed Cancel.
 
@@ -84,4 +89,4 @@ class NodeProgress:
             left = f", about {minutes:.0f} min left" if minutes >= 1 else ""
             host.show(self._node_id, f"{what}: {done / max(total, 1e-9):.0%}{left}")
             self._said = now
-        comfy.model_management.throw_exception_if_processing_interrupted()
+        throw_if_cancelled()

@@ -93,6 +93,11 @@ def layer_times(folder: str | None) -> str:
     return "" if not folder else times(*layer_files(host.output_path(folder)).values())
 
 
+def missing_layers(folder: Path) -> list[int]:
+    """Layers that the list in a folder of retrained layers names, and whose files are not there."""
+    return sorted(read_stats(folder).keys() - layer_files(folder).keys())
+
+
 def times(*paths: Path) -> str:
     return str([(path.name, path.stat().st_mtime_ns if path.exists() else None) for path in paths])
 

@@ -40,7 +40,9 @@ from .symmetric import add_product, inner
 
 #: Its number changes with what goes into a ranking by obs.
 RANKING_FORMAT = "flux-poke ranking 3"
-SCORES = ("frequency", "magnitude", "fluctuation", "obs")
+#: The scores, and the repair that goes with each.
+REPAIR_OF = {"frequency": "none", "magnitude": "none", "fluctuation": "bias", "obs": "affine"}
+SCORES = tuple(REPAIR_OF)
 
 #: Shares of a site's neurons at which the errors of cutting are measured on held-out images.
 GRID = (0.25, 0.5, 0.75, 0.9)

@@ -10,8 +10,8 @@ from comfy_api.latest import ComfyExtension, io
 from .choose import ChooseModel
 from .compare import Compare
 from .plans import LoadPlan, PlanByBudget, PlanByCount, PlanByThreshold
-from .prompts import Counter, Prompts
 from .previews import AnimateBlockPreviews, DecodeBlockPreviews
+from .prompts import Counter, Prompts
 from .pruned import LoadPrunedCheckpoint, LoadPrunedFlux, LoadPrunedLora, SavePrunedFlux
 from .record import Record, RecordBlockStates, RecordInternals, RecordLensRows, RecordTrajectories
 from .record_options import RecordOptionsNode

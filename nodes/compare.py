@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..analysis.metrics import compare, comparison_table, side_by_side, write_comparisons
+from ..analysis.metrics import check_comparisons, compare, comparison_table, side_by_side, write_comparisons
 from . import host
 
 ImageOrLatent = [io.Image, io.Latent]

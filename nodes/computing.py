@@ -77,7 +77,8 @@ class NodeProgress:
     def __init__(self, node_id: str | None = None, in_words: bool = True):
         self._node_id, self._in_words = node_id, in_words
         self._bar = comfy.utils.ProgressBar(1)
-        self._begun, self._said, self._first = time.monotonic(), -math.inf, None
+        self._begun, self._said = time.monotonic(), -math.inf
+        self._first: float | None = None
 
     def __call__(self, what: str, done: float, total: float) -> None:
         self._bar.update_absolute(done, total)

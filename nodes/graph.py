@@ -1,7 +1,7 @@
 """Reading the graph that runs: what is drawn, with which model, and by which sampler.
 
-    graph_value(cls.hidden, TEXTS)                   # the nearest prompt above this node
-    nearest_above(graph, "7", "after", {"3", "5"})   # which of these nodes the input `after` of node 7 comes from
+graph_value(cls.hidden, TEXTS)                   # the nearest prompt above this node
+nearest_above(graph, "7", "after", {"3", "5"})   # which of these nodes the input `after` of node 7 comes from
 """
 
 from __future__ import annotations

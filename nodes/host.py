@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -55,7 +55,7 @@ def input_path(name: str) -> Path:
 def inside(root: Path, name: str, suffix: str = "") -> Path:
     """The file or folder called `name` in `root`; `suffix` is added where it lacks one.
 
-    Raises `UserError` where the name would leave `root` (`..`, absolute, through a symlink), or is not a name for a file: empty,
+    Raises `UserError` where the name would leave `root` (`..`, absolute, through a symlink), or is not one for a file: empty,
     hidden, too long, or with characters that cannot be printed.
     """
     root, text = root.resolve(), name.strip()
@@ -69,8 +69,8 @@ def inside(root: Path, name: str, suffix: str = "") -> Path:
             return path
     shown = text if len(text) < 60 else f"{text[:50]}... ({len(text)} characters)"
     raise UserError(
-        f"{shown!r} is not a name inside {root}: expected a plain file name of at most {LONGEST_NAME} bytes that does not begin "
-        "with a dot."
+        f"{shown!r} is not a name inside {root}: expected a plain file name of at most {LONGEST_NAME} bytes that does not "
+        "begin with a dot."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from comfy_api.latest import io
 from ..errors import UserError
 from ..flux.layout import Layout
 from ..recording.recording import Recording
-from ..retrain.files import layer_files
+from ..retrain.files import STATS, layer_files
 from . import host, loading
 
 PlanType = io.Custom("PRUNING_PLAN")
@@ -60,7 +61,7 @@ def block_ranges() -> list[io.Input]:
 
 
 def chosen_ranges(layout: Layout, first_layer: int, last_layer: int, first_single: int, last_single: int) -> dict[str, Any]:
-    """The ranges of double and of single blocks that the inputs of `block_ranges` stand for, as requests for plans take them."""
+    """The ranges of double and of single blocks that the inputs of `block_ranges` stand for, as requests have them."""
     last_double = layout.depth - 1 if last_layer < 0 else last_layer
     last = layout.depth_single - 1 if last_single < 0 else last_single
     return {"double": (first_layer, last_double), "single_blocks": (first_single, last)}
@@ -95,7 +96,9 @@ def layer_times(folder: str | None) -> str:
 
 def missing_layers(folder: Path) -> list[int]:
     """Layers that the list in a folder of retrained layers names, and whose files are not there."""
-    return sorted(read_stats(folder).keys() - layer_files(folder).keys())
+    stats = folder / STATS
+    named = re.findall(r"^layer(\d+):", stats.read_text(encoding="utf-8"), re.MULTILINE) if stats.is_file() else []
+    return sorted({int(number) for number in named} - layer_files(folder).keys())
 
 
 def times(*paths: Path) -> str:
@@ -103,5 +106,5 @@ def times(*paths: Path) -> str:
 
 
 def recorded_in(graph: Mapping[str, Any]) -> bool:
-    """Whether a graph records: what it records reaches other nodes through their links alone where they wait for the sampler."""
+    """Whether a graph records: what it records reaches other nodes through links alone where they wait for the sampler."""
     return any(str(node.get("class_type", "")).startswith("FluxPokeRecord") for node in graph.values())

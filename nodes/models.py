@@ -1,7 +1,7 @@
 """What a MODEL is: its layout, its identity, and its weights with every LoRA merged.
 
-    layout, fingerprint = flux_layout(model), model_fingerprint(model)
-    weights = MergedWeights(model)                   # {"img_in.weight": ...}
+layout, fingerprint = flux_layout(model), model_fingerprint(model)
+weights = MergedWeights(model)                   # {"img_in.weight": ...}
 """
 
 from __future__ import annotations
@@ -52,17 +52,20 @@ def model_fingerprint(model: ModelPatcher) -> Fingerprint:
 
 
 class MergedWeights(Mapping[str, Tensor]):
-    """The tensors of a MODEL by their keys in a checkpoint, with all patches (LoRAs) applied; each is read when it is asked for,
-    into main memory."""
+    """The tensors of a MODEL by their keys in a checkpoint, with all patches (LoRAs) applied.
+
+    Each is read into main memory when it is asked for.
+    """
 
     def __init__(self, model: ModelPatcher):
         inner = model.model.diffusion_model
         if hasattr(model, "model_state_dict_for_saving"):  # newer hosts leave on disk what is not in use
             comfy.model_management.load_models_gpu([model])
-            self._stored = model.model_state_dict_for_saving(inner, "diffusion_model.")
+            stored = model.model_state_dict_for_saving(inner, "diffusion_model.")
         else:
             comfy.model_management.load_models_gpu([model], force_patch_weights=True)
-            self._stored = inner.state_dict()
+            stored = inner.state_dict()
+        self._stored = {canonical_key(key): tensor for key, tensor in stored.items()}
 
     def __getitem__(self, key: str) -> Tensor:
         return self._stored[key].to("cpu").detach().contiguous()

@@ -218,8 +218,8 @@ class LoadPlan(io.ComfyNode):
             node_id="FluxPokeLoadPlan",
             display_name="Load Plan",
             category=host.CATEGORY,
-            description="Reads a plan that a Plan Pruning node or `flux-poke plan` wrote, and where files moved, says where its "
-            "checkpoint and its recording are now.",
+            description="Reads a plan that a Plan Pruning node or `flux-poke plan` wrote. Where files moved, it is told where "
+            "checkpoint and recording are now.",
             inputs=[
                 io.String.Input("file", default=DEFAULT_PLAN, tooltip="Name in output/flux_poke."),
                 checkpoint_input(OF_THE_PLAN, tooltip="The dense FLUX, where it is not any more where it was for the plan."),
@@ -238,7 +238,7 @@ class LoadPlan(io.ComfyNode):
         plan = PruningPlan.load(path)
         moved = checkpoint_time(inputs.get("unet_name"))
         recording = Recording.at(plan.recording)
-        recorded = [recording.digest(kind) for kind in sorted(recording.kinds)] if plan.recording else []
+        recorded = recording.digest(*sorted(recording.kinds)) if plan.recording and recording.kinds else ""
         return f"{times(path)} {moved or times(Path(plan.checkpoint))} {recorded}"
 
     @classmethod

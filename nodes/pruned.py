@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import folder_paths
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..errors import UserError
 from ..files import check_replaces
 from ..flux.layout import Layout
-from ..pruning.checkpoint import Pruned, save_pruned
-from ..pruning.dense import PRUNED_FORMAT, Dense
+from ..pruning.checkpoint import Pruned, save_pruned, save_weights
+from ..pruning.dense import PRUNED_FORMAT
 from ..pruning.lora import convert_lora
 from ..pruning.plan import PruningPlan
 from ..pruning.planning import open_dense, open_recording
@@ -26,6 +26,7 @@ from ..pruning.surgery import Cut
 from . import host, loading
 from .computing import NodeProgress, on_gpu
 from .inputs import PlanType, checkpoint_input, checkpoint_time, plan_input, weight_dtype_input
+from .models import MergedWeights
 
 #: What a pruned MODEL's attachment is called.
 PRUNED = "flux_poke.pruned"
@@ -109,6 +110,17 @@ class PrunedModel:
     report: Mapping[str, RepairReport]
 
 
+def pruned_model(model: ModelPatcher) -> PrunedModel:
+    """What a pruned MODEL carries; raises `UserError` where it is not one of ours."""
+    found = model.get_attachment(PRUNED)
+    if found is None:
+        raise UserError(
+            "This model was not pruned by Flux Poke: ComfyUI's own nodes load LoRAs for it and save it. Connect the MODEL of Load "
+            "Pruned FLUX, Load Pruned Checkpoint or Load Replaced FLUX."
+        )
+    return found
+
+
 class FoldsWhenAsked(Mapping[str, Fold]):
     """Folds by site, each worked out for the first LoRA that needs it: they take much space, and few models meet a LoRA."""
 
@@ -143,8 +155,8 @@ class SavePrunedFlux(io.ComfyNode):
                 io.MultiType.Input(
                     "plan_or_model",
                     [PlanType, io.Model],
-                    tooltip="A plan, which is cut and repaired; or the MODEL of Load Pruned FLUX, Load Pruned Checkpoint or Load "
-                    "LoRA (pruned FLUX), which is saved as it is: repair and fold are then not asked.",
+                    tooltip="A plan, which is cut and repaired; or the MODEL of Load Pruned FLUX, Load Pruned Checkpoint or "
+                    "Load LoRA (pruned FLUX), which is saved as it is: repair and fold are then not asked.",
                 ),
                 repair_input("As in Load Pruned FLUX."),
                 io.String.Input("save_as", default="flux-pruned.safetensors", tooltip="Name in models/diffusion_models."),
@@ -170,7 +182,9 @@ class SavePrunedFlux(io.ComfyNode):
             save_pruned(path, Cut(repairs.dense, plan, repairs), fold, NodeProgress(node_id))
             space = space_taken(repairs)
         else:
-            plan = save_model(path, plan_or_model, node_id)
+            pruned = pruned_model(plan_or_model)
+            plan = pruned.plan
+            save_weights(path, MergedWeights(plan_or_model), plan, pruned.report, NodeProgress(node_id))
         name, size = str(path.relative_to(folder)), path.stat().st_size / 1e9
         host.say(node_id, f"{name}: {size:.3g} GB, {plan.masked_count} neurons cut{space}")
         return io.NodeOutput(name)
@@ -221,9 +235,7 @@ class LoadPrunedLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, lora_name: str, strength: float) -> io.NodeOutput:
-        pruned = model.get_attachment(PRUNED)
-        if pruned is None:
-            raise UserError("This model was not pruned by Flux Poke: use the ordinary Load LoRA for it.")
+        pruned = pruned_model(model)
         lora = loading.read_tensors(folder_paths.get_full_path_or_raise("loras", lora_name))
         converted = convert_lora(lora, pruned.layout, pruned.plan, pruned.folds, pruned.report, NodeProgress())
         host.say(cls.hidden.unique_id, converted.table())

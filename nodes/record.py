@@ -181,9 +181,7 @@ class RecordBlockStates(RecordNode):
         )
 
     @classmethod
-    def execute(
-        cls, model, name, blocks, steps, max_gb, sigma_from, sigma_to, sample_seed, recording=None
-    ) -> io.NodeOutput:
+    def execute(cls, model, name, blocks, steps, max_gb, sigma_from, sigma_to, sample_seed, recording=None) -> io.NodeOutput:
         where = target(model, name, recording)
         places = places_around(choose_blocks(blocks, where.layout), where.layout)
         choice = StateChoice(steps or None, (sigma_from, sigma_to), sample_seed)

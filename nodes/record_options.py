@@ -39,7 +39,12 @@ class RecordOptionsNode(io.ComfyNode):
                     tooltip="Of which MLPs rows are kept: image, text, single blocks.",
                 ),
                 io.Float.Input(
-                    "sigma_from", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Rows of steps of at least this noise level."
+                    "sigma_from",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Rows of steps of at least this noise level.",
                 ),
                 io.Float.Input(
                     "sigma_to", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Rows of steps of at most this noise level."
@@ -65,9 +70,7 @@ class RecordOptionsNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, streams, sigma_from, sigma_to, when_full, ignore_padding, positive_only, sample_seed
-    ) -> io.NodeOutput:
+    def execute(cls, streams, sigma_from, sigma_to, when_full, ignore_padding, positive_only, sample_seed) -> io.NodeOutput:
         chosen = ("img", "txt", "single") if streams == "all" else (streams,)
         return io.NodeOutput(
             RecordOptions(chosen, (sigma_from, sigma_to), when_full, ignore_padding, positive_only, sample_seed)

@@ -17,7 +17,8 @@ from ..recording.recording import Recording
 from ..recording.rows import RowRecorder
 from ..recording.states import StateRecorder
 from ..recording.store import HiddenStates
-from . import computing, host
+from . import computing
+from .graph import prompt_below, running_graph
 from .watching import SampledCall, SamplingWatcher
 
 LEFT_OUT = "The run did not finish: what it recorded was left out."
@@ -80,7 +81,7 @@ class StoreRun(SamplingWatcher):
 
     def watching(self, model: nn.Module, call: SampledCall):
         if self.run.drawing is None and self.node_id is not None:
-            prompt = host.prompt_below(host.running_graph(), self.node_id)
+            prompt = prompt_below(running_graph(), self.node_id)
             call = replace(call, prompts=(prompt,) * call.count)
         return self.run.watching(model, call)
 

@@ -26,7 +26,7 @@ class LoadRecording(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, name: str) -> str:
         recording = Recording.open(host.output_path(name))
-        return str([recording.digest(kind) for kind in sorted(recording.kinds)])
+        return recording.digest(*sorted(recording.kinds))
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -15,7 +14,7 @@ from ..pruning.dense import Dense
 from ..pruning.plan import PruningPlan
 from ..pruning.planning import open_dense, open_recording
 from ..recording.recording import Recording
-from ..retrain.files import default_folder, draw_stats
+from ..retrain.files import draw_stats
 from ..retrain.methods import METHODS, retrain
 from ..retrain.options import Progress as Training
 from ..retrain.replaced import Replaced, RetrainedLayers
@@ -27,6 +26,7 @@ from .inputs import (
     checkpoint_input,
     checkpoint_time,
     layer_times,
+    missing_layers,
     plan_input,
     recording_input,
     weight_dtype_input,
@@ -34,6 +34,10 @@ from .inputs import (
 from .pruned import PRUNED, PrunedModel
 
 DEFAULT_LAYERS = "retrained_layers"
+
+
+def default_folder(plan: PruningPlan) -> str:  # until retrain has it
+    return f"{DEFAULT_LAYERS}/{plan.digest[:8]}"
 
 
 class RetrainLayers(io.ComfyNode):
@@ -91,7 +95,9 @@ class RetrainLayers(io.ComfyNode):
                 io.Int.Input("train_seed", default=0, min=0, max=2**31 - 1, tooltip="Of the held-out images and the batches."),
                 io.Boolean.Input("mixed_precision", default=False, tooltip="Products in bfloat16: faster on a GPU."),
                 io.String.Input(
-                    "folder", default="", tooltip="Folder in output/flux_poke for the layers; empty = one that is named by the plan."
+                    "folder",
+                    default="",
+                    tooltip="Folder in output/flux_poke for the layers; empty = one that is named by the plan.",
                 ),
             ],
             outputs=[
@@ -181,8 +187,14 @@ class LoadReplacedFlux(io.ComfyNode):
             inputs=[
                 checkpoint_input(OF_THE_PLAN, tooltip="The dense FLUX whose layers were retrained, or that of the plan."),
                 weight_dtype_input(),
-                PlanType.Input("plan", optional=True, tooltip="Where the checkpoint is to be the plan's."),
-                io.String.Input("folder", default=DEFAULT_LAYERS, tooltip="Folder in output/flux_poke, from Retrain Layers."),
+                PlanType.Input(
+                    "plan", optional=True, tooltip="The plan of the layers: it knows its checkpoint and its folder."
+                ),
+                io.String.Input(
+                    "folder",
+                    default="",
+                    tooltip="Folder in output/flux_poke, from Retrain Layers; empty = the one that is named by the plan.",
+                ),
                 io.Int.Input("first_layer", default=0, min=0, max=255, tooltip="First layer to replace."),
                 io.Int.Input(
                     "last_layer",
@@ -205,15 +217,18 @@ class LoadReplacedFlux(io.ComfyNode):
     def execute(
         cls, unet_name: str, weight_dtype: str, folder: str, first_layer: int, last_layer: int, plan: PruningPlan | None = None
     ) -> io.NodeOutput:
-        if unet_name == OF_THE_PLAN and plan is None:
-            raise UserError(f"The checkpoint is '{OF_THE_PLAN}', and no plan is connected: connect one, or choose a checkpoint.")
-        of_plan = unet_name == OF_THE_PLAN and plan is not None
-        dense = open_dense(plan) if of_plan else Dense.open(loading.checkpoint_path(unet_name))  # type: ignore[arg-type]
-        layers = RetrainedLayers.open(host.output_path(folder), dense, first_layer, None if last_layer < 0 else last_layer)
+        if plan is None and (unet_name == OF_THE_PLAN or not folder.strip()):
+            raise UserError("Which checkpoint and which layers? Connect the plan that they belong to, or choose both.")
+        if plan is not None and unet_name == OF_THE_PLAN:
+            dense = open_dense(plan)
+        else:
+            dense = Dense.open(loading.checkpoint_path(unet_name))
+        source = host.output_path(folder if plan is None or folder.strip() else default_folder(plan))
+        layers = RetrainedLayers.open(source, dense, first_layer, None if last_layer < 0 else last_layer)
         replaced = Replaced(dense, layers)
         model = loading.load_flux(replaced, weight_dtype, dense.metadata)
         folds = {name: replaced.fold(name) for name in replaced.plan.kept}
-        model.set_attachments(PRUNED, PrunedModel(dense.layout, replaced.plan, folds, replaced.report))
+        model.set_attachments(PRUNED, PrunedModel(dense.layout, replaced.plan, folds, replaced.reports()))
         masked_count = replaced.plan.masked_count
         text = f"{len(layers.layers)} layers replaced, neurons cut: {masked_count}"
         host.say(cls.hidden.unique_id, " ".join([text, layers.describe_missing(dense.layout)]).strip())

@@ -16,6 +16,7 @@ from ..analysis.taps import BlockTaps, StepChoice, TapRecorder
 from ..errors import UserError
 from ..flux.blocks import choose_blocks
 from ..flux.layout import FAMILY_NAMES, Layout
+from ..recording.hooks import left_out
 from . import graph, host
 from .inputs import model_input, watched_output
 from .models import flux_layout
@@ -52,22 +53,23 @@ class TappedRun:
 
 @dataclass
 class TappedModel:
-    """What goes from Tap Blocks to Decode Block Previews: the latest run of each sampler that drew with the model, by its node."""
+    """What goes from Tap Blocks to Decode Block Previews: the latest run of each sampler that draws with it, by its node."""
 
     runs: dict[str | None, TappedRun] = field(default_factory=dict)
 
     def run_of(self, hidden: Any, name: str) -> TappedRun:
         """The run that the latents at the input `name` of a node come from; raises `UserError` where that cannot be told."""
         samplers = [node for node in self.runs if node is not None]
-        found = graph.nearest_above(hidden.prompt or {}, hidden.unique_id, name, samplers)
+        found: set[str | None] = set()
+        found |= graph.nearest_above(hidden.prompt or {}, hidden.unique_id, name, samplers)
         if not found and len(self.runs) == 1:
             found = set(self.runs)
         if not self.runs:
-            raise UserError(f"There are no block predictions: connect `{name}` to the latents of a sampler that uses this model.")
+            raise UserError(f"There are no block predictions: connect `{name}` to the latents of a sampler that draws with it.")
         if len(found) != 1:
             raise UserError(
-                f"{len(self.runs)} samplers drew with the tapped model (nodes {', '.join(sorted(samplers))}), and the latents at "
-                f"`{name}` come from {'none' if not found else 'several'} of them: connect it to the latents of one of them."
+                f"{len(self.runs)} samplers drew with the tapped model (nodes {', '.join(sorted(samplers))}), and the latents "
+                f"at `{name}` come from {'none' if not found else 'several'} of them: connect it to the latents of one of them."
             )
         return self.runs[found.pop()]
 
@@ -149,7 +151,8 @@ class TappingRun(SamplingWatcher):
         seed = self.first.seed if isinstance(self.first.seed, int) else None
         self.tapped.runs[self.sampler] = TappedRun(self.taps, self.layout, self.first.sigmas, guidance, seed)
         steps = len(self.first.sigmas) - 1
-        return f"{len(self.taps)} block predictions at {len(self.taps.steps)} of {steps} steps"
+        text = f"{len(self.taps)} block predictions at {len(self.taps.steps)} of {steps} steps"
+        return f"{text}. {left_out(self.taps.skipping)}" if self.taps.skipping else text
 
     def abandon(self) -> str:
         return "The run did not finish: no block predictions are kept."

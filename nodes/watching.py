@@ -109,8 +109,8 @@ def sampling_clone(model: ModelPatcher, watch: Watch) -> ModelPatcher:
     earlier = list(chain.from_iterable(one.__self__.watches for one in model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)))
     for folder, kind in sorted(watch.records & {record for one in earlier for record in one.records}):
         raise UserError(
-            f"The model that comes in is recorded to {folder.name} already ({kind}), and every run would count twice: leave out "
-            "one of the two Record nodes, or give one of them another name."
+            f"The model that comes in is recorded to {folder.name} already ({kind}), and every run would count twice: "
+            "leave out one of the two Record nodes, or give one of them another name."
         )
     watched = _Watched((*earlier, watch))
     clone = model.clone()
@@ -218,7 +218,7 @@ def _sampled_call(
     def velocity() -> Tensor:
         return (x - again()) / t.view(-1, *(1,) * (x.ndim - 1))
 
-    return SampledCall.at(
+    call = SampledCall.at(
         x,
         t,
         run.sigmas,
@@ -230,3 +230,5 @@ def _sampled_call(
         again=velocity,
         conditional=tuple(part == 0 for part in parts for _ in range(count)),
     )
+    assert isinstance(call, SampledCall)
+    return call

@@ -25,7 +25,7 @@ from ..flux.layout import Site
 from ..flux.weights import SiteWeights
 from ..progress import Progress, part, silent
 from ..recording.recording import Recording
-from ..recording.store import held_out
+from ..recording.split import held_out
 from .cache import Shapes, cache_key, cached_header, read_cached, recorded_rows, write_cached
 from .dense import Dense
 from .moments import gather

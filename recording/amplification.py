@@ -4,7 +4,7 @@
     probe.measure(model, sigma, lambda: point.run(model))    # at as many points of dense trajectories as one likes
     store.add_amplification(probe.results())
 
-A site's amplification is |change of the velocity|² / |velocity|², divided by the energy (mean |noise|² per token) of the
+A site's amplification is |change of the velocity|^2 / |velocity|^2, divided by the energy (mean |noise|^2 per token) of the
 noise that was added at the output of its down projection: times a site's squared error per token, it predicts what that
 error does to the velocity, relative and squared. Sites differ a thousandfold, which is what lets one budget be spread over
 them; noise levels differ fortyfold at one site, which is what rows are weighted by when a site is ranked and repaired.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..flux.layout import Site
-from .hooks import hooks_heard
+from .hooks import force_eager
 
 #: Sums of measurements and their numbers, by site and sigma.
 Measured = dict[str, dict[float, tuple[float, int]]]
@@ -41,7 +41,7 @@ class AmplificationProbe:
         self._measured: Measured = {}
 
     @torch.no_grad()
-    @hooks_heard()
+    @force_eager()
     def measure(self, model: nn.Module, sigma: float, velocity: Callable[[], Tensor]) -> None:
         """`velocity()` runs `model` at noise level `sigma`: once as it is, once for every site with noise at its output.
 

@@ -27,7 +27,7 @@ from ..files import check_writable, locked, write_safetensors
 from ..flux.checkpoint import open_safetensors, require_format
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import FAMILY_NAMES, Family
-from .neurons import added
+from .neurons import merge
 from .statistics import SiteInternals
 
 FORMAT = "flux-poke internals 1"
@@ -66,7 +66,7 @@ class Internals:
         rounded = {name: replace(site, sum=_on_grid(site.sum), sum_sq=_on_grid(site.sum_sq)) for name, site in sites.items()}
         return cls(family, fingerprint, rounded, runs, steps, now, now, workflow or {})
 
-    def merged(self, other: Internals, name: str = "the other file") -> Internals:
+    def merge(self, other: Internals, name: str = "the other file") -> Internals:
         """Both together; raises `UserError` (calling `other` by `name`) where they are not of one model."""
         if not self.fingerprint.matches(other.fingerprint):
             raise UserError(
@@ -81,7 +81,7 @@ class Internals:
         first = min(self, other, key=Internals._age)
         return replace(
             first,
-            sites={name: added(site, other.sites[name]) for name, site in self.sites.items()},
+            sites={name: merge(site, other.sites[name]) for name, site in self.sites.items()},
             runs=self.runs + other.runs,
             steps=self.steps + other.steps,
             updated=max(self.updated, other.updated),
@@ -177,7 +177,7 @@ def add_to_file(path: str | os.PathLike[str], new: Internals) -> Internals:
     Raises `UserError`, with the file as it was, where it is of another model, damaged or read-only.
     """
     with locked(path):
-        total = Internals.load(path).merged(new, "This run") if Path(path).exists() else new
+        total = Internals.load(path).merge(new, "This run") if Path(path).exists() else new
         total.save(path)
     return total
 
@@ -195,7 +195,7 @@ def merge_files(out: str | os.PathLike[str], files: Sequence[str | os.PathLike[s
             raise UserError(f"{out} is there already and is none of the files to add up: choose another name, or add it too.")
         total, *others = [Internals.load(file) for file in files]
         for file, other in zip(files[1:], others, strict=True):
-            total = total.merged(other, str(file))
+            total = total.merge(other, str(file))
         total.save(out)
     return total
 

@@ -17,7 +17,7 @@ from flux_poke.errors import UserError
 from flux_poke.flux.blocks import Block, blocks_of, choose_blocks
 from flux_poke.flux.model import Flux
 from flux_poke.flux.sampling import FluxTimer, euler
-from flux_poke.recording.call import Moment
+from flux_poke.recording.call import Call
 from flux_poke.tiny.training import tiny_layout
 from PIL import Image
 from PIL.ExifTags import IFD, Base
@@ -42,7 +42,7 @@ def run() -> tuple[BlockTaps, Tensor]:
     taps, recorder = BlockTaps(), TapRecorder(LAYOUT, choose_blocks("all", LAYOUT))
 
     def velocity(x, sigma):
-        with recorder.watching(flux, Moment.at(x, sigma, sigmas), taps):
+        with recorder.watching(flux, Call.at(x, sigma, sigmas), taps):
             return flux(x, sigma, context, vector)
 
     return taps, euler(velocity, torch.randn(2, 16, 6, 4), sigmas)

@@ -93,7 +93,7 @@ def test_files_merge_to_the_same_bits_in_any_order_and_grouping(same_second):
         ]
     totals = []
     for a, b, c, d in itertools.permutations(parts):
-        totals += [a.merged(b).merged(c).merged(d), a.merged(b).merged(c.merged(d))]
+        totals += [a.merge(b).merge(c).merge(d), a.merge(b).merge(c.merge(d))]
     for total in totals[1:]:
         assert_same(total, totals[0])
     total = totals[0]
@@ -112,7 +112,7 @@ def test_adding_to_a_file_that_is_not_there_makes_it_and_then_counts_add_up(tmp_
     first, second = recording(1), recording(2)
     assert_same(add_to_file(path, first), first)
     total = add_to_file(path, second)
-    assert_same(total, first.merged(second))
+    assert_same(total, first.merge(second))
     assert_same(Internals.load(path), total)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -139,12 +139,6 @@ class PictureProgress:
     def end(self, picture: Image.Image) -> None:
         """Shows `picture` in full: the page prefers the last one of these to the pictures that a node gives."""
         self._bar.update_absolute(self._bar.total, preview=("JPEG", picture, max(picture.size)))
-
-
-def count_progress() -> Callable[[int, int, Image.Image], None]:
-    """As `PictureProgress`, without the pictures."""
-    bar = comfy.utils.ProgressBar(1)
-    return lambda done, total, picture: bar.update_absolute(done, total)
 
 
 def decoder(vae: Any) -> Decode:

@@ -14,6 +14,7 @@ from ..analysis.animation import FORMATS, captioned_frames, choose_frames, write
 from ..analysis.generation import find_previews, generation_files, write_generations
 from ..analysis.sheets import stacked
 from . import host
+from .computing import NodeProgress
 from .taps import BlockTapsType, TappedModel
 
 
@@ -85,10 +86,11 @@ class DecodeBlockPreviews(io.ComfyNode):
     ) -> io.NodeOutput:
         run, decoder = block_taps.run_of(cls.hidden, "after"), host.decoder(vae)
         finals = host.to_pictures(decoder(after["samples"]).movedim(1, -1))
-        show, previews = host.PictureProgress(), []
+        bar = host.PictureProgress()
+        previews: list[Image.Image] = []
 
-        def progress(done: int, total: int, picture: Image.Image) -> None:
-            show(done, total, picture)
+        def show(picture: Image.Image) -> None:
+            bar(len(previews) + 1, len(run.taps) * len(finals), picture)
             smaller = picture.copy()
             smaller.thumbnail((largest, largest), Image.Resampling.LANCZOS)
             previews.append(smaller)
@@ -102,7 +104,7 @@ class DecodeBlockPreviews(io.ComfyNode):
             view=view,
             captions=captions,
             in_pictures=host.graph_metadata(cls.hidden) if metadata and host.metadata_enabled() else None,
-            progress=progress,
+            show=show,
         )
         names = [folder.name for folder in folders]
         host.say(cls.hidden.unique_id, f"{len(run.taps)} predictions in flux_poke/{', '.join(names)}")
@@ -123,7 +125,7 @@ class DecodeBlockPreviews(io.ComfyNode):
             nothing = ExecutionBlocker(None)
             return io.NodeOutput(nothing, nothing, nothing, chart, [nothing], ui=ui)
         in_order = [preview for number in range(len(folders)) for preview in previews[number :: len(folders)]]
-        show.end(stacked(opened(shown)))
+        bar.end(stacked(opened(shown)))
         return io.NodeOutput(host.to_images(in_order), drawn("sheet.png"), drawn("differences.png"), chart, names, ui=ui)
 
 
@@ -172,7 +174,8 @@ class AnimateBlockPreviews(io.ComfyNode):
         path = host.output_path(folder) / f"blocks.{format}"
         kind = None if block_type == "all" else block_type
         frames = choose_frames(find_previews(path.parent), order, kind, max_blocks or None)
-        write_animation(path, captioned_frames(frames, font_size, host.count_progress()), fps)
+        progress = NodeProgress(cls.hidden.unique_id, in_words=False)
+        write_animation(path, captioned_frames(frames, font_size, progress), fps)
         file = host.output_file(path)
         name = f"{file['subfolder']}/{path.name}"
         host.say(cls.hidden.unique_id, f"{len(frames)} frames in {name}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,122 +12,148 @@ from ..errors import UserError
 from .terminal import drawable, progress_bar, spread
 
 if TYPE_CHECKING:
-    from ..pruning.budget import BudgetCurve
-    from ..pruning.dense import Dense
-    from ..pruning.plan import PruningPlan
-    from ..recording.internals import Internals
-    from ..recording.store import HiddenStates
+    from ..pruning.planning import Request
+    from ..recording.recording import Recording
+
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")]
 
 
 @dataclass(frozen=True)
 class Cuts:
     """What goes: so many neurons of every MLP, those that fired too seldom, or as many as a budget says."""
 
-    score: Annotated[str, typer.Option(help="frequency, magnitude, fluctuation, or obs (needs recorded rows).")] = "fluctuation"
-    img_cut: Annotated[int, typer.Option(help="Neurons to cut from every img MLP.")] = 0
-    txt_cut: Annotated[int, typer.Option(help="… every txt MLP.")] = 0
-    single_cut: Annotated[int, typer.Option(help="… every single block.")] = 0
-    double: Annotated[tuple[int, int] | None, typer.Option(help="First and last double block.")] = None
-    single: Annotated[tuple[int, int] | None, typer.Option(help="First and last single block.")] = None
-    img_threshold: Annotated[float, typer.Option(help="Cut img neurons that fired less often than this.")] = 0.0
-    txt_threshold: Annotated[float, typer.Option(help="… txt neurons.")] = 0.0
-    single_threshold: Annotated[float, typer.Option(help="… neurons of single blocks.")] = 0.0
-    on_rate: Annotated[bool, typer.Option(help="Thresholds are per token (0 to 1), not counts.")] = False
+    score: Annotated[
+        str | None,
+        typer.Option(help="frequency, magnitude, fluctuation (default by count), or obs (needs rows; default of a budget)."),
+    ] = None
+    img_cut: Annotated[int | None, typer.Option(help="Neurons to cut from every img MLP.")] = None
+    txt_cut: Annotated[int | None, typer.Option(help="... every txt MLP.")] = None
+    single_cut: Annotated[int | None, typer.Option(help="... every single block.")] = None
+    double: Annotated[tuple[int, int] | None, typer.Option(help="Count, threshold: first and last double block.")] = None
+    single: Annotated[tuple[int, int] | None, typer.Option(help="Count, threshold: first and last single block.")] = None
+    img_threshold: Annotated[float | None, typer.Option(help="Cut img neurons that fired less often than this.")] = None
+    txt_threshold: Annotated[float | None, typer.Option(help="... txt neurons.")] = None
+    single_threshold: Annotated[float | None, typer.Option(help="... neurons of single blocks.")] = None
+    on_rate: Annotated[bool, typer.Option("--on-rate", help="Thresholds are per token (0 to 1), not counts.")] = False
     share: Annotated[float | None, typer.Option(help="Budget: share of all neurons to cut, 0 to 1.")] = None
     gigabytes: Annotated[float | None, typer.Option(help="Budget: GB to save at 16 bits.")] = None
-    multiple: Annotated[int, typer.Option(help="Budget: widths are multiples of this.")] = 64
-    protect: Annotated[str, typer.Option(help="Budget: layers to leave whole, such as 'double-18 single-0'.")] = ""
+    multiple: Annotated[int | None, typer.Option(help="Budget: widths are multiples of this (default 64).")] = None
+    protect: Annotated[str | None, typer.Option(help="Budget: layers to leave whole, such as 'double-18 single-0'.")] = None
 
-    def plan(
-        self, dense: Dense, recorded: Internals, rows: HiddenStates | None, device: str
-    ) -> tuple[PruningPlan, BudgetCurve | None]:
-        """The plan, and for a budget the curve it was chosen on; `device` is where neurons are ranked."""
-        from ..pruning.budget import BudgetCurve, by_budget, check_budget, protected_sites
-        from ..pruning.plan import by_count, by_threshold
-        from ..pruning.scores import rank
+    def request(self) -> Request:
+        """What is asked for; raises `UserError` where it is said in no way or two, or an option has no meaning in that way."""
+        from ..pruning.planning import ByBudget, ByCount, ByThreshold
 
-        counts = self.img_cut, self.txt_cut, self.single_cut
-        limits = self.img_threshold, self.txt_threshold, self.single_threshold
-        if [any(counts), any(limits), self.share is not None, self.gigabytes is not None].count(True) != 1:
+        ways: dict[str, dict[str, Any]] = {
+            "by count": {"img": self.img_cut, "txt": self.txt_cut, "single": self.single_cut},
+            "by threshold": {"img": self.img_threshold, "txt": self.txt_threshold, "single": self.single_threshold},
+            "by budget": {"share": self.share, "gigabytes": self.gigabytes},
+        }
+        chosen = [way for way, values in ways.items() if any(value is not None for value in values.values())]
+        if len(chosen) != 1:
             raise UserError(
                 "What to cut is said in one way: by count (--img-cut, --txt-cut, --single-cut), by threshold (--img-threshold, "
-                "…), or by a budget (--share or --gigabytes)."
+                "...), or by a budget (--share or --gigabytes)."
             )
-        protected = protected_sites(dense.layout, self.protect)
-        if self.share is not None or self.gigabytes is not None:
-            check_budget(dense.layout, self.share, self.gigabytes, self.multiple, protected)
-        if any(limits):
-            return by_threshold(dense, recorded, *limits, "rate" if self.on_rate else "counts", self.double, self.single), None
-        with progress_bar() as update:
-            rankings = rank(
-                self.score, dense, recorded, rows, device=device, progress=lambda name, n, of: update(f"ranking {name}", n / of)
-            )
-        if any(counts):
-            return by_count(dense, rankings, self.score, *counts, self.double, self.single), None
-        curve = BudgetCurve.of(dense.layout, rankings, rows.amplification if rows else None, self.multiple, protected)
-        return by_budget(dense, rankings, curve, self.score, self.share, self.gigabytes), curve
+        (way,) = chosen
+        more: dict[str, tuple[Any, tuple[str, ...]]] = {
+            "score": (self.score, ("by count", "by budget")),
+            "double": (self.double, ("by count", "by threshold")),
+            "single": (self.single, ("by count", "by threshold")),
+            "on-rate": (self.on_rate or None, ("by threshold",)),
+            "multiple": (self.multiple, ("by budget",)),
+            "protect": (self.protect, ("by budget",)),
+        }
+        for option, (value, ways_of_option) in more.items():
+            if value is not None and way not in ways_of_option:
+                raise UserError(f"--{option} has no meaning in a plan {way}: it belongs to one {' or '.join(ways_of_option)}.")
+        given = {name: value for name, value in ways[way].items() if value is not None}
+        given |= {name: value for name in ("score", "multiple", "protect") if (value := getattr(self, name)) is not None}
+        if way == "by budget":
+            return ByBudget(**given)
+        given |= {"double": self.double, "single_blocks": self.single}
+        return ByCount(**given) if way == "by count" else ByThreshold(on="rate" if self.on_rate else "counts", **given)
 
 
 @spread
 def plan(
-    internals: Annotated[Path, typer.Argument(help="internals.safetensors")],
+    recording: Annotated[Path, typer.Argument(help="Folder of a recording, as `record` makes it.")],
     checkpoint: Annotated[Path, typer.Option(help="The dense FLUX it was recorded on.")],
     cuts: Cuts,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Plan to write.")] = Path("plan.safetensors"),
-    rows: Annotated[Path | None, typer.Option(help="Folder that `record --rows` filled.")] = None,
-    picture: Annotated[
-        Path | None, typer.Option(callback=drawable, help="Budget: draw memory saved against predicted error.")
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Plan to write (default: plan_by_count.safetensors or such in the recording)."),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")] = "cpu",
+    picture: Annotated[
+        Path | None,
+        typer.Option(callback=drawable, help="Draw the plan: kept and cut, or for a budget memory saved against error."),
+    ] = None,
+    device: Device = "cpu",
 ) -> None:
     """Choose which neurons to keep: by count, by threshold, or by a budget. Nothing is cut yet."""
-    from ..files import check_replaces
+    from ..files import check_replaces, check_writable
     from ..pruning.dense import Dense
     from ..pruning.plan import FORMAT
-    from ..recording.internals import Internals
-    from ..recording.store import HiddenStates
+    from ..pruning.planning import make_plan
+    from ..recording.recording import Recording
 
-    check_replaces(out, FORMAT)
-    store = HiddenStates.open(rows) if rows else None
-    made, curve = cuts.plan(Dense.open(checkpoint), Internals.load(internals), store, device)
-    if picture and curve:
-        curve.figure(made).savefig(picture, dpi=110)
-    made.save(out)
-    typer.echo(f"{made.table()}\n{out}: {_next(checkpoint, out, made.score, rows)}")
+    what, recorded = cuts.request(), Recording.open(recording)
+    path = out or _default_plan(recorded, what)
+    check_replaces(path, FORMAT)
+    check_writable(path)
+    with progress_bar() as progress:
+        planned = make_plan(Dense.open(checkpoint), recorded, what, device, progress)
+    planned.plan.save(path)
+    if picture is not None:
+        planned.figure().savefig(picture, dpi=110)
+    for line in (planned.plan.table(), *planned.notes, f"{path}: uv run flux-poke prune {path} -o pruned.safetensors"):
+        typer.echo(line)
 
 
-def _next(checkpoint: Path, plan: Path, score: str, rows: Path | None) -> str:
-    """What to do with a plan: the repair that goes with its score."""
-    repair = f" --repair affine --rows {rows}" if score == "obs" else ""
-    return f"flux-poke prune {checkpoint} --plan {plan}{repair} -o pruned.safetensors"
+def _default_plan(recording: Recording, what: Request) -> Path:
+    """Where a plan goes that was given no name; raises `UserError` where another plan, or something else, stands there."""
+    from ..pruning.plan import PruningPlan
+    from ..pruning.planning import settings_of
+
+    settings = settings_of(what)
+    path = recording.folder / f"plan_by_{settings['by']}.safetensors"
+    if path.exists() and (found := PruningPlan.load(path)).settings != settings:
+        raise UserError(f"{path} is another plan ({found.made}): give this one a name with -o, or remove that one.")
+    return path
 
 
 def prune(
-    checkpoint: Annotated[Path, typer.Argument(help="The dense FLUX (.safetensors).")],
-    plan: Annotated[Path, typer.Option(help="plan.safetensors")],
+    plan: Annotated[Path, typer.Argument(help="A plan, as `plan` makes it.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Pruned checkpoint to write.")],
-    repair: Annotated[str, typer.Option(help="none, bias (needs --internals) or affine (needs --rows).")] = "none",
-    internals: Annotated[Path | None, typer.Option(help="internals.safetensors")] = None,
-    rows: Annotated[Path | None, typer.Option(help="Folder that `record --rows` filled.")] = None,
-    fold: Annotated[bool, typer.Option(help="Also store what exact conversion of LoRAs needs after affine repair.")] = False,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")] = "cpu",
+    repair: Annotated[
+        str | None, typer.Option(help="none, bias or affine (needs rows); default: what goes with the plan's score.")
+    ] = None,
+    fold: Annotated[bool, typer.Option("--fold", help="With affine: also store what exact conversion of LoRAs needs.")] = False,
+    checkpoint: Annotated[Path | None, typer.Option(help="The dense FLUX, where it moved since the plan was made.")] = None,
+    recording: Annotated[Path | None, typer.Option(help="The recording, where it moved since the plan was made.")] = None,
+    device: Device = "cpu",
 ) -> None:
     """Cut what a plan says, repair what is left, and write a smaller checkpoint that needs no other file."""
-    from ..files import check_replaces
+    from ..files import check_not_read, check_replaces, check_writable
     from ..pruning.checkpoint import inspect, save_pruned
-    from ..pruning.dense import PRUNED_FORMAT, Dense
+    from ..pruning.dense import PRUNED_FORMAT
     from ..pruning.plan import PruningPlan
+    from ..pruning.planning import open_dense, open_recording, require_device
     from ..pruning.repair import Repairs
+    from ..pruning.scores import REPAIR_OF
     from ..pruning.surgery import Cut
-    from ..recording.internals import Internals
-    from ..recording.store import HiddenStates
 
     check_replaces(out, PRUNED_FORMAT)
-    dense, loaded = Dense.open(checkpoint), PruningPlan.load(plan)
-    recorded = Internals.load(internals) if internals else None
-    store = HiddenStates.open(rows) if rows else None
-    repairs = Repairs(dense, loaded, repair, recorded, store, plan.with_suffix(".repairs"), device)
-    with progress_bar() as update:
-        repairs.compute(lambda name, n, of: update(f"repairing {name}", 0.8 * n / of), fold)
-        save_pruned(out, Cut(dense, loaded, repairs), fold, lambda key, n, of: update(f"writing {out}", 0.8 + 0.2 * n / of))
-    typer.echo(f"{inspect(out)}\n{out}: {out.stat().st_size / 1e6:,.1f} MB, from {checkpoint.stat().st_size / 1e6:,.1f}")
+    check_writable(out)
+    require_device(device)
+    loaded = PruningPlan.load(plan)
+    method = repair or REPAIR_OF.get(loaded.score, "none")
+    if fold and method != "affine":
+        raise UserError(f"--fold stores what affine repair leaves, and the repair is {method}: leave it out.")
+    dense = open_dense(loaded, checkpoint)
+    check_not_read(out, [dense.path])
+    recorded = None if method == "none" else open_recording(loaded, recording)
+    with progress_bar() as progress:
+        save_pruned(out, Cut(dense, loaded, Repairs(dense, loaded, method, recorded, device)), fold, progress)
+    sizes = out.stat().st_size / 1e6, Path(dense.path).stat().st_size / 1e6
+    typer.echo(f"{inspect(out)}\n{out}: {sizes[0]:,.1f} MB, from {sizes[1]:,.1f}")

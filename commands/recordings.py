@@ -112,7 +112,9 @@ def _say(recording: Recording, kinds: Iterable[Kind | Literal["internals"]]) -> 
 
 
 def download_prompts(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Text file to write, one prompt a line.")] = Path("prompts.txt"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write, one prompt per line.")] = Path(
+        "downloaded_prompts.txt"
+    ),
     contains: Annotated[str, typer.Option(help="Only prompts with this in them, such as '\"'.")] = "",
     limit: Annotated[int, typer.Option(min=0, help="At most so many; 0 = all.")] = 10_000,
     dataset: Annotated[list[str] | None, typer.Option(help="Only this one (default: both).")] = None,

@@ -1,45 +1,88 @@
 """What commands have in common on a terminal: progress, tables, and options that belong together.
 
-with progress_bar() as update:
-    update("repairing single-3", 0.4)
+with progress_bar() as progress:
+    progress("repairing single-3", 4, 10)
 table(("block", "error"), [["double 0", 0.25]])
 
 @spread
 def plan(internals: Path, cuts: Cuts) -> None:   # Cuts is a dataclass: its fields are options of the command
+
+steps: Annotated[int, whole(help="Euler steps per image.", least=1)] = 20
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any
 
-from ..errors import UserError
+import typer
 
-#: What pictures may be written as.
-PICTURES = (".png", ".jpg", ".pdf", ".svg")
+from ..files import IMAGES, check_picture
+from ..progress import Progress
+
+#: The most of anything that is counted, so that a slip of the finger does not fill memory or run for years.
+MOST = 1_000_000
+#: The largest seed: images of one call take the next ones, and torch takes up to 2 ** 64 - 1.
+MOST_SEED = 2**63 - 1
 
 
 def drawable(path: Path | None) -> Path | None:
-    """For options that name a picture to write; raises `UserError`, before any work is done, where it is of no known kind."""
-    if path is not None and path.suffix.lower() not in PICTURES:
-        raise UserError(f"{path} is no picture that can be written: its name ends in one of {', '.join(PICTURES)}.")
+    """For options that name a figure to write; raises `UserError`, before any work is done, where it cannot be written."""
+    if path is not None:
+        check_picture(path)
+    return path
+
+
+def drawable_image(path: Path | None) -> Path | None:
+    """`drawable` for what is no figure but an image."""
+    if path is not None:
+        check_picture(path, IMAGES)
     return path
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[..., None]]:
-    """A bar on the terminal (nothing where there is none), told what is being done and how far it is, 0..1."""
+def progress_bar() -> Iterator[Progress]:
+    """A bar on stderr, told what is being done and how much of it is done; it is full when the work ended well."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Bar(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("starting", total=1.0)
-        yield lambda doing, done, total=1.0: bar.update(task, description=doing, completed=done / total)
+
+        def update(what: str, done: float, total: float = 1.0) -> None:
+            bar.update(task, description=what, completed=min(done / total, 1.0) if total else 0.0)
+
+        yield update
+        bar.update(task, completed=1.0)
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):  # nan is within every range
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+def number(*names: str, help: str, least: float, most: float) -> Any:
+    """An option (or with `names`, such as "--rate", one of that name) that takes a finite number from `least` to `most`."""
+    return typer.Option(*names, min=least, max=most, callback=_finite, help=help)
+
+
+def whole(*names: str, help: str, least: int, most: int = MOST) -> Any:
+    """An option that takes a whole number from `least` to `most`."""
+    return typer.Option(*names, min=least, max=most, help=help)
+
+
+def seed(help: str = "Seed.", most: int = MOST_SEED) -> Any:
+    """An option that takes a seed."""
+    return typer.Option(min=0, max=most, help=help)
 
 
 def table(columns: tuple[str, ...], rows: list[list[object]]) -> None:

@@ -1,12 +1,12 @@
 """One budget for all MLPs: how much to save, spread so that the model's output suffers least.
 
-    protected = protected_sites(dense.layout, "double-18")
-    curve = BudgetCurve.of(dense.layout, rankings, store.amplification, multiple=64, protected=protected)
-    plan = by_budget(dense, rankings, curve, "obs", share=0.5)       # or gigabytes=6, dtype=torch.bfloat16
+    protected = protected_sites(layout, "double-18")
+    curve = BudgetCurve.of(layout, rankings, store.amplification, multiple=64, protected=protected)
+    cuts, error = curve.cuts(0.5 * layout.neurons, "neurons")        # by site, how many go; what that costs
     curve.figure(plan)                               # memory saved against predicted error, before anything is cut
 
 Every site's ranking is a curve: predicted error against neurons cut. Times the site's amplification
-(analysis/amplification.py) it is the error of the velocity. The total is least where all curves have the same slope:
+(recording/amplification.py) it is the error of the velocity. The total is least where all curves have the same slope:
 marginal costs are sorted once, and the cheapest steps of `multiple` neurons are taken until enough is saved. Where a curve
 is not convex, its convex hull is followed (the Lagrange relaxation of the choice).
 """
@@ -24,8 +24,7 @@ from matplotlib.figure import Figure
 
 from ..errors import UserError
 from ..flux.layout import Layout, Site
-from .dense import Dense
-from .plan import PruningPlan, from_rankings
+from .plan import PruningPlan
 from .scores import Ranking
 
 
@@ -83,6 +82,17 @@ class BudgetCurve:
         steps.sort(key=lambda step: step.price)  # stable: of equal ones, the earlier site
         return cls(tuple(steps), amplified)
 
+    def cuts(self, amount: float, of: Literal["neurons", "parameters"]) -> tuple[dict[str, int], float]:
+        """By site, how many neurons go until `amount` neurons or parameters are saved, and the predicted error of all of that.
+
+        Raises `UserError` where that is more than may be cut.
+        """
+        taken = self.steps[: self.until(amount, of)]
+        found: dict[str, int] = {}
+        for step in taken:
+            found[step.site] = found.get(step.site, 0) + step.neurons
+        return found, sum(step.error for step in taken)
+
     def until(self, amount: float, of: Literal["neurons", "parameters"]) -> int:
         """How many steps save `amount` neurons or parameters; raises `UserError` where all of them together do not."""
         saved = 0
@@ -123,43 +133,6 @@ class BudgetCurve:
         return figure
 
 
-def by_budget(
-    dense: Dense,
-    rankings: Mapping[str, Ranking],
-    curve: BudgetCurve,
-    score: str,
-    share: float | None = None,
-    gigabytes: float | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-) -> PruningPlan:
-    """Takes the cheapest steps until `share` of all MLP neurons, or `gigabytes` (10^9 bytes at `dtype`), are saved.
-
-    Raises `UserError` where that is more than may be cut.
-    """
-    amount, of, what = _budget(dense.layout, share, gigabytes, dtype)
-    taken = curve.until(amount, of)
-    cuts: dict[str, int] = {}
-    for step in curve.steps[:taken]:
-        cuts[step.site] = cuts.get(step.site, 0) + step.neurons
-    error = sum(step.error for step in curve.steps[:taken]) if curve.amplified else None
-    weighed = "times amplification" if curve.amplified else "counted alike everywhere"
-    return from_rankings(dense, rankings, cuts, score, f"by budget, {what}, score {score}, errors {weighed}", error)
-
-
-def check_budget(
-    layout: Layout,
-    share: float | None = None,
-    gigabytes: float | None = None,
-    multiple: int = 64,
-    protected: Collection[str] = (),
-    dtype: torch.dtype = torch.bfloat16,
-) -> None:
-    """Raises `UserError` where `by_budget` would, whatever the neurons are worth: to be asked before they are ranked."""
-    amount, of, _ = _budget(layout, share, gigabytes, dtype)
-    alike = {site.name: Ranking(torch.arange(site.width), torch.zeros(site.width + 1)) for site in layout.sites}
-    BudgetCurve.of(layout, alike, None, multiple, protected).until(amount, of)
-
-
 def protected_sites(layout: Layout, names: str | Sequence[str]) -> frozenset[str]:
     """Site names from a text such as "double-18, single-0, double-txt-3"; a block's name stands for all MLPs in it.
 
@@ -178,22 +151,6 @@ def neuron_parameters(layout: Layout, site: Site) -> int:
     """How many parameters one neuron of a site has: its row or rows, their biases, and its column."""
     rows = 2 if site.gated else 1
     return rows * (layout.hidden + int(site.biased)) + layout.hidden
-
-
-def _budget(
-    layout: Layout, share: float | None, gigabytes: float | None, dtype: torch.dtype
-) -> tuple[float, Literal["neurons", "parameters"], str]:
-    """How many neurons or parameters are to be saved, and the same in words."""
-    if (share is None) == (gigabytes is None):
-        raise UserError("A budget is either a share of the neurons or gigabytes to save: give one of the two.")
-    if share is not None:
-        if not 0 < share < 1:
-            raise UserError(f"The share of neurons to cut lies between 0 and 1, both excluded; found {share:g}.")
-        return share * layout.neurons, "neurons", f"{share:.0%} of the neurons"
-    assert gigabytes is not None
-    if gigabytes <= 0:
-        raise UserError(f"The gigabytes to save are above 0; found {gigabytes:g}.")
-    return gigabytes * 1e9 / dtype.itemsize, "parameters", f"{gigabytes:g} GB at {str(dtype).removeprefix('torch.')}"
 
 
 def _steps(site: Site, layout: Layout, error: torch.Tensor, multiple: int) -> list[Step]:

@@ -27,6 +27,7 @@ from ..errors import UserError
 from ..files import check_replaces, kind_of, stream_safetensors, write_safetensors
 from ..flux.checkpoint import Checkpoint, open_safetensors, require_format
 from ..flux.layout import FAMILY_NAMES, Layout, Site, canonical_key
+from ..progress import Progress, part, silent
 from .dense import KEPT, PRUNED_FORMAT, Dense
 from .plan import PruningPlan
 from .refit import Fold, RepairReport
@@ -72,9 +73,7 @@ class Pruned:
         )
 
 
-def save_pruned(
-    path: str | os.PathLike[str], changed: Changed, fold: bool = False, progress: Callable[[str, int, int], None] | None = None
-) -> None:
+def save_pruned(path: str | os.PathLike[str], changed: Changed, fold: bool = False, progress: Progress = silent) -> None:
     """Writes a cut or replaced checkpoint as a whole, one tensor in memory at a time.
 
     Args:
@@ -84,15 +83,15 @@ def save_pruned(
     Raises `UserError`, before anything is computed, where a file at `path` is no pruned checkpoint.
     """
     check_replaces(path, PRUNED_FORMAT)
-    report = changed.report
+    report = changed.work_out(part(progress, 0, 2), fold)
     kinds = {key: changed.kind(key) for key in changed}
     extra: dict[str, Callable[[], Tensor]] = {}
     for name, kept in changed.plan.kept.items():
         extra[f"{KEPT}{name}"] = kept.int
         kinds[f"{KEPT}{name}"] = kind_of(kept.int())
-        for part, kind in _fold_kinds(changed.dense.layout.site(name), len(kept), report[name].method, fold).items():
-            extra[f"{FOLD}{name}.{part}"] = partial(_fold_part, changed, name, part)
-            kinds[f"{FOLD}{name}.{part}"] = kind
+        for what, kind in _fold_kinds(changed.dense.layout.site(name), len(kept), report[name].method, fold).items():
+            extra[f"{FOLD}{name}.{what}"] = partial(_fold_part, changed, name, what)
+            kinds[f"{FOLD}{name}.{what}"] = kind
     repaired = {name: asdict(site) for name, site in report.items()}
     header = {
         **_passed_on(changed.dense),
@@ -107,9 +106,38 @@ def save_pruned(
         changed.dense.release()
         value = extra[key]() if key in extra else changed[key]
         done += 1
-        if progress is not None:
-            progress(key, done, len(kinds))
+        progress(f"writing {key}", len(kinds) + done, 2 * len(kinds))
         return value
+
+    stream_safetensors(path, kinds, tensor, header)
+
+
+def save_weights(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    plan: PruningPlan,
+    report: Mapping[str, RepairReport],
+    progress: Progress = silent,
+) -> None:
+    """Writes a pruned model as it is in memory, with LoRAs merged say; `tensors` (canonical keys) are read one at a time.
+
+    What LoRAs need to follow affine repair is not stored. Raises `UserError` where a file at `path` is not a pruned checkpoint.
+    """
+    check_replaces(path, PRUNED_FORMAT)
+    kept = {f"{KEPT}{name}": indices.int() for name, indices in plan.kept.items()}
+    kinds = {key: kind_of(tensor) for key, tensor in (*tensors.items(), *kept.items())}
+    header = {
+        **plan.header(),
+        "format": PRUNED_FORMAT,
+        "repair": json.dumps({name: asdict(site) for name, site in report.items()}),
+    }
+    done = 0
+
+    def tensor(key: str) -> Tensor:
+        nonlocal done
+        progress(f"writing {key}", done, len(kinds))
+        done += 1
+        return kept[key] if key in kept else tensors[key]
 
     stream_safetensors(path, kinds, tensor, header)
 

@@ -25,20 +25,26 @@ PRUNED_FORMAT = "flux-poke pruned 1"
 
 @dataclass(frozen=True)
 class Dense:
-    """A FLUX to cut; `tensors` have canonical keys, `source` is what to call it in a message, `metadata` its file's header."""
+    """A FLUX to cut.
+
+    `tensors` have canonical keys, `source` is what to call it in a message, `metadata` its file's header, `path` its file's
+    absolute path (empty where it is in memory).
+    """
 
     tensors: Mapping[str, Tensor]
     layout: Layout
     fingerprint: Fingerprint
     source: str
     metadata: Mapping[str, str] = field(default_factory=dict)
+    path: str = ""
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Dense:
         """A checkpoint file; raises `UserError` where it is none of a FLUX, or is pruned already."""
         checkpoint = Checkpoint(path)
         _require_dense(checkpoint.shapes, str(path), checkpoint.metadata)
-        return cls(checkpoint, checkpoint.layout, Fingerprint.of_checkpoint(checkpoint), str(path), checkpoint.metadata)
+        fingerprint = Fingerprint.of_checkpoint(checkpoint)
+        return cls(checkpoint, checkpoint.layout, fingerprint, str(path), checkpoint.metadata, os.path.abspath(path))
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], source: str = "the state dict") -> Dense:

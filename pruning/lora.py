@@ -4,9 +4,9 @@
     converted.tensors                                # to load as any LoRA
     print(converted.table())                         # every module: applied, converted, skipped and why
 
-A LoRA adds s · U D to a weight. Of an up projection, the rows of U for cut neurons go. Of a down projection, the columns D_P
-of cut neurons P do; but what they would read is predicted from what is kept, h_P ≈ B h_K + c: so D_P B is added to the kept
-columns, and s · U D_P c to the bias, exactly as repair did with the dense weights. c is stored with every repair and pruned
+A LoRA adds s U D to a weight. Of an up projection, the rows of U for cut neurons go. Of a down projection, the columns D_P
+of cut neurons P do; but what they would read is predicted from what is kept, h_P = B h_K + c: so D_P B is added to the kept
+columns, and s U D_P c to the bias, exactly as repair did with the dense weights. c is stored with every repair and pruned
 checkpoint; B, which takes [cut, kept] numbers per MLP, on request (`fold`).
 
 Modules may be named as ComfyUI, kohya, black-forest-labs, diffusers/PEFT, OneTrainer or SimpleTuner name them. What changes is
@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from ..flux.layout import Layout, Site
+from ..progress import Progress, silent
 from .plan import PruningPlan
 from .refit import Fold, RepairReport
-from .scores import Progress
 from .surgery import down_columns, len_up, up_rows
 
 Outcome = Literal["applied", "converted", "skipped"]
@@ -104,7 +104,7 @@ def convert_lora(
     plan: PruningPlan,
     folds: Mapping[str, Fold],
     report: Mapping[str, RepairReport],
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> ConvertedLora:
     """Makes `lora` fit the model that `plan` cut, repaired as `report` and `folds` tell; `layout` may be dense or pruned.
 
@@ -115,8 +115,7 @@ def convert_lora(
     modules: list[LoraModule] = []
     named = _modules(lora)
     for done, (name, parts) in enumerate(named.items()):
-        if progress is not None:
-            progress(name, done, len(named))
+        progress(f"converting {name}", done, len(named))
         target = targets.get(name)
         if target is None:
             tensors |= {name + suffix: tensor for suffix, tensor in parts.items()}
@@ -137,7 +136,7 @@ def convert_lora(
 
 
 class _Unfit(Exception):
-    """This module cannot follow the cut, because …"""
+    """This module cannot follow the cut, because ..."""
 
 
 def _converted(

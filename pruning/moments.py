@@ -18,11 +18,9 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..flux.weights import SiteWeights
+from ..progress import Progress, silent
 from ..recording.store import Rows
 from .symmetric import add_product, mirror
-
-#: Called now and then; an exception from it stops the work (this is how Cancel comes in).
-Check = Callable[[], None]
 
 #: Rows that are worked on together.
 PIECE = 4096
@@ -53,7 +51,7 @@ class Moments:
         """Effective number of rows: of equal weight, so many would tell as much (Kish 1965)."""
         return self.count**2 / self.squares
 
-    def merged(self, other: Moments) -> Moments:
+    def merge(self, other: Moments) -> Moments:
         """Moments of both sets of rows together (Chan et al. 1979), in the memory of these."""
         count = self.count + other.count
         share = other.count / count
@@ -68,13 +66,15 @@ def gather(
     weights: SiteWeights,
     rows: Iterable[Rows],
     importance: Callable[[Tensor], Tensor] | None = None,
-    check: Check | None = None,
+    progress: Progress = silent,
+    expected: int = 0,
 ) -> Moments:
-    """Moments of a site over `rows`, on the device of `weights`; raises `UserError` where there are none.
+    """Moments of a site over `rows`, about `expected` of them, on the device of `weights`; raises `UserError` where there are
+    none.
 
     `importance` gives the weights of rows [n] from their noise levels [n]; without it, all weigh 1.
     """
-    count, squares, attn = 0.0, 0.0, 0
+    count, squares, attn, seen = 0.0, 0.0, 0, 0
     guess = total = second = None
     with exact_products():
         for part in _pieces(rows):
@@ -91,8 +91,8 @@ def gather(
             total += (weight @ z).double()
             z *= weight.sqrt()[:, None]
             add_product(second, z, z)
-            if check is not None:
-                check()
+            seen += len(z)
+            progress(f"reading rows of {weights.site.name}", seen, max(seen, expected))
     if guess is None or total is None or second is None:
         raise UserError(f"There are no rows of {weights.site.name}: record hidden states of all MLPs that are to be cut.")
     offset = total / count

@@ -1,23 +1,24 @@
 """A pruning plan: which neurons of which MLPs are kept. A value, to be looked at, saved and passed on before any cut.
 
-    plan = by_count(dense, rankings, img_cut=2000, txt_cut=2000, score="frequency")
     plan.save("plan.safetensors")
     plan = PruningPlan.load("plan.safetensors")
     print(plan.table())
 
-File: key `S` int32 [kept] per site S; everything else is in the header. The same recording gives the same plan. Plans by budget
-are made in `budget.py`.
+File: key `S` int32 [kept] per site S; everything else is in the header. The same recording gives the same plan. Plans are made
+in `planning.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -29,15 +30,12 @@ from ..errors import UserError
 from ..files import write_safetensors
 from ..flux.checkpoint import open_safetensors, require_format
 from ..flux.fingerprint import Fingerprint
-from ..flux.layout import Layout, select_sites
-from ..recording.internals import Internals, site_order
+from ..recording.internals import site_order
 from .dense import Dense
-from .scores import Ranking, predicted_errors, require_internals
+from .scores import Ranking, predicted_errors
 
 FORMAT = "flux-poke plan 1"
-
-#: First and last block of a range, both in it; None = all of them.
-Layers = tuple[int, int] | None
+_SITE = re.compile(r"(double-(img|txt)|single)-\d{1,4}")
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,8 @@ class PruningPlan:
         predicted: by site, predicted squared error of its output relative to the output's energy, if the score predicts it.
         velocity_error: predicted relative squared error of the velocity, where amplifications were measured.
         unknown: by site, how many neurons are kept where nobody wrote down which: layers of the original flux-poke.
+        checkpoint, recording: paths of the dense file and of the recording's folder, where the plan was made from files.
+        settings: what was asked for, as data: `by` (count, threshold or budget) and the fields of that request.
     """
 
     family: str
@@ -62,11 +62,16 @@ class PruningPlan:
     predicted: Mapping[str, float] = field(default_factory=dict)
     velocity_error: float | None = None
     unknown: Mapping[str, int] = field(default_factory=dict)
+    checkpoint: str = ""
+    recording: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def keeping_all(cls, dense: Dense) -> PruningPlan:
         """The plan that cuts nothing."""
-        return cls(dense.layout.family, dense.fingerprint, {}, _widths(dense.layout), "none", "keeps everything")
+        layout, made = dense.layout, "keeps everything"
+        widths = {site.name: site.width for site in layout.sites}
+        return cls(layout.family, dense.fingerprint, {}, widths, "none", made, checkpoint=dense.path)
 
     @property
     def cut(self) -> dict[str, int]:
@@ -111,16 +116,19 @@ class PruningPlan:
                 "Choose the checkpoint it was made for, or make a new plan."
             )
 
-    def table(self) -> str:
-        """Text, one line per site: width, kept, cut, predicted error."""
+    def totals(self) -> str:
+        """One line: how it was made, neurons kept, and the predicted error of the whole model."""
         kept, total = self.neurons
-        lines = [f"{self.made}: {kept:,} of {total:,} neurons kept ({kept / total:.1%})"]
-        if self.velocity_error is not None:
-            lines.append(f"predicted relative velocity error {self.velocity_error:.3g}")
+        error = "" if self.velocity_error is None else f"; predicted relative velocity error {self.velocity_error:.3g}"
+        return f"{self.made}: {kept:,} of {total:,} neurons kept ({kept / total:.1%}){error}"
+
+    def table(self) -> str:
+        """Text: the totals, then one line per site that is cut: width, kept, cut, predicted error."""
+        lines = [self.totals()]
         lines.append(f"{'site':<16}{'width':>8}{'kept':>8}{'cut':>8}{'predicted error':>18}")
         for name in sorted(self.cut, key=site_order):
             width, gone = self.widths[name], self.cut[name]
-            error = f"{self.predicted[name]:.3g}" if name in self.predicted else "–"
+            error = f"{self.predicted[name]:.3g}" if name in self.predicted else "-"
             lines.append(f"{name:<16}{width:>8}{width - gone:>8}{gone / width:>8.1%}{error:>18}")
         if self.unknown:
             lines.append(f"Which neurons were kept is not known of {', '.join(sorted(self.unknown, key=site_order))}.")
@@ -142,6 +150,8 @@ class PruningPlan:
         return replace(
             self, kept={**self.kept, **other.kept}, score=score, made=made, predicted={**self.predicted, **other.predicted},
             velocity_error=None, unknown={**self.unknown, **other.unknown},
+            recording=self.recording if self.recording == other.recording else "",
+            settings=self.settings if self.settings == other.settings else {},
         )  # fmt: skip
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -153,116 +163,73 @@ class PruningPlan:
         facts = {
             "widths": dict(self.widths), "score": self.score, "made": self.made, "predicted": dict(self.predicted),
             "velocity_error": self.velocity_error, "unknown": dict(self.unknown),
+            "checkpoint": self.checkpoint, "recording": self.recording, "settings": dict(self.settings),
         }  # fmt: skip
         return {"format": FORMAT, "family": self.family, "model": self.fingerprint.to_json(), "plan": json.dumps(facts)}
 
     @classmethod
     def from_header(cls, header: Mapping[str, str], kept: Mapping[str, Tensor]) -> PruningPlan:
-        """Raises `KeyError` or `ValueError` where `header` is none of a plan's."""
-        facts = json.loads(header["plan"])
+        """The plan of a header and the kept indices beside it; this is where both are checked, for every kind of file.
+
+        Raises `ValueError` where `header` is not a plan's, or a site's indices are not whole numbers in ascending order, all
+        below the site's width, at least one.
+        """
+        try:
+            facts = json.loads(header["plan"])
+            fingerprint = Fingerprint.from_json(header["model"])
+            widths = {name: _whole(width, name, least=1) for name, width in facts["widths"].items()}
+            unknown = {name: _whole(count, name, least=1) for name, count in facts.get("unknown", {}).items()}
+            predicted = {name: _finite(error, name) for name, error in facts["predicted"].items()}
+            velocity_error = facts["velocity_error"]
+            if velocity_error is not None:
+                velocity_error = _finite(velocity_error, "the velocity error")
+            family, score, made = (str(found) for found in (header["family"], facts["score"], facts["made"]))
+            checkpoint, recording = str(facts.get("checkpoint", "")), str(facts.get("recording", ""))
+            settings = dict(facts.get("settings", {}))
+        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"its header lacks or misstates {error}") from error
+        for name in (*widths, *kept, *unknown):
+            if not _SITE.fullmatch(name) or name not in widths:
+                raise ValueError(f"it names an MLP {name!r}, which the model does not have")
+        for name, count in unknown.items():
+            if count > widths[name]:
+                raise ValueError(f"it keeps {count} of the {widths[name]} neurons of {name}")
+        sound = {name: require_indices(kept[name], widths[name], name) for name in sorted(kept, key=site_order)}
         return cls(
-            family=header["family"],
-            fingerprint=Fingerprint.from_json(header["model"]),
-            kept={name: kept[name].long() for name in sorted(kept, key=site_order)},
-            widths={name: int(width) for name, width in facts["widths"].items()},
-            score=facts["score"],
-            made=facts["made"],
-            predicted=facts["predicted"],
-            velocity_error=facts["velocity_error"],
-            unknown=facts.get("unknown", {}),
+            family, fingerprint, sound, widths, score, made, predicted, velocity_error, unknown, checkpoint, recording, settings
         )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
         """Raises `UserError` where the file is missing, damaged, or holds something else."""
         if not Path(path).is_file():
-            raise UserError(f"There is no plan {path}: make one with a Plan Pruning node, or with `flux-poke plan`.")
+            raise UserError(f"There is no plan {path}: make one with a Plan Pruning node, or with `uv run flux-poke plan`.")
         with open_safetensors(path) as file:
             header = require_format(file.metadata(), path, FORMAT, "pruning plan")
             try:
                 return cls.from_header(header, {key: file.get_tensor(key) for key in file.keys()})
-            except (KeyError, ValueError, TypeError, SafetensorError) as error:
+            except (ValueError, SafetensorError) as error:
                 raise UserError(f"{path} is a damaged pruning plan ({error}): make it again.") from error
 
 
-def by_count(
-    dense: Dense,
-    rankings: Mapping[str, Ranking],
-    score: str,
-    img_cut: int = 0,
-    txt_cut: int = 0,
-    single_cut: int = 0,
-    double: Layers = None,
-    single: Layers = None,
-) -> PruningPlan:
-    """Cuts so many neurons of every img, txt and single MLP in the given ranges of blocks.
-
-    Raises `UserError` where a cut leaves nothing of an MLP, or a range is outside of the model.
-    """
-    cuts = {"img": img_cut, "txt": txt_cut, "single": single_cut}
-    sites = select_sites(dense.layout, double, single)
-    for site in sites:
-        cut = cuts[site.stream]
-        if not 0 <= cut < site.width:
-            raise UserError(
-                f"{site.stream}_cut is {cut:,}, but {site.name} has {site.width:,} neurons: cut 0 to {site.width - 1:,}."
-            )
-    counts = {site.name: cuts[site.stream] for site in sites if cuts[site.stream]}
-    made = f"by count, img {img_cut:,} txt {txt_cut:,} single {single_cut:,}{_ranges(double, single)}, score {score}"
-    return from_rankings(dense, rankings, counts, score, made)
+def require_indices(kept: Tensor, width: int, site: str) -> Tensor:
+    """`kept` as int64; raises `ValueError` where it is not one or more whole numbers in ascending order below `width`."""
+    if kept.ndim != 1 or kept.dtype not in (torch.int32, torch.int64) or not len(kept):
+        raise ValueError(f"the kept neurons of {site} are {kept.dtype} {tuple(kept.shape)}, expected at least one whole number")
+    kept = kept.long()
+    if kept[0] < 0 or kept[-1] >= width or (kept[1:] <= kept[:-1]).any():
+        raise ValueError(f"the kept neurons of {site} are not ascending numbers from 0 to {width - 1}")
+    return kept
 
 
-def by_threshold(
-    dense: Dense,
-    internals: Internals,
-    img_threshold: float = 0,
-    txt_threshold: float = 0,
-    single_threshold: float = 0,
-    on: Literal["counts", "rate"] = "counts",
-    double: Layers = None,
-    single: Layers = None,
-) -> PruningPlan:
-    """Keeps the neurons that fired at least so often: in all (counts, as the original) or per token (rate, 0 to 1).
-
-    Raises `UserError` where a threshold leaves nothing of an MLP, or a range is outside of the model.
-    """
-    thresholds = {"img": img_threshold, "txt": txt_threshold, "single": single_threshold}
-    sites = select_sites(dense.layout, double, single)
-    internals = require_internals(internals, dense, sites, "a plan by threshold")
-    kept = {}
-    for site in sites:
-        recorded, threshold = internals.sites[site.name], thresholds[site.stream]
-        value = recorded.fires if on == "counts" else recorded.rate
-        keep = (value >= threshold).nonzero().squeeze(1)
-        if not len(keep):
-            raise UserError(
-                f"{site.stream}_threshold is {threshold:g}, and no neuron of {site.name} fired that often (the most frequent "
-                f"one: {value.max().item():g}): all of them would be cut. Choose a lower threshold."
-            )
-        if len(keep) < site.width:
-            kept[site.name] = keep
-    limits = f"img {img_threshold:g} txt {txt_threshold:g} single {single_threshold:g}"
-    made = f"by threshold on {on}, {limits}{_ranges(double, single)}"
-    return PruningPlan(dense.layout.family, dense.fingerprint, kept, _widths(dense.layout), "frequency", made)
-
-
-def from_rankings(
-    dense: Dense,
-    rankings: Mapping[str, Ranking],
-    cuts: Mapping[str, int],
-    score: str,
-    made: str,
-    velocity_error: float | None = None,
-) -> PruningPlan:
+def from_rankings(dense: Dense, rankings: Mapping[str, Ranking], cuts: Mapping[str, int], score: str, made: str) -> PruningPlan:
     """The plan that cuts the first `cuts[site]` neurons of each ranking."""
     missing = [name for name, cut in cuts.items() if cut and name not in rankings]
     if missing:
         raise UserError(f"{missing[0]} was not ranked, but is to be cut: rank all MLPs that the plan may touch.")
     kept = {name: rankings[name].order[cut:].sort().values for name, cut in cuts.items() if cut}
-    widths = _widths(dense.layout)
-    return PruningPlan(
-        dense.layout.family, dense.fingerprint, kept, widths, score, made, predicted_errors(rankings, kept), velocity_error
-    )
+    predicted = predicted_errors(rankings, kept)
+    return replace(PruningPlan.keeping_all(dense), kept=kept, score=score, made=made, predicted=predicted)
 
 
 def plan_figure(plan: PruningPlan) -> Figure:
@@ -278,14 +245,17 @@ def plan_figure(plan: PruningPlan) -> Figure:
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=max(5, min(9, 400 / len(names))))
     axes.set(title=f"{plan.neurons[0]:,} of {plan.neurons[1]:,} neurons kept", xlabel="neurons")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
-def _widths(layout: Layout) -> dict[str, int]:
-    return {site.name: site.width for site in layout.sites}
+def _whole(value: object, name: str, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"it says {value!r} of {name}, expected a whole number from {least} on")
+    return value
 
 
-def _ranges(double: Layers, single: Layers) -> str:
-    parts = [f"{kind} blocks {r[0]} to {r[1]}" for kind, r in (("double", double), ("single", single)) if r is not None]
-    return " in " + ", ".join(parts) if parts else ""
+def _finite(value: object, name: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise ValueError(f"it says {value!r} of {name}, expected a finite number from 0 on")
+    return float(value)

@@ -1,19 +1,19 @@
 """Repair of one MLP: what its kept weights must become so that they make up for the cut ones, in closed form.
 
-    report = choose(weights, kept, moments, gather(weights, store.rows(site.name, judge)))  # bias or affine, with which ridge
+    report = choose(weights, kept, moments, gather(weights, store.rows(site.name, held_out)))  # bias or affine, and the ridge
     repaired = affine(weights, kept, moments, report.ridge)
     repaired.down, repaired.bias
 
 | repair | needs | the kept columns | the bias |
 |---|---|---|---|
-| none | – | stay | stays |
+| none | - | stay | stays |
 | bias | internals | stay | takes over the cut neurons' mean (FLAP) |
 | affine | rows | + W_P B | + W_P (mu_P - B mu_K) |
 
-B = C_PK (C_KK + lam)⁻¹ predicts the cut neurons P from all that is kept: in a single block, neurons and attention, whose part
+B = C_PK (C_KK + lam)^-1 predicts the cut neurons P from all that is kept: in a single block, neurons and attention, whose part
 goes into linear2's attention columns. An MLP without bias (FLUX.2) is repaired with uncentred moments.
 
-Errors come from second moments alone, those of the rows fitted to and those of the rows to judge by; no row is read again.
+Errors come from second moments alone, those of the rows fitted to and those of the rows held out; no row is read again.
 Where one only has to compare, an MLP is seen through `SKETCH` random directions of its output.
 """
 
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..flux.weights import SiteWeights
+from ..progress import Progress, silent
 from .moments import Moments
 from .symmetric import BLOCK, select
 
@@ -57,7 +58,7 @@ class RepairReport:
 
 @dataclass(frozen=True)
 class Fold:
-    """How cut neurons were replaced: h_P ≈ matrix · [attention ; h_K] + offset. What a LoRA needs to follow (`lora.py`).
+    """How cut neurons were replaced: h_P = matrix [attention ; h_K] + offset. What a LoRA needs to follow (`lora.py`).
 
     `matrix` [cut, attention + kept], None for zero; `offset` [cut], None where the MLP has no bias.
     """
@@ -111,18 +112,24 @@ def affine(weights: SiteWeights, kept: Tensor, moments: Moments, ridge: float, f
 
 
 def choose(
-    weights: SiteWeights, kept: Tensor, moments: Moments, judge: Moments, ridges: Sequence[float] = RIDGES
+    weights: SiteWeights,
+    kept: Tensor,
+    moments: Moments,
+    held_out: Moments,
+    ridges: Sequence[float] = RIDGES,
+    progress: Progress = silent,
 ) -> RepairReport:
-    """Affine repair with the ridge that does best on `judge`, rows of other images than those of `moments`, or the bias alone
-    where none of them does better than that."""
+    """Affine repair with the ridge that does best on `held_out`, rows of other images than those of `moments`, or the bias
+    alone where none of them does better than that."""
     weights = sketched(weights)
     problem = Problem.of(weights, kept, moments)
-    unit = output_energy(weights.down, judge)
-    before, only_bias = (problem.error(None, judge, repaired) / unit for repaired in (False, True))
+    unit = output_energy(weights.down, held_out)
+    before, only_bias = (problem.error(None, held_out, repaired) / unit for repaired in (False, True))
     after, best, best_change = only_bias, None, None
-    for ridge in ridges:
+    for done, ridge in enumerate(ridges):
+        progress(f"choosing a ridge for {weights.site.name}", done, len(ridges))
         change = problem.solve(ridge)
-        error = problem.error(change, judge) / unit
+        error = problem.error(change, held_out) / unit
         if error < after:
             after, best, best_change = error, ridge, change
     predicted = problem.error(best_change, moments) / output_energy(weights.down, moments)
@@ -136,7 +143,7 @@ class Problem:
     Attributes:
         target, regressed: places among the moments of the cut neurons and of all that is kept, ascending.
         down_cut: W_P [hidden, cut].
-        shared: C_KP W_Pᵀ [regressed, hidden].
+        shared: C_KP W_P^T [regressed, hidden].
     """
 
     moments: Moments
@@ -187,7 +194,7 @@ def sketched(weights: SiteWeights) -> SiteWeights:
     """The MLP whose output is seen in `SKETCH` random directions, to measure errors by at a fraction of the work.
 
     A squared error keeps its mean; relative to it, its standard deviation is at most sqrt(2 / SKETCH / r), with r the effective
-    rank of the error's covariance over the output's channels, tr² / tr of the square (Johnson & Lindenstrauss 1984, with
+    rank of the error's covariance over the output's channels, tr^2 / tr of the square (Johnson & Lindenstrauss 1984, with
     signs as in Achlioptas 2003): .09 where all of it lies in one direction, .01 from r = 80 on.
     """
     hidden = len(weights.down)
@@ -198,13 +205,13 @@ def sketched(weights: SiteWeights) -> SiteWeights:
 
 
 def output_energy(down: Tensor, moments: Moments) -> float:
-    """tr W C Wᵀ: energy of an MLP's output per token, about its mean if the moments are; above zero."""
+    """tr W C W^T: energy of an MLP's output per token, about its mean if the moments are; above zero."""
     own = moments.second[moments.attn :, moments.attn :]
     return max(_energy(down.double(), own), torch.finfo(torch.float32).tiny)
 
 
 def _energy(lost: Tensor, second: Tensor) -> float:
-    """tr L C Lᵀ."""
+    """tr L C L^T."""
     return ((lost @ second) * lost).sum().item()
 
 

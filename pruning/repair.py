@@ -1,8 +1,8 @@
 """Repair of a whole plan: worked out once, one MLP in memory at a time, and kept for the next time.
 
-    repairs = Repairs(dense, plan, "affine", rows=store, folder=folder)
+    repairs = Repairs(dense, plan, "affine", recording)
     repairs.compute(progress)
-    repairs["single-7"].down, repairs.report["single-7"].after
+    repairs["single-7"].down, repairs.reports()["single-7"].after
     repairs.fold("single-7")                         # what a LoRA needs to follow
 
 What is done at each MLP, and why, is in `refit.py`.
@@ -10,9 +10,7 @@ What is done at each MLP, and why, is in `refit.py`.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -23,18 +21,17 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import write_safetensors
-from ..flux.checkpoint import open_safetensors
 from ..flux.layout import Site
 from ..flux.weights import SiteWeights
-from ..recording.internals import Internals
+from ..progress import Progress, part, silent
+from ..recording.recording import Recording
 from ..recording.split import held_out
-from ..recording.store import HiddenStates
+from .cache import Shapes, cache_key, cached_header, read_cached, recorded_rows, write_cached
 from .dense import Dense
-from .moments import Check, gather
+from .moments import gather
 from .plan import PruningPlan
 from .refit import METHODS, Fold, Repaired, RepairReport, affine, bias, choose, none
-from .scores import Progress, require_internals, require_rows
+from .scores import require_internals, require_rows
 
 FORMAT = "flux-poke repair 2"
 
@@ -42,11 +39,11 @@ FORMAT = "flux-poke repair 2"
 class Repairs(Mapping[str, Repaired]):
     """The repairs of a whole plan, one site in memory at a time.
 
-    none and bias are worked out whenever a site is asked for. affine is worked out once: every site is a file in a folder of
-    `folder` that is named after the plan, the model in its precision and the rows, so asking again costs reading it, and a run
-    that was cancelled goes on where it was. Once more rows were recorded, what comes from the earlier ones is removed, and
-    nothing more is worked out from those. `compute` does all sites on `device`; `progress` is told after each, `check` is
-    called within them, and an exception from either stops the work. `device` may be changed at any time.
+    none and bias are worked out whenever a site is asked for. affine is worked out once: every site is a file in the
+    recording's cache, in a folder that is named after the plan, the model in its precision and the rows, so asking again costs
+    reading it, and a run that was cancelled goes on where it was. Once more rows were recorded, what comes from the earlier
+    ones is removed, and nothing more is worked out from those. Work is done on `device`, which may be changed at any time, and
+    tells `progress`, from which an exception stops it.
 
     Raises `UserError` where the plan is not of `dense`, or what the method needs is missing, too little, or of another model.
     """
@@ -56,28 +53,30 @@ class Repairs(Mapping[str, Repaired]):
         dense: Dense,
         plan: PruningPlan,
         method: str = "none",
-        internals: Internals | None = None,
-        rows: HiddenStates | None = None,
-        folder: str | os.PathLike[str] | None = None,
+        recording: Recording | None = None,
         device: torch.device | str = "cpu",
-        check: Check | None = None,
+        progress: Progress = silent,
     ):
         plan.require(dense)
         if method not in METHODS:
             raise UserError(f"There is no repair {method!r}; there are {', '.join(METHODS)}.")
-        self.dense, self.plan, self.method, self.device, self.check = dense, plan, method, device, check
+        self.dense, self.plan, self.method, self.device, self.progress = dense, plan, method, device, progress
         self.sites = {site.name: site for site in dense.layout.sites if site.name in plan.kept}
         sites = list(self.sites.values())
-        self.internals = require_internals(internals, dense, sites, "repair = bias") if method == "bias" else internals
-        self.rows = require_rows(rows, dense, sites, "repair = affine") if method == "affine" else rows
         self.folder: Path | None = None
-        if method == "affine":
-            if folder is None:
-                raise UserError("Repair = affine keeps what it computes: name a folder for it.")
-            assert rows is not None
-            self._store = f"repair-{_short(str(rows.folder.resolve()))}-"
-            self._recording = f"{self._store}{_short(FORMAT + rows.digest('rows', 'amplification'))}-"
-            self.folder = Path(folder) / f"{self._recording}{_short(plan.digest + dense.fingerprint.digest)}"
+        if method == "none":
+            return
+        if recording is None:
+            raise UserError(f"Repair = {method} works from what was recorded of the dense model, and no recording is given.")
+        self.recording = recording
+        if method == "bias":
+            self.internals = require_internals(recording.internals(), dense, sites, "repair = bias")
+            return
+        self.rows = require_rows(recording.states(), dense, sites, "repair = affine")
+        self._of_rows = recorded_rows(recording)
+        self._begins = f"{cache_key(FORMAT, self._of_rows)}-"
+        key = cache_key(plan.digest, dense.fingerprint.digest)
+        self.folder = recording.cache / "repairs" / f"{self._begins}{key}"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.sites)
@@ -90,12 +89,14 @@ class Repairs(Mapping[str, Repaired]):
         if self.method == "affine":
             if self.lacks(name):
                 self._compute(site)
-            return load_repaired(self._path(name))
+            if (found := self._load(site)) is None:  # the header was sound, the numbers are not
+                self._path(name).unlink()
+                self._compute(site)
+                found = self._load(site)
+            assert found is not None
+            return found
         weights = SiteWeights.read(self.dense.tensors, site, up=False)
-        if self.method == "none":
-            return none(weights, kept)
-        assert self.internals is not None
-        return bias(weights, kept, self.internals.sites[name].mean)
+        return none(weights, kept) if self.method == "none" else bias(weights, kept, self.internals.sites[name].mean)
 
     def fold(self, name: str, matrix: bool = True) -> Fold:
         """How a LoRA follows what was cut at a site (`lora.py`); without `matrix`, its offset alone.
@@ -106,68 +107,88 @@ class Repairs(Mapping[str, Repaired]):
         if self.method == "none":
             return Fold(None, None)
         if self.method == "bias":
-            assert self.internals is not None
             mean = self.internals.sites[name].mean[self.plan.removed(name)].float()
             return Fold(None, mean if site.biased else None)
         if self.lacks(name, fold=True):
             self._compute(site, fold=True)
-        path = self._path(name) if _read_report(self._path(name)).method == "bias" else self._fold_path(name)
-        found = _read(path, ("matrix", "offset") if matrix else ("offset",))
+        report = self._report(name)
+        assert report is not None
+        if report.method == "bias":
+            return Fold(None, (read_cached(self._path(name), FORMAT, self._shapes(site, "bias")) or {}).get("offset"))
+        shapes = self._fold_shapes(site)
+        found = read_cached(
+            self._fold_path(name), FORMAT, shapes if matrix else {k: v for k, v in shapes.items() if k == "offset"}
+        )
+        if found is None:
+            self._fold_path(name).unlink(missing_ok=True)
+            return self.fold(name, matrix)
         return Fold(found.get("matrix"), found.get("offset"))
 
-    @property
-    def report(self) -> dict[str, RepairReport]:
-        """By site, how well it was repaired; only of those that were computed."""
+    def reports(self) -> dict[str, RepairReport]:
+        """By site, how well it was repaired, as its file tells; only of those that were computed."""
         if self.method != "affine":
             return {name: RepairReport(self.method) for name in self}
-        return {name: _read_report(self._path(name)) for name in self if _there(self._path(name))}
+        return {name: report for name in self if (report := self._report(name)) is not None}
 
-    def compute(self, progress: Progress | None = None, fold: bool = False) -> None:
-        """Works out what is not there yet, and with `fold` also what LoRAs need."""
-        for done, (name, site) in enumerate(self.sites.items(), start=1):
-            if self.lacks(name, fold):
-                self._compute(site, fold)
-            if progress is not None:
-                progress(name, done, len(self))
+    def compute(self, progress: Progress | None = None, fold: bool = False) -> dict[str, RepairReport]:
+        """Works out what is not there yet, and with `fold` also what LoRAs need; the reports of all sites."""
+        if progress is not None:
+            self.progress = progress
+        whole = self.progress
+        try:
+            for done, (name, site) in enumerate(self.sites.items()):
+                whole(f"repairing {name}", done, len(self))
+                if self.lacks(name, fold):
+                    self.progress = part(whole, done, len(self))
+                    self._compute(site, fold)
+        finally:
+            self.progress = whole
+        whole("repaired", len(self), len(self))
+        return self.reports()
 
     def lacks(self, name: str, fold: bool = False) -> bool:
         """Whether a site, or with `fold` what LoRAs need of it, is still to be worked out: by `compute`, or when asked for."""
         if self.method != "affine":
             return False
-        path = self._path(name)
-        if not _there(path):
+        report = self._report(name)
+        if report is None:
             return True
-        return fold and _read_report(path).method == "affine" and not _there(self._fold_path(name))
+        shapes = self._fold_shapes(self.sites[name])
+        return fold and report.method == "affine" and cached_header(self._fold_path(name), FORMAT, shapes) is None
 
     def _compute(self, site: Site, fold: bool = False) -> None:
-        assert self.rows is not None
-        if self.rows.changed("rows", "amplification"):
-            raise UserError(f"More rows were recorded in {self.rows.folder} since this plan was loaded: load it again.")
+        if recorded_rows(self.recording) != self._of_rows:
+            raise UserError(
+                f"More rows were recorded in {self.recording.folder} since this plan was loaded: load it again (Load Pruned "
+                "FLUX), or start the command again."
+            )
         name, kept, path = site.name, self.plan.kept[site.name], self._path(site.name)
         weights = SiteWeights.read(self.dense.tensors, site, self.device)
         fit, judge = held_out(self.rows.images(name))
-        importance = partial(self.rows.importance, name)
-        moments = gather(weights, self.rows.rows(name, fit), importance, self.check)
-        others = gather(weights, self.rows.rows(name, judge), importance, self.check)
-        report = _read_report(path) if _there(path) else choose(weights, kept, moments, others)
-        moments = moments.merged(others)
+        importance, count = partial(self.rows.importance, name), self.rows.count(name)
+        moments = gather(weights, self.rows.rows(name, fit), importance, part(self.progress, 0, 4), count)
+        others = gather(weights, self.rows.rows(name, judge), importance, part(self.progress, 1, 4), count)
+        known = self._report(name)
+        report = known or choose(weights, kept, moments, others, progress=part(self.progress, 2, 4))
+        moments = moments.merge(others)
         del others
         if report.ridge is None:
             repaired = bias(weights, kept, moments.mean[moments.attn :])
         else:
             repaired = affine(weights, kept, moments, report.ridge, fold)
         if fold and repaired.fold.matrix is not None:
-            _write(self._fold_path(name), {"matrix": repaired.fold.matrix.bfloat16(), "offset": repaired.fold.offset}, report)
-        if not _there(path):
+            found = {"matrix": repaired.fold.matrix.bfloat16(), "offset": repaired.fold.offset}
+            _write(self._fold_path(name), found, report)
+        if known is None:
             stored = self.dense.tensors[f"{site.down}.weight"].dtype
             save_repaired(path, replace(repaired, report=report), stored)
-        self._forget_earlier_rows()
+        self._remove_those_of_earlier_rows()
         self.dense.release()
 
-    def _forget_earlier_rows(self) -> None:
+    def _remove_those_of_earlier_rows(self) -> None:
         assert self.folder is not None
-        for other in self.folder.parent.glob(f"{self._store}*"):
-            if not other.name.startswith(self._recording):
+        for other in self.folder.parent.iterdir():
+            if not other.name.startswith(self._begins):
                 shutil.rmtree(other, ignore_errors=True)
 
     def _path(self, name: str) -> Path:
@@ -178,12 +199,45 @@ class Repairs(Mapping[str, Repaired]):
         assert self.folder is not None
         return self.folder / f"{name}.fold.safetensors"
 
+    def _shapes(self, site: Site, method: str) -> Shapes:
+        """What a site's file holds."""
+        hidden, kept = self.dense.layout.hidden, len(self.plan.kept[site.name])
+        shapes: dict[str, tuple[int, ...]] = {"down": (hidden, site.down_column + kept)}
+        if site.biased:
+            shapes["bias"] = (hidden,)
+            if method == "bias":
+                shapes["offset"] = (site.width - kept,)
+        return shapes
+
+    def _fold_shapes(self, site: Site) -> Shapes:
+        kept = len(self.plan.kept[site.name])
+        shapes: dict[str, tuple[int, ...]] = {"matrix": (site.width - kept, site.down_column + kept)}
+        return {**shapes, "offset": (site.width - kept,)} if site.biased else shapes
+
+    def _report(self, name: str) -> RepairReport | None:
+        """What a site's file tells, or None where it is not there or not sound; its numbers are not read."""
+        header = cached_header(self._path(name), FORMAT, {})
+        try:
+            report = RepairReport(**json.loads((header or {})["report"]))
+        except (KeyError, ValueError, TypeError):
+            return None
+        shapes = self._shapes(self.sites[name], report.method)
+        return None if cached_header(self._path(name), FORMAT, shapes) is None else report
+
+    def _load(self, site: Site) -> Repaired | None:
+        report = self._report(site.name)
+        assert report is not None
+        found = read_cached(self._path(site.name), FORMAT, self._shapes(site, report.method))
+        if found is None:
+            return None
+        return Repaired(found["down"].float(), found.get("bias"), report, Fold(None, found.get("offset")))
+
 
 def report_table(report: Mapping[str, RepairReport]) -> str:
     """Text, one line per site: held-out error cut only, with bias, and after repair."""
 
     def number(value: float | None) -> str:
-        return "–" if value is None else f"{value:.3g}"
+        return "-" if value is None else f"{value:.3g}"
 
     lines = [f"{'site':<16}{'repair':>8}{'ridge':>9}{'cut only':>11}{'bias':>11}{'repaired':>11}{'predicted':>11}"]
     for name, site in report.items():
@@ -199,36 +253,6 @@ def save_repaired(path: Path, repaired: Repaired, stored: torch.dtype) -> None:
     _write(path, {"down": repaired.down.to(dtype), "bias": repaired.bias, "offset": offset}, repaired.report)
 
 
-def load_repaired(path: Path) -> Repaired:
-    """What `save_repaired` wrote."""
-    found = _read(path, ("down", "bias", "offset"))
-    return Repaired(found["down"].float(), found.get("bias"), _read_report(path), Fold(None, found.get("offset")))
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def _write(path: Path, tensors: Mapping[str, Tensor | None], report: RepairReport) -> None:
-    there = {key: tensor.cpu() for key, tensor in tensors.items() if tensor is not None}
-    write_safetensors(path, there, {"format": FORMAT, "report": json.dumps(asdict(report))})
-
-
-def _read(path: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
-    with open_safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in names if name in file.keys()}
-
-
-def _there(path: Path) -> bool:
-    """Whether the file is there and whole; one that is damaged is removed, to be made anew."""
-    try:
-        _read_report(path)
-    except UserError:
-        path.unlink(missing_ok=True)
-        return False
-    return True
-
-
-def _read_report(path: Path) -> RepairReport:
-    with open_safetensors(path) as file:
-        return RepairReport(**json.loads((file.metadata() or {})["report"]))
+    found = {key: tensor for key, tensor in tensors.items() if tensor is not None}
+    write_cached(path, FORMAT, found, {"report": json.dumps(asdict(report))})

@@ -1,56 +1,52 @@
 """Which neurons of an MLP matter least: four scores, and the order of cutting that each gives.
 
-    rankings = rank("fluctuation", dense, internals=internals)
-    rankings = rank("obs", dense, rows=store)        # {"double-img-0": Ranking(order, error), ...}
+    rankings = rank("obs", dense, recording)         # {"double-img-0": Ranking(order, error), ...}
 
 | score | neuron j | from | goes with repair |
 |---|---|---|---|
 | frequency | how often it fires | internals | none; as the original flux-poke |
-| magnitude | E[h²] · |w|² | internals | none |
-| fluctuation | Var(h) · |w|² | internals | bias |
-| obs | |w|² / [H⁻¹]_jj, greedy | rows | affine |
+| magnitude | E[h^2] |w|^2 | internals | none |
+| fluctuation | Var(h) |w|^2 | internals | bias |
+| obs | |w|^2 / [H^-1]_jj, greedy | rows | affine |
 
 Lower scores are cut first; of equal ones, the lower index.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import write_safetensors
-from ..flux.checkpoint import open_safetensors
 from ..flux.layout import Site
 from ..flux.weights import SiteWeights, down_energy
+from ..progress import Progress, part, silent
 from ..recording.internals import Internals
+from ..recording.recording import Recording
 from ..recording.split import held_out
 from ..recording.statistics import SiteInternals
 from ..recording.store import HiddenStates
+from .cache import cache_key, read_cached, recorded_rows, write_cached
 from .dense import Dense
-from .moments import Check, Moments, gather
+from .moments import Moments, gather
 from .obs import eliminate
 from .refit import Problem, output_energy, sketched
 from .symmetric import add_product, inner
 
 #: Its number changes with what goes into a ranking by obs.
 RANKING_FORMAT = "flux-poke ranking 3"
-SCORES = ("frequency", "magnitude", "fluctuation", "obs")
+#: The scores, and the repair that goes with each.
+REPAIR_OF = {"frequency": "none", "magnitude": "none", "fluctuation": "bias", "obs": "affine"}
+SCORES = tuple(REPAIR_OF)
 
 #: Shares of a site's neurons at which the errors of cutting are measured on held-out images.
 GRID = (0.25, 0.5, 0.75, 0.9)
-
-#: Told after every site: its name, how many are done, how many there are. An exception from it stops the work.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -79,16 +75,16 @@ def frequency(site: SiteInternals) -> Tensor:
 
 
 def magnitude(site: SiteInternals, energy: Tensor) -> Tensor:
-    """E[h²] · |w|²: the error of leaving the neuron out, were it alone (Wanda, Sun et al. 2023, arXiv 2306.11695)."""
+    """E[h^2] |w|^2: the error of leaving the neuron out, were it alone (Wanda, Sun et al. 2023, arXiv 2306.11695)."""
     return site.sum_sq / max(site.tokens, 1) * energy
 
 
 def fluctuation(site: SiteInternals, energy: Tensor) -> Tensor:
-    """Var(h) · |w|²: what is left of it when the bias makes up for the mean (FLAP, An et al. 2023, arXiv 2312.11983)."""
+    """Var(h) |w|^2: what is left of it when the bias makes up for the mean (FLAP, An et al. 2023, arXiv 2312.11983)."""
     return site.variance * energy
 
 
-def obs(moments: Moments, down: Tensor, ridge: float | None = None, check: Check | None = None) -> Ranking:
+def obs(moments: Moments, down: Tensor, ridge: float | None = None, progress: Progress = silent) -> Ranking:
     """Greedy Optimal Brain Surgeon: the error that is left when all kept regressors make up for the neuron (`obs.py`).
 
     Attention channels are never cut; they are projected out first. `ridge` is in units of the mean variance; by default
@@ -107,12 +103,14 @@ def obs(moments: Moments, down: Tensor, ridge: float | None = None, check: Check
         attention.diagonal().add_(ridge * mean_variance(attention))
         half = torch.linalg.solve_triangular(torch.linalg.cholesky(attention), moments.second[:a, a:], upper=False)
         add_product(hessian, half, half, alpha=-1.0)
-    order, error = eliminate(hessian, gram, check)
+    order, error = eliminate(hessian, gram, progress)
     return Ranking(order.cpu(), error.cpu(), max(energy, torch.finfo(torch.float32).tiny))
 
 
-def judged(ranking: Ranking, weights: SiteWeights, moments: Moments, judge: Moments, grid: Sequence[float] = GRID) -> Ranking:
-    """The same order, with the errors that affine repair leaves on other images (`judge`) than the order was made from.
+def measured(
+    ranking: Ranking, weights: SiteWeights, moments: Moments, held_out: Moments, grid: Sequence[float] = GRID
+) -> Ranking:
+    """The same order, with the errors that affine repair leaves on other images (`held_out`) than the order was made from.
 
     They are measured at a few widths, and the ranking's own errors are scaled to meet them; those are what the regression
     leaves on the rows it saw, too little where rows are few or alike (as text tokens are).
@@ -120,12 +118,14 @@ def judged(ranking: Ranking, weights: SiteWeights, moments: Moments, judge: Mome
     assert ranking.error is not None
     width = len(ranking.order)
     weights, ridge = sketched(weights), ridge_for(width, moments.rows)
-    unit = ranking.energy / output_energy(weights.down, judge)
+    unit = ranking.energy / output_energy(weights.down, held_out)
     cuts = sorted({cut for share in grid if 0 < (cut := round(share * width)) < width})
+    if not cuts:
+        return ranking
     factors = []
     for cut in cuts:
         problem = Problem.of(weights, ranking.order[cut:].sort().values, moments)
-        found = min(problem.error(None, judge), problem.error(problem.solve(ridge), judge)) * unit
+        found = min(problem.error(None, held_out), problem.error(problem.solve(ridge), held_out)) * unit
         factors.append(found / max(ranking.error[cut].item(), 1e-30))
     scale = np.interp(np.arange(width + 1), [0, *cuts, width], [factors[0], *factors, 1.0])
     return replace(ranking, error=(ranking.error * torch.from_numpy(scale)).cummax(0).values)
@@ -144,72 +144,75 @@ def mean_variance(second: Tensor) -> float:
 def rank(
     score: str,
     dense: Dense,
-    internals: Internals | None = None,
-    rows: HiddenStates | None = None,
+    recording: Recording,
     sites: Sequence[Site] | None = None,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
-    check: Check | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Ranking]:
-    """Rankings of `sites` (default: all) by `score`, one site in memory at a time. Those by obs are kept beside the rows.
+    """Rankings of `sites` (default: all) by `score`, one site in memory at a time.
 
-    `device` is where obs computes; the others take no work. `check` is called now and then within a site.
-
-    Raises `UserError` where the internals or rows that the score needs are missing, too few, or of another model.
+    Those by obs are kept in the recording's cache, since they take long and every budget starts from them; `device` is where
+    obs computes, the others take no work. Raises `UserError` where the internals or rows that the score needs are missing, too
+    few, or of another model.
     """
     sites = dense.layout.sites if sites is None else tuple(sites)
     if score not in SCORES:
         raise UserError(f"There is no score {score!r}; there are {', '.join(SCORES)}.")
+    internals, rows = None, None
     if score == "obs":
-        rows = require_rows(rows, dense, sites, "the score obs")
+        rows = require_rows(recording.states(), dense, sites, "the score obs")
     else:
-        internals = require_internals(internals, dense, sites, f"the score {score}")
+        internals = require_internals(recording.internals(), dense, sites, f"the score {score}")
         if score != "frequency":
             internals.require_sums(f"the score {score}")
     rankings: dict[str, Ranking] = {}
-    for done, site in enumerate(sites, start=1):
-        if score == "obs":
-            assert rows is not None
-            rankings[site.name] = _by_rows(dense, site, rows, device, check)
-        else:
-            assert internals is not None
+    for done, site in enumerate(sites):
+        progress(f"ranking {site.name}", done, len(sites))
+        if internals is not None:
             rankings[site.name] = _by_internals(score, dense, site, internals.sites[site.name])
-        if progress is not None:
-            progress(site.name, done, len(sites))
+        elif rows is not None:
+            rankings[site.name] = _by_rows(dense, site, recording, rows, device, part(progress, done, len(sites)))
+    progress("ranked", len(sites), len(sites))
     return rankings
 
 
-def ranked_before(rows: HiddenStates, sites: Sequence[Site]) -> bool:
+def ranked_before(dense: Dense, recording: Recording, sites: Sequence[Site]) -> bool:
     """Whether the rankings by obs of all these sites are there already."""
-    return all(_ranking_file(rows, site).exists() for site in sites)
+    return all(_cached_ranking(_ranking_file(dense, recording, site), site) is not None for site in sites)
 
 
-def _ranking_file(rows: HiddenStates, site: Site) -> Path:
-    made_from = hashlib.sha256(f"{RANKING_FORMAT} {rows.digest('rows', 'amplification')}".encode()).hexdigest()[:16]
-    return rows.folder / "rankings" / f"{site.name}.{made_from}.safetensors"
+def _ranking_file(dense: Dense, recording: Recording, site: Site) -> Path:
+    key = cache_key(RANKING_FORMAT, recorded_rows(recording), dense.fingerprint.digest)
+    return recording.cache / "rankings" / f"{site.name}.{key}.safetensors"
 
 
-def _by_rows(dense: Dense, site: Site, rows: HiddenStates, device: torch.device | str, check: Check | None) -> Ranking:
-    """The ranking by obs; it is kept beside the rows, since it takes long and every budget starts from it.
+def _cached_ranking(path: Path, site: Site) -> Ranking | None:
+    """A ranking that is there and sound."""
+    found = read_cached(path, RANKING_FORMAT, {"order": (site.width,), "error": (site.width + 1,), "energy": ()})
+    if found is None or not torch.equal(found["order"].sort().values, torch.arange(site.width)):
+        return None
+    return Ranking(found["order"], found["error"], found["energy"].item())
 
-    Those of rows that were outgrown, or of another version, are removed; a damaged one is made anew.
-    """
-    path = _ranking_file(rows, site)
-    with suppress(UserError, SafetensorError), open_safetensors(path) as file:
-        return Ranking(file.get_tensor("order"), file.get_tensor("error"), file.get_tensor("energy").item())
+
+def _by_rows(
+    dense: Dense, site: Site, recording: Recording, rows: HiddenStates, device: torch.device | str, progress: Progress
+) -> Ranking:
+    """The ranking by obs, from the cache or worked out; those of earlier rows are removed from the cache."""
+    path = _ranking_file(dense, recording, site)
+    if (known := _cached_ranking(path, site)) is not None:
+        return known
     weights = SiteWeights.read(dense.tensors, site, device)
-    fit, judge = held_out(rows.images(site.name))
-    importance = partial(rows.importance, site.name)
-    moments = gather(weights, rows.rows(site.name, fit), importance, check)
-    ranking = obs(moments, weights.down, check=check)
-    ranking = judged(ranking, weights, moments, gather(weights, rows.rows(site.name, judge), importance, check))
+    fit, others = held_out(rows.images(site.name))
+    importance, count = partial(rows.importance, site.name), rows.count(site.name)
+    moments = gather(weights, rows.rows(site.name, fit), importance, part(progress, 0, 4), count)
+    ranking = obs(moments, weights.down, progress=part(progress, 1, 4, 2))
+    kept_back = gather(weights, rows.rows(site.name, others), importance, part(progress, 3, 4), count)
+    ranking = measured(ranking, weights, moments, kept_back)
     assert ranking.error is not None
+    for other in path.parent.glob(f"{site.name}.*.safetensors"):
+        other.unlink(missing_ok=True)
     energy = torch.tensor(ranking.energy, dtype=torch.float64)
-    tensors = {"order": ranking.order, "error": ranking.error, "energy": energy}
-    if not rows.changed("rows", "amplification"):
-        for other in path.parent.glob(f"{site.name}.*.safetensors"):
-            other.unlink(missing_ok=True)
-    write_safetensors(path, tensors, {"format": RANKING_FORMAT})
+    write_cached(path, RANKING_FORMAT, {"order": ranking.order, "error": ranking.error, "energy": energy})
     return ranking
 
 
@@ -223,10 +226,8 @@ def _by_internals(score: str, dense: Dense, site: Site, recorded: SiteInternals)
     return Ranking(order, error, max(error[-1].item(), torch.finfo(torch.float32).tiny))
 
 
-def require_internals(internals: Internals | None, dense: Dense, sites: Sequence[Site], what: str) -> Internals:
+def require_internals(internals: Internals, dense: Dense, sites: Sequence[Site], what: str) -> Internals:
     """`internals`, or `UserError` where they do not cover `sites` of `dense`; `what` needs them."""
-    if internals is None:
-        raise UserError(f"Internals are missing, and {what} needs them: record them first (Record Internals).")
     internals.require(dense.fingerprint, {site.name: site.width for site in dense.layout.sites}, dense.source)
     for site in sites:
         if site.name not in internals.sites or internals.sites[site.name].tokens == 0:
@@ -236,13 +237,11 @@ def require_internals(internals: Internals | None, dense: Dense, sites: Sequence
     return internals
 
 
-def require_rows(rows: HiddenStates | None, dense: Dense, sites: Sequence[Site], what: str) -> HiddenStates:
+def require_rows(rows: HiddenStates, dense: Dense, sites: Sequence[Site], what: str) -> HiddenStates:
     """`rows`, or `UserError` where they do not cover `sites` of `dense` with enough rows; `what` needs them.
 
     Each row counts for one here, whatever its importance: fewer are in effect a matter of the ridge, not of an error.
     """
-    if rows is None:
-        raise UserError(f"Rows are missing, and {what} needs them: record them first (Record Hidden States, what = rows).")
     rows.require(dense.fingerprint, dense.source)
     if sites:
         site = rows.scarcest(sites)

@@ -1,6 +1,6 @@
 """Cutting neurons out of a checkpoint, tensor by tensor.
 
-    cut = Cut(dense, plan, Repairs(dense, plan, "affine", rows=store, folder=folder))
+    cut = Cut(dense, plan, Repairs(dense, plan, "affine", recording))
     cut["double_blocks.3.img_mlp.2.weight"]          # read, cut and repaired now
     model = Flux.load(cut)                           # runs at the pruned widths
     save_pruned("pruned.safetensors", cut)           # checkpoint.py
@@ -19,10 +19,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..files import kind_of
 from ..flux.checkpoint import Checkpoint, scale_key
 from ..flux.layout import Site
 from ..flux.weights import require_plain, stored_like
+from ..progress import Progress, silent
 from .dense import Dense
 from .plan import PruningPlan
 from .refit import Fold, Repaired, RepairReport
@@ -58,10 +60,10 @@ class Changed(Mapping[str, Tensor]):
         tensors = self.dense.tensors
         return tensors.dtype(key) if isinstance(tensors, Checkpoint) else kind_of(tensors[key])[0], self.shape(key)
 
-    @property
     @abstractmethod
-    def report(self) -> Mapping[str, RepairReport]:
-        """By site, how it was made up for; only of sites that were changed."""
+    def work_out(self, progress: Progress = silent, fold: bool = False) -> Mapping[str, RepairReport]:
+        """Does what takes long (a repair, and with `fold` what LoRAs need of it), so that tensors come at once after it; by
+        site that was changed, how it was made up for."""
 
     def fold(self, site: str, matrix: bool = True) -> Fold:
         """How a LoRA follows what was cut of `site`; without `matrix`, its offset alone."""
@@ -102,14 +104,16 @@ class Cut(Changed):
         part, site = self._parts[key]
         kept = self.plan.kept[site.name]
         if part == "up":
-            return taken(stored, up_rows(site, kept), 0)
+            return take(stored, up_rows(site, kept), 0)
         if self.repairs.method == "none":
-            return taken(stored, down_columns(site, kept), 1) if part == "down" else stored
+            return take(stored, down_columns(site, kept), 1) if part == "down" else stored
         repaired = self._repaired(site.name)
         if part == "bias":
-            return stored if repaired.bias is None else repaired.bias.to(stored.dtype)
+            return stored if repaired.bias is None else _store(repaired.bias, stored.dtype, key)
         if repaired.report.method != "affine":  # the bias alone
-            return taken(stored, down_columns(site, kept), 1) if part == "down" else stored
+            return take(stored, down_columns(site, kept), 1) if part == "down" else stored
+        if scale_key(self.dense.tensors, f"{site.down}.weight") is None:
+            _require_range(repaired.down, self.dense.tensors[f"{site.down}.weight"].dtype, key)
         weight, scale = stored_like(repaired.down, self.dense.tensors, f"{site.down}.weight")
         return weight if part == "down" or scale is None else scale
 
@@ -123,10 +127,8 @@ class Cut(Changed):
             return (len(up_rows(site, kept)), *shape[1:])
         return (shape[0], len(down_columns(site, kept))) if part == "down" else shape
 
-    @property
-    def report(self) -> Mapping[str, RepairReport]:
-        self.repairs.compute()
-        return self.repairs.report
+    def work_out(self, progress: Progress = silent, fold: bool = False) -> Mapping[str, RepairReport]:
+        return self.repairs.compute(progress, fold)
 
     def fold(self, site: str, matrix: bool = True) -> Fold:
         return self.repairs.fold(site, matrix)
@@ -138,12 +140,27 @@ class Cut(Changed):
         return self._last[1]
 
 
+def _store(repaired: Tensor, dtype: torch.dtype, key: str) -> Tensor:
+    _require_range(repaired, dtype, key)
+    return repaired.to(dtype)
+
+
+def _require_range(repaired: Tensor, dtype: torch.dtype, key: str) -> None:
+    """Raises `UserError` where a repaired tensor has a number that `dtype` cannot hold."""
+    largest, limit = repaired.abs().max().item(), torch.finfo(dtype).max
+    if not largest <= limit:
+        raise UserError(
+            f"The repair of {key} reaches {largest:.3g}, and {str(dtype).removeprefix('torch.')}, which the checkpoint stores "
+            f"it in, ends at {limit:,.0f}: start from a bf16 or float32 file of the model, or cut less."
+        )
+
+
 def shape_of(tensors: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
     """The shape of a tensor, without reading or making it where `tensors` knows it otherwise."""
     return tensors.shape(key) if isinstance(tensors, Checkpoint | Changed) else tuple(tensors[key].shape)
 
 
-def taken(stored: Tensor, chosen: Tensor, dim: int) -> Tensor:
+def take(stored: Tensor, chosen: Tensor, dim: int) -> Tensor:
     """Rows (dim 0) or columns (1) of a stored tensor; 8-bit floats, which torch cannot index everywhere, as bytes."""
     if stored.dtype.itemsize == 1:
         return stored.view(torch.uint8).index_select(dim, chosen).view(stored.dtype)

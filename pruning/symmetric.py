@@ -1,6 +1,6 @@
 """Large symmetric matrices, at half the work: only the blocks on and below the diagonal are computed.
 
-    add_product(matrix, left, right, alpha=-1.0)     # matrix -= leftᵀ right
+    add_product(matrix, left, right, alpha=-1.0)     # matrix -= left^T right
     row(matrix, 17)
     mirror(matrix)                                   # all of it is right again
 
@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..progress import Progress, silent
+
 #: Rows that are worked on together.
 BLOCK = 1024
 #: Rows that `invert` sweeps at once: enough for matrix products to run at full speed.
@@ -22,13 +24,13 @@ SWEPT = 256
 
 
 def blocks(size: int, of: int) -> Iterator[slice]:
-    """Neighbouring ranges of at most `of` that cover 0 … size."""
+    """Neighbouring ranges of at most `of` that cover 0 to size."""
     for start in range(0, size, of):
         yield slice(start, min(start + of, size))
 
 
 def add_product(matrix: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
-    """matrix += alpha · leftᵀ right, a symmetric product of left and right [k, size], which may be of lower precision."""
+    """matrix += alpha * left^T right, a symmetric product of left and right [k, size], which may be of lower precision."""
     for rows in blocks(len(matrix), BLOCK):
         a, b, lower = left[:, rows].T, right[:, : rows.stop], matrix[rows, : rows.stop]
         if left.dtype == matrix.dtype:
@@ -62,7 +64,7 @@ def select(matrix: Tensor, kept: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def inner(left: Tensor, right: Tensor) -> float:
-    """tr(left · right)."""
+    """tr(left right)."""
     total = 0.0
     for rows in blocks(len(left), BLOCK):
         below, own = slice(0, rows.start), rows
@@ -70,8 +72,8 @@ def inner(left: Tensor, right: Tensor) -> float:
     return total
 
 
-def invert(matrix: Tensor) -> None:
-    """matrix⁻¹ of a positive definite one, in place, by sweeping it block by block (Goodnight 1979): size³ operations.
+def invert(matrix: Tensor, progress: Progress = silent) -> None:
+    """matrix^-1 of a positive definite one, in place, by sweeping it block by block (Goodnight 1979): size^3 operations.
 
     Raises `torch.linalg.LinAlgError` where it is not positive definite.
     """
@@ -86,4 +88,5 @@ def invert(matrix: Tensor) -> None:
         matrix[swept, :end] = solved[:, :end]
         matrix[begin:, swept] = solved[:, begin:].T
         matrix[swept, swept] = -pivot
+        progress("inverting", swept.stop, size)
     matrix.neg_()

@@ -26,6 +26,7 @@ from ..flux.checkpoint import open_safetensors, scale_key
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import Layout, Site, canonical_key
 from ..flux.weights import full_precision, stored_like
+from ..progress import Progress, silent
 from ..pruning.dense import KEPT, Dense
 from ..pruning.plan import PruningPlan
 from ..pruning.refit import RepairReport
@@ -176,8 +177,7 @@ class Replaced(Changed):
             return shape
         return (shape[0], *dense[1:]) if len(dense) and dense[0] > 1 else dense  # a scale by row, or one for all
 
-    @property
-    def report(self) -> Mapping[str, RepairReport]:
+    def work_out(self, progress: Progress = silent, fold: bool = False) -> Mapping[str, RepairReport]:
         return {name: report for layer in self.layers.layers.values() for name, report in layer.report.items()}
 
 

@@ -141,11 +141,12 @@ def test_pictures_carry_generation_and_graph_unless_that_is_disabled(tmp_path, r
 
 
 def test_progress_counts_to_the_end_and_stops_when_it_raises(tmp_path, run):
-    seen: list[tuple[int, int]] = []
-    written(tmp_path / "all", run, progress=lambda done, total, image: seen.append((done, total)))
-    assert seen == [(done, 16) for done in range(1, 17)]
+    seen: list[tuple[float, float, int]] = []
+    shown: list[Image.Image] = []
+    written(tmp_path / "all", run, progress=lambda _, *how_far: seen.append((*how_far, len(shown))), show=shown.append)
+    assert seen == [(done, 16, done) for done in range(1, 17)]
 
-    def stop(done, total, image):
+    def stop(what, done, total):
         if done == 3:
             raise KeyboardInterrupt
 

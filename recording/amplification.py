@@ -1,7 +1,7 @@
 """How much a small error at one MLP's output moves the final velocity.
 
     probe = AmplificationProbe(layout.sites)
-    probe.measure(model, sigma, lambda: point.run(model))    # at as many points of dense trajectories as one likes
+    probe.measure(model, sigma, lambda: point.run(model))    # at any number of points of dense trajectories
     store.add_amplification(probe.results())
 
 A site's amplification is |change of the velocity|^2 / |velocity|^2, divided by the energy (mean |noise|^2 per token) of the
@@ -79,7 +79,7 @@ def probed_steps(steps: int, count: int) -> set[int]:
 def _noise(generator: torch.Generator, added: list[Tensor]):
     """A hook that adds noise to a module's output, and its mean energy per token to `added`.
 
-    What a cut leaves is no white noise: it lies where the output itself varies. So every token gets the deviation from the
+    What a cut leaves is not white noise: it lies where the output itself varies. So every token gets the deviation from the
     mean of a token drawn at random, with a random sign: noise with the output's own covariance.
     """
 

@@ -35,9 +35,9 @@ from .pruning.refit import RepairReport
 from .pruning.repair import Repairs
 from .pruning.scores import rank
 from .pruning.surgery import Cut
-from .recording.drawing import RowsTo, record_prompts
+from .recording.drawing import Wanted, record
+from .recording.recording import Recording
 from .recording.rows import RowChoice
-from .recording.store import HiddenStates
 from .recording.trajectories import Trajectories, relative_error, trajectory, velocity_error
 from .retrain.distill import distill
 from .tiny.data import digit_accuracy
@@ -80,7 +80,7 @@ def run_demo(out: Path, seed: int = 0, progress: Progress | None = None) -> dict
     started = time.perf_counter()
     say = progress or (lambda *_: None)
     _make_room(out)
-    checkpoint, internals_file, rows_folder = FOLDER / "flux.safetensors", out / "internals.safetensors", out / "hidden_states"
+    checkpoint = FOLDER / "flux.safetensors"
     dense = Dense.open(checkpoint)
     variants: list[Variant] = []
 
@@ -97,15 +97,10 @@ def run_demo(out: Path, seed: int = 0, progress: Progress | None = None) -> dict
     write_summary()  # tells the next demo, also after an interrupt, whose folder this is
     say(f"drawing {RECORDED} digits, recording every neuron", 0.0)
     prompts = [digit_prompt(number, 0) for number in range(RECORDED)]
-    internals = record_prompts(
-        checkpoint,
-        prompts,
-        internals_file,
-        seed=10_000 + 1_000 * seed,
-        batch=40,
-        rows=RowsTo(rows_folder, RowChoice(rows=24, steps=8, seed=seed)),
-    )
-    rows = HiddenStates.open(rows_folder)
+    recording = Recording.at(out)
+    wanted = Wanted(internals=True, rows=RowChoice(rows=24, steps=8, seed=seed))
+    record(checkpoint, prompts, recording, wanted, seed=10_000 + 1_000 * seed, batch=40)
+    internals, rows = recording.internals(), recording.states()
     internals_figure(internals).savefig(out / "internals.png", dpi=110)
 
     say("drawing others to measure on", 0.2)

@@ -1,11 +1,11 @@
 """Prompts that people really wrote, from two public collections, to record a model with.
 
-    python download_prompts.py                                    # 10,000 of them into prompts.txt
+    python download_prompts.py                                    # 10,000 of them into downloaded_prompts.txt
     python download_prompts.py --contains '"' --limit 500         # only those with a text in quotes
     flux-poke download-prompts --limit 0                          # all there are: hours
 
 Reads the Hugging Face datasets server page by page (https://huggingface.co/docs/dataset-viewer/rows). What came so far
-stands beside the output as `prompts.txt.partial`, and how far it is in `prompts.txt.progress`: after an interrupt the same
+stands beside the output as `NAME.txt.partial`, and how far it is in `NAME.txt.progress`: after an interrupt the same
 command goes on from there. The output itself appears when it is complete.
 """
 
@@ -14,19 +14,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file: the folder it stands in, whatever its name, is the package
+if __name__ == "__main__" and not __package__:  # run as a file: the folder it stands in, whatever its name, is the package
     import importlib.util
 
     _spec = importlib.util.spec_from_file_location("flux_poke", Path(__file__).resolve().with_name("__init__.py"))
     assert _spec is not None
-    sys.modules["flux_poke"] = importlib.util.module_from_spec(_spec)
+    sys.modules.setdefault("flux_poke", importlib.util.module_from_spec(_spec))
     __package__ = "flux_poke"
 
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import requests
@@ -36,7 +35,9 @@ from urllib3 import Retry
 from urllib3.exceptions import HTTPError, ProtocolError, ReadTimeoutError
 
 from .errors import UserError
-from .files import locked, write_text
+from .files import check_text, locked, write_text
+from .progress import Progress, silent
+from .prompts import SHIPPED
 
 SERVER = "https://datasets-server.huggingface.co"
 #: Dataset: the column that holds the prompt. Both have one configuration, `default`, and a split `train`.
@@ -46,17 +47,17 @@ DATASETS = {
 }
 PAGE = 100  # the most rows that the server gives at once
 LIMIT = 10_000
+OUT = Path("downloaded_prompts.txt")
+#: Seconds to wait for another download into the same file, which takes long.
+PATIENCE = 5.0
 #: Seconds to connect, and between two bytes of an answer.
 TIMEOUT = (10, 30)
 #: Waits 0, 2, 4 ... 120 s between attempts, or what the server's Retry-After asks for; gives up sooner without a network.
 RETRIES = Retry(total=8, connect=3, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False)
 
-#: Told after every page: prompts so far, rows read, rows there are.
-Progress = Callable[[int, int, int], None]
-
 
 @dataclass
-class State:
+class Downloaded:
     """How far a download is: what was asked for, rows read and rows there are by dataset, and the size of the partial file."""
 
     contains: str
@@ -113,14 +114,14 @@ class RowsServer:
 
 
 def download_prompts(
-    out: str | os.PathLike[str] = "prompts.txt",
+    out: str | os.PathLike[str] = OUT,
     datasets: Sequence[str] = tuple(DATASETS),
     contains: str = "",
     limit: int = LIMIT,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     server: RowsServer | None = None,
 ) -> int:
-    """Writes at most `limit` (0 = all) different prompts that contain a text to `out`, one a line; how many there are.
+    """Writes at most `limit` (0 = all) different prompts that contain a text to `out`, one per line; how many there are.
 
     Line breaks inside a prompt become spaces. The datasets take turns, page by page. Goes on where an interrupted call
     with the same `out`, `datasets` and `contains` stopped; the result is that of a call that was not interrupted.
@@ -131,27 +132,31 @@ def download_prompts(
         raise UserError(f"The limit is a number of prompts, or 0 for all; found {limit}.")
     if unknown := [name for name in datasets if name not in DATASETS]:
         raise UserError(f"No dataset {unknown[0]!r} is known here; there are {' and '.join(DATASETS)}.")
+    if out.resolve() == SHIPPED.resolve():
+        raise UserError(f"{out} is the list that comes with Flux Poke: choose another name with --out.")
+    check_text(out, "a text file of prompts (.txt)", lambda text: out.suffix == ".txt" and "\0" not in text)
     partial, saved = (out.with_name(out.name + ending) for ending in (".partial", ".progress"))
     server = server or RowsServer()
-    with locked(out):
+    with locked(out, progress, PATIENCE):
         state = _resumed(saved, partial, datasets, contains)
         with open(partial, "ab+") as file:
             file.truncate(state.size)  # lines that were written after the last saved state
             file.seek(0)
             seen = dict.fromkeys(file.read().decode().splitlines())
             while (name := state.next()) and not 0 < limit <= len(seen):
-                rows, total = server.page(name, state.rows[name])
+                rows, length = server.page(name, state.rows[name])
                 prompts = (" ".join(row.splitlines()).strip() for row in rows)
                 new = dict.fromkeys(prompt for prompt in prompts if prompt and contains in prompt and prompt not in seen)
                 file.write("".join(f"{prompt}\n" for prompt in new).encode())
                 file.flush()
                 os.fsync(file.fileno())
                 seen |= new
-                state.rows[name] = state.rows[name] + len(rows) if rows else total
-                state.totals[name], state.size = total, file.tell()
+                state.rows[name] = state.rows[name] + len(rows) if rows else length
+                state.totals[name], state.size = length, file.tell()
                 write_text(saved, json.dumps(asdict(state)))
-                if progress is not None:
-                    progress(len(seen), sum(state.rows.values()), sum(state.totals.values()))
+                rows_read, rows_there = sum(state.rows.values()), sum(state.totals.values())
+                done, total = (min(len(seen), limit), limit) if limit else (rows_read, rows_there)
+                progress(f"{len(seen):,} prompts in {rows_read:,} of {rows_there:,} rows", done, total)
         chosen = list(seen)[: limit or None]
         write_text(out, "".join(f"{prompt}\n" for prompt in chosen))
         saved.unlink(missing_ok=True)
@@ -159,13 +164,13 @@ def download_prompts(
     return len(chosen)
 
 
-def _resumed(saved: Path, partial: Path, datasets: Sequence[str], contains: str) -> State:
+def _resumed(saved: Path, partial: Path, datasets: Sequence[str], contains: str) -> Downloaded:
     """The state in `saved`, or that of a download which has yet to begin."""
-    fresh = State(contains, dict.fromkeys(datasets, 0), {})
+    fresh = Downloaded(contains, dict.fromkeys(datasets, 0), {})
     if not saved.exists():
         return fresh
     try:
-        state = State(**json.loads(saved.read_text(encoding="utf-8")))
+        state = Downloaded(**json.loads(saved.read_text(encoding="utf-8")))
         whole = partial.stat().st_size >= state.size
     except (OSError, ValueError, TypeError):
         whole = False
@@ -179,41 +184,26 @@ def _resumed(saved: Path, partial: Path, datasets: Sequence[str], contains: str)
     return state
 
 
-def download_with_bar(out: Path, datasets: Sequence[str], contains: str, limit: int, server: RowsServer | None = None) -> None:
-    """`download_prompts` for the terminal: progress, and at the end or an interrupt, what there is and what to do next."""
+def download_with_bar(
+    out: Path,
+    datasets: Sequence[str],
+    contains: str,
+    limit: int,
+    server: RowsServer | None = None,
+    progress: Progress = lambda what, done, total: print(what, file=sys.stderr),
+) -> None:
+    """`download_prompts` for the terminal: at the end or an interrupt, what there is and what to do next."""
     try:
-        with _progress(limit) as progress:
-            count = download_prompts(out, datasets, contains, limit, progress, server=server)
+        count = download_prompts(out, datasets, contains, limit, progress, server=server)
     except KeyboardInterrupt:
         print(f"\nStopped. What came so far is in {out}.partial; the same command goes on.", file=sys.stderr)
         raise
     print(f"{count:,} prompts in {out}")
 
 
-@contextmanager
-def _progress(limit: int) -> Iterator[Progress]:
-    """A bar, or a line a page where rich is not there."""
-    try:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-    except ImportError:
-        yield lambda prompts, rows, total: print(f"{prompts:,} prompts in {rows:,} of {total:,} rows", file=sys.stderr)
-        return
-    with Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("prompts", total=limit or None)
-
-        def report(prompts: int, rows: int, total: int) -> None:
-            if limit:
-                bar.update(task, completed=min(prompts, limit), description=f"{rows:,} rows read; prompts")
-            else:
-                bar.update(task, completed=rows, total=total, description=f"{prompts:,} prompts; rows")
-
-        yield report
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Writes prompts from public collections to a text file, one a line.")
-    parser.add_argument("--out", type=Path, default=Path("prompts.txt"), help="the file (default: prompts.txt)")
+    parser = argparse.ArgumentParser(description="Writes prompts from public collections to a text file, one per line.")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"the file (default: {OUT})")
     parser.add_argument("--dataset", action="append", choices=[*DATASETS], help="only this one (default: both)")
     parser.add_argument("--contains", default="", metavar="TEXT", help="only prompts with TEXT in them, such as '\"'")
     parser.add_argument("--limit", type=int, default=LIMIT, metavar="N", help=f"at most N; 0 = all (default: {LIMIT})")

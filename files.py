@@ -1,9 +1,10 @@
 """Writing files so that a reader finds the old one or the new one, whole, whatever happens in between.
 
-with locked(path):                               # other processes wait
-    write_safetensors(path, tensors, metadata)   # temporary name, fsync, rename
+    with locked(path, progress):                     # other processes wait
+        write_safetensors(path, tensors, metadata)   # temporary name, fsync, rename
 
-Only a file of its own kind is replaced: a plan takes the place of a plan, never that of a recording or a checkpoint.
+Every file is written through here. Only a file of its own kind is replaced: a plan takes the place of a plan, a PNG that of a
+PNG, a table that of a table. Where `path` is a link, the file that it leads to is replaced, and the link stays.
 """
 
 from __future__ import annotations
@@ -11,18 +12,22 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
+import socket
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
+from .progress import Progress, silent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,10 +40,31 @@ _DTYPES = {
 }  # fmt: skip
 _BYTES = dict(_DTYPES.values())
 
-#: What the names of folders end in that hold a file as long as it is being written.
-_UNFINISHED = ".unfinished"
+#: What files with these endings begin with, from which byte on. XML says what it is after its own first line.
+_BEGINNINGS = {
+    ".png": (0, (b"\x89PNG\r\n\x1a\n",)),
+    ".jpg": (0, (b"\xff\xd8\xff",)),
+    ".jpeg": (0, (b"\xff\xd8\xff",)),
+    ".gif": (0, (b"GIF87a", b"GIF89a")),
+    ".webp": (8, (b"WEBP",)),
+    ".mp4": (4, (b"ftyp",)),
+    ".pdf": (0, (b"%PDF-",)),
+    ".svg": (0, (b"<svg", b"<?xml")),
+}
+
+#: What figures of matplotlib, and images of Pillow, are written as.
+FIGURES = (".png", ".jpg", ".pdf", ".svg")
+IMAGES = (".png", ".jpg", ".webp")
+
+#: Names of the folders that hold a file while it is written, and of all that stands in one.
+_UNFINISHED = re.compile(r"\.flux-poke-[a-z0-9_]{8}\.unfinished")
+_LOCK, _SAMPLE, _NEW = "lock", "as usual", ".new"
+#: As much of a text as is read to see whose it is.
+_MOST_TEXT = 10_000_000
 #: What the names of formats end in.
 _VERSION = " 0123456789"
+#: Seconds to wait for a lock, and between two looks at it. Who has one for longer is stuck.
+PATIENCE, _LOOK = 600.0, 0.25
 
 
 @contextmanager
@@ -46,19 +72,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Where to write a new file; it takes `path`'s place when the `with` ends well, and is gone otherwise.
 
     It stands in a hidden folder beside `path`, where a library may put temporary files of its own, and its name ends in `.new`,
-    so that nobody takes it for a model. Raises `UserError` where the folder or the file cannot be written.
+    so that nobody takes it for a model. Raises `UserError` where the folder or the file cannot be written, and where `path`
+    has the ending of a picture and is something else.
     """
-    path = Path(path)
-    with _explained(path):
+    given, path = Path(path), _target(path)
+    with _explained(given):
         check_writable(path)
+        check_beginning(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path.parent)
         folder, lock = _claimed_folder(path)
-    new = folder / f"{path.name}.new"
+    new = folder / f"{path.name}{_NEW}"
     try:
         yield new
-        with _explained(path):
-            as_usual = folder / "as usual"  # what a new file may here, by umask or by the folder
+        with _explained(given):
+            as_usual = folder / _SAMPLE  # what a new file may here, by umask or by the folder
             as_usual.touch()
             new.chmod(stat.S_IMODE(as_usual.stat().st_mode))
             with open(new, "rb+") as file:
@@ -75,11 +103,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.close(handle)
 
 
+def _target(path: str | os.PathLike[str]) -> Path:
+    """The file that `path` stands for: where a link leads, else itself."""
+    path = Path(path)
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if target.is_symlink():
+        raise UserError(f"{path} is a link that leads to itself: remove it, or choose another name.")
+    return target
+
+
 def _claimed_folder(path: Path) -> tuple[Path, FileLock]:
     """A new hidden folder beside `path` and its lock, held: one that nobody holds was left by a writer that was killed."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_UNFINISHED, dir=path.parent))
-        lock = FileLock(folder / "lock")
+        folder = Path(tempfile.mkdtemp(prefix=".flux-poke-", suffix=".unfinished", dir=path.parent))
+        lock = FileLock(folder / _LOCK)
         with suppress(OSError, NotImplementedError):  # without locks, nobody removes what is abandoned either
             lock.acquire()
         if folder.is_dir():  # nobody took it for abandoned before it was locked
@@ -88,10 +125,14 @@ def _claimed_folder(path: Path) -> tuple[Path, FileLock]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Removes from `folder` what killed writers left unfinished."""
-    for abandoned in folder.glob(f".*{_UNFINISHED}"):
-        lock = FileLock(abandoned / "lock")
+    """Removes from `folder` what our own killed writers left unfinished."""
+    for abandoned in folder.glob(".flux-poke-*.unfinished"):
+        if not _UNFINISHED.fullmatch(abandoned.name) or abandoned.is_symlink():
+            continue
+        lock = FileLock(abandoned / _LOCK)
         try:
+            if not all(name in (_LOCK, _SAMPLE) or name.endswith(_NEW) for name in os.listdir(abandoned)):
+                continue
             lock.acquire(blocking=False)
         except (OSError, NotImplementedError):  # somebody is writing there
             continue
@@ -99,6 +140,42 @@ def _remove_abandoned(folder: Path) -> None:
         lock.release()
         if os.name == "nt":  # where the lock could not be removed as long as it was held
             shutil.rmtree(abandoned, ignore_errors=True)
+
+
+def check_beginning(path: str | os.PathLike[str]) -> None:
+    """Raises `UserError` where a file stands at `path` that is not what its ending says: a ".png" that is no PNG."""
+    path = Path(path)
+    start, beginnings = _BEGINNINGS.get(path.suffix.lower(), (0, (b"",)))
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        found = file.read(start + 16)
+        if found and not found[start:].startswith(beginnings):
+            raise UserError(f"{path} is something else than its ending says, and is not replaced: choose another name.")
+
+
+def check_picture(path: str | os.PathLike[str], endings: Iterable[str] = FIGURES) -> None:
+    """Raises `UserError` where no picture can be written to `path`: another ending than `endings`, or another file is there."""
+    path = Path(path)
+    if path.suffix.lower() not in endings:
+        raise UserError(f"{path} is no picture that can be written: its name ends in one of {', '.join(endings)}.")
+    check_writable(path)
+    check_beginning(path)
+
+
+def check_text(path: str | os.PathLike[str], what: str, ours: Callable[[str], Any]) -> None:
+    """Raises `UserError` where a file stands at `path` that is not `what`: `ours(text)` is false, or fails."""
+    path = Path(path)
+    check_writable(path)
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = not (text := file.read(_MOST_TEXT)) or ours(text)
+    except FileNotFoundError:
+        return
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        found = False
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}): choose another name.") from error
+    if not found:
+        raise UserError(f"{path} is not {what}, and is not replaced: choose another name.")
 
 
 def check_replaces(path: str | os.PathLike[str], format: str | None) -> None:
@@ -134,30 +211,52 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(path: Path, done: str = "written") -> Iterator[None]:
     """What the file system has to say about `path` as a sentence for the user."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written ({error}): choose another place or change its permissions.") from error
+        raise UserError(f"{path} cannot be {done} ({error}): choose another place or change its permissions.") from error
 
 
 @contextmanager
-def locked(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Holds the lock of `path` (a `.lock` file next to it) against other processes and threads."""
-    path = Path(path)
-    try:
+def locked(path: str | os.PathLike[str], progress: Progress = silent, patience: float = PATIENCE) -> Iterator[None]:
+    """Holds the lock of `path` (a hidden file next to it) against other processes and threads.
+
+    While another has it, `progress` is called four times a second. Raises `UserError` after `patience` seconds, saying whose
+    lock it is, and where there can be none.
+    """
+    path = _target(path)
+    hidden = path.with_name(f".{path.name}.lock")
+    owner = path.with_name(f".{path.name}.owner")
+    lock, began = FileLock(hidden), time.monotonic()
+    with _explained(path, "locked"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{path}.lock")
-        lock.acquire()
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be locked for writing ({error}): choose another place or change its permissions."
-        ) from error
+        while True:
+            with suppress(Timeout):
+                lock.acquire(timeout=_LOOK)
+                break
+            if time.monotonic() - began > patience:
+                raise UserError(
+                    f"{path} has been locked for {patience:.0f} s by {_read_owner(owner)}: wait until that has ended, "
+                    "or end it."
+                )
+            progress(f"waiting for {path.name}", 0, 1)
     try:
+        with suppress(OSError):  # whose lock it is; it does without
+            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%H:%M:%S')}")
         yield
     finally:
+        with suppress(OSError):
+            owner.unlink()
         lock.release()
+
+
+def _read_owner(owner: Path) -> str:
+    try:
+        return owner.read_text() or "another program"
+    except OSError:
+        return "another program"
 
 
 def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -212,3 +311,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """A UTF-8 text file, replaced as a whole."""
     with replacing(path) as new, _explained(Path(path)):
         new.write_text(text, encoding="utf-8")
+
+
+def write_picture(path: str | os.PathLike[str], picture: Any) -> None:
+    """A figure of matplotlib or an image of Pillow as what the ending of `path` says, replaced as a whole."""
+    path = Path(path)
+    check_picture(path, FIGURES if hasattr(picture, "savefig") else IMAGES)
+    with replacing(path) as new, _explained(path):
+        if hasattr(picture, "savefig"):
+            picture.savefig(new, format=path.suffix[1:].lower(), dpi=110)
+        else:
+            picture.save(new, {".jpg": "JPEG"}.get(path.suffix.lower(), path.suffix[1:]))

@@ -1,6 +1,6 @@
-"""Prompts from a text file, one a line.
+"""Prompts from a text file, one per line.
 
-    prompts = read_prompts("prompts.txt", pattern='"')       # those with a text to be rendered in quotes
+    prompts = read_prompts("prompts.txt", pattern='"')       # those that contain a quotation mark
     prompt, index = pick(prompts, 7)                         # wraps around at the end
     prompt, index = pick(prompts, RANDOM, seed=1)
 
@@ -9,9 +9,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,31 +25,70 @@ SHIPPED = Path(__file__).with_name("prompts.txt")
 RANDOM = -1
 
 
+#: Looks for a regular expression in lines: reads [pattern, lines] and writes the numbers of those it is found in, or why not.
+_SEARCH = """
+import json, re, sys
+pattern, lines = json.load(sys.stdin)
+try:
+    search = re.compile(pattern).search
+    found = [number for number, line in enumerate(lines) if search(line)]
+except Exception as error:
+    found = f"{error}"
+json.dump(found, sys.stdout)
+"""
+#: Seconds that it may take.
+SEARCH_LIMIT = 10.0
+
+
 def read_prompts(path: str | os.PathLike[str] = SHIPPED, pattern: str = "") -> list[str]:
     """The lines of a UTF-8 file, without blank ones, in which the regular expression `pattern` is found.
 
-    Raises `UserError` where the file is missing or no text, where `pattern` is no regular expression, and where no
-    line is left.
+    Raises `UserError` where the file is missing or is not text, where `pattern` is not a regular expression or takes more than
+    `SEARCH_LIMIT` seconds, and where no line is left.
     """
-    try:
-        wanted = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"The regular expression {pattern!r} cannot be read: {error}.") from error
     try:
         with open(path, encoding="utf-8-sig") as file:  # editors on Windows put a byte order mark in front
             prompts = [line.strip() for line in file if not line.isspace()]
     except FileNotFoundError as error:
-        raise UserError(f"{path} is not there: expected a text file with one prompt a line.") from error
+        raise UserError(f"{path} is not there: expected a text file with one prompt per line.") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8.") from error
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8.") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}): expected a text file with one prompt a line.") from error
-    found = [prompt for prompt in prompts if wanted.search(prompt)]
+        raise UserError(f"{path} cannot be read ({error}): expected a text file with one prompt per line.") from error
     if not prompts:
-        raise UserError(f"{path} holds no prompts: expected one a line.")
+        raise UserError(f"{path} holds no prompts: expected one per line.")
+    found = _matching(prompts, pattern) if pattern else prompts
     if not found:
         raise UserError(f"None of the {len(prompts)} prompts in {path} matches the regular expression {pattern!r}.")
     return found
+
+
+def _matching(prompts: Sequence[str], pattern: str) -> list[str]:
+    """The prompts in which `pattern` is found.
+
+    Python's `re` can take longer than the universe exists, and stops every thread meanwhile: it works in a process of its own.
+    """
+    if pattern == re.escape(pattern):  # plain words
+        return [prompt for prompt in prompts if pattern in prompt]
+    try:
+        search = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _SEARCH],
+            input=json.dumps([pattern, prompts]).encode(),
+            capture_output=True,
+            timeout=SEARCH_LIMIT,
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+        )
+        found = json.loads(search.stdout)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            f"The regular expression {pattern!r} took more than {SEARCH_LIMIT:.0f} s on {len(prompts)} prompts: "
+            "make it simpler, without repetitions inside of repetitions such as (a+)+."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"The regular expression {pattern!r} cannot be used ({error}): make it simpler.") from error
+    if isinstance(found, str):
+        raise UserError(f"The regular expression {pattern!r} cannot be read: {found}.")
+    return [prompts[number] for number in found]
 
 
 def pick(prompts: Sequence[str], index: int, seed: int | None = None) -> tuple[str, int]:
@@ -57,5 +99,5 @@ def pick(prompts: Sequence[str], index: int, seed: int | None = None) -> tuple[s
     """
     if index < RANDOM:
         raise UserError(f"Prompts are counted from 0, and {RANDOM} takes one at random; found {index}.")
-    place = random.Random(seed).randrange(len(prompts)) if index == RANDOM else index % len(prompts)
-    return prompts[place], place
+    number = random.Random(seed).randrange(len(prompts)) if index == RANDOM else index % len(prompts)
+    return prompts[number], number

@@ -18,9 +18,9 @@ from typing import Literal
 from PIL import Image
 
 from ..errors import UserError
-from ..files import replacing
+from ..files import check_beginning, check_writable, replacing
 from ..flux.blocks import Kind
-from .generation import Progress
+from ..progress import Progress, silent
 from .sheets import captioned
 from .taps import Tap
 
@@ -28,6 +28,8 @@ from .taps import Tap
 Order = Literal["step", "block"]
 
 FORMATS = ("gif", "mp4", "webp")
+#: Frames per second that all of them can hold.
+SLOWEST, FASTEST = 0.01, 100.0
 
 
 def choose_frames(
@@ -56,7 +58,7 @@ def choose_frames(
 
 
 def captioned_frames(
-    previews: Sequence[tuple[Tap, Path]], font_size: int = 24, progress: Progress | None = None
+    previews: Sequence[tuple[Tap, Path]], font_size: int = 24, progress: Progress = silent
 ) -> Iterator[Image.Image]:
     """Each preview read and captioned "Step 3 · double block 7"; `font_size` 0 leaves captions out."""
     widest = max((tap.title for tap, _ in previews), key=len, default="")
@@ -67,35 +69,41 @@ def captioned_frames(
         except OSError as error:
             raise UserError(f"{path} cannot be read as an image ({error}): delete it or decode the previews again.") from error
         frame = captioned(frame, tap.title, font_size, widest) if font_size else frame
-        if progress is not None:
-            progress(done, len(previews), frame)
+        progress(f"frame {done} of {len(previews)}", done, len(previews))
         yield frame
+
+
+def check_animation(path: str | os.PathLike[str], fps: float) -> None:
+    """Raises `UserError` where no animation can be written to `path`, or not at `fps` frames per second."""
+    path = Path(path)
+    if path.suffix.lower()[1:] not in FORMATS:
+        raise UserError(f"{path} ends in {path.suffix or 'nothing'}: an animation is a .gif, .webp or .mp4 file.")
+    if not SLOWEST <= fps <= FASTEST:
+        raise UserError(f"Frames per second are a number from {SLOWEST} to {FASTEST}; found {fps}.")
+    check_writable(path)
+    check_beginning(path)
 
 
 def write_animation(path: str | os.PathLike[str], frames: Iterable[Image.Image], fps: float = 2.0) -> None:
     """Writes frames of one size as what the name's ending says (.gif, .webp, .mp4), replacing the file as a whole.
 
-    Raises `UserError` where the ending is another one, there are no frames, or MP4 has no PyAV to write it.
+    Raises `UserError` as `check_animation` does, and where there are no frames, or MP4 has no PyAV to write it.
     """
-    path = Path(path)
-    kind = path.suffix.lower().removeprefix(".")
-    if kind not in FORMATS:
-        raise UserError(f"{path} ends in {path.suffix or 'nothing'}: an animation is a .gif, .webp or .mp4 file.")
-    if not fps > 0:
-        raise UserError(f"Frames per second is a number above 0; found {fps}.")
+    check_animation(path, fps)
+    format = Path(path).suffix.lower()[1:]
     frames = iter(frames)
     first = next(frames, None)
     if first is None:
         raise UserError("There are no frames to animate.")
     everything = itertools.chain((first,), _of_one_size(frames, first.size))
     with replacing(path) as new:
-        if kind == "mp4":
+        if format == "mp4":
             _write_mp4(new, everything, first.size, fps)
         else:
-            quality = {"quality": 90} if kind == "webp" else {}
+            quality = {"quality": 90} if format == "webp" else {}
             duration = round(1000 / fps)
             next(everything).save(
-                new, kind.upper(), save_all=True, append_images=everything, duration=duration, loop=0, **quality
+                new, format.upper(), save_all=True, append_images=everything, duration=duration, loop=0, **quality
             )
 
 

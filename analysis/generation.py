@@ -27,6 +27,7 @@ from PIL.PngImagePlugin import PngInfo
 from ..errors import UserError
 from ..files import replacing, write_safetensors, write_text
 from ..flux.blocks import Block
+from ..progress import Progress, silent
 from .contributions import block_contributions, contributions_figure
 from .decoding import Decode, decode_taps
 from .report import figure_pixels
@@ -34,9 +35,6 @@ from .sheets import captioned, cell_size, contact_sheet, difference_sheet
 from .taps import BlockTaps, Tap, View
 
 SOFTWARE = "flux-poke"
-
-#: Told after every decoded prediction: how many, of how many, and the newest.
-Progress = Callable[[int, int, Image.Image], None]
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,8 @@ def write_generations(
     view: View = "x0",
     captions: bool = False,
     in_pictures: Mapping[str, str] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
+    show: Callable[[Image.Image], None] | None = None,
 ) -> list[Path]:
     """Decodes all predictions and writes one folder for each image of the batch; the folders.
 
@@ -82,7 +81,8 @@ def write_generations(
         captions: whether previews carry their step and block.
         in_pictures: what goes into PNG text chunks beside the generation (ComfyUI's `workflow` and `prompt`), so that
             a picture that is dragged in restores the graph; None = nothing at all goes into pictures, EXIF neither.
-        progress: told of every preview as it is written; raise from it to stop, what was written so far stays.
+        progress: told of every preview that is written; raise from it to stop, what was written so far stays.
+        show: given every preview, just before `progress` is told of it.
 
     Raises `UserError` where nothing was tapped, or the run drew another number of images than there are finals.
     """
@@ -113,8 +113,9 @@ def write_generations(
         save_jpeg(path, image, None if in_pictures is None else generations[frame.number])
         cell = cell_size(steps, blocks, frame.image)
         small[frame.number][frame.tap] = frame.image.resize(cell, Image.Resampling.LANCZOS)
-        if progress is not None:
-            progress(done, total, image)
+        if show is not None:
+            show(image)
+        progress(f"decoding {frame.tap.title}", done, total)
 
     sigmas = {step: taps.sigma(step) for step in taps.steps}
     for number, (folder, one) in enumerate(zip(folders, generations, strict=True)):

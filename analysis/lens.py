@@ -1,15 +1,8 @@
-"""The tuned lens: for each block, the affine map that best foretells the last block's image tokens from its own.
-
-    recorder = LensRecorder(layout, tokens=64)       # the same sampled tokens after every block
-    with recorder.watching(model, x, sigma, images):
-        model(x, sigma, context, vector)
-    recorder.save(store)                             # one more shard in hidden_states/; any number of runs may add theirs
+"""The tuned lens: for each block, the affine map that best predicts the last block's image tokens from its own.
 
     lens = fit_lens(LensRows(folder))                # closed form; errors on images that the fit has not seen
     lens.save("lens.safetensors")
     lens.errors[Block("double", 3)]                  # 0 = the rest of the model is an affine map, 1 = no better than a constant
-
-A shard of kind `lens` holds, by block, its tokens [rows, hidden], and `image` and `sigma` [rows].
 
 A block's prediction goes through its map before the final layer (Belrose et al. 2023, arXiv 2303.08112). Where the error
 hardly falls from one block to the next, that block adds nothing an affine map could not: it is replaceable.
@@ -45,7 +38,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Lens:
-    """An affine map for every block but the last: h to weight · h + bias, [hidden, hidden] and [hidden].
+    """An affine map for every block but the last: h to weight @ h + bias, [hidden, hidden] and [hidden].
 
     `errors` holds, by block, the squared error on held-out images divided by the squared distance of the last block's
     tokens from their mean; `raw_errors` the same without a map. `family`, `rows` and `images` say what it was fitted on.
@@ -60,7 +53,7 @@ class Lens:
     images: int
 
     def __call__(self, block: Block, state: Tensor) -> Tensor:
-        """The last block's tokens as foretold from `state` [..., hidden] after `block`, on its device, in its precision."""
+        """The last block's tokens as predicted from `state` [..., hidden] after `block`, on its device, in its precision."""
         if block not in self.weights:
             return state  # the last block needs no map
         return F.linear(state, self.weights[block].to(state), self.biases[block].to(state))
@@ -137,8 +130,8 @@ def fit_lens(
         for weight, bias in _ridge(h[~test_at], target[~test_at]):
             # As it will be stored: the error is that of the file.
             weight, bias = weight.bfloat16(), bias.bfloat16()
-            foretold = F.linear(h[test_at], weight.float(), bias.float())
-            error = float((target[test_at] - foretold).double().square().sum() / scale)
+            predicted = F.linear(h[test_at], weight.float(), bias.float())
+            error = float((target[test_at] - predicted).double().square().sum() / scale)
             if best is None or error < best[0]:
                 best = error, weight.cpu(), bias.cpu()
         assert best is not None
@@ -149,7 +142,7 @@ def fit_lens(
 
 
 def _ridge(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each alpha, the affine map I + B that brings x to y [rows, hidden]: B = (y - x)ᵀx (xᵀx + lam I)⁻¹, centred."""
+    """For each alpha, the affine map I + B that brings x to y [rows, hidden]: B = (y - x)^T x (x^T x + lam I)^-1, centred."""
     mean_x, mean_y = x.mean(0), y.mean(0)
     centred = x - mean_x
     # Products in float32, which rows in bfloat16 do not exceed; the solve in float64.

@@ -18,7 +18,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import write_text
+from ..files import check_text, write_text
 from ..flux.checkpoint import open_safetensors
 from .sheets import GAP, GROUND, INK, MARGIN, PALE, font, heat_map
 
@@ -60,6 +60,10 @@ class Comparison:
         return f"relative MSE {self.relative_mse:.3g} · PSNR {self.psnr:.2f} dB · SSIM {self.ssim:.4f}"
 
 
+#: Of a written table.
+COLUMNS = [field.name for field in fields(Comparison)]
+
+
 def compare(variant: Tensor, reference: Tensor, name: str = "", peak: float | None = None) -> Comparison:
     """The measures of `variant` against `reference`, both [batch, channels, height, width], over the whole batch.
 
@@ -80,8 +84,9 @@ def compare(variant: Tensor, reference: Tensor, name: str = "", peak: float | No
         peak = 1.0 if b.shape[1] == 3 else float(b.max() - b.min()) or 1.0
     squares = (a - b).square()
     window = min(SSIM_WINDOW, *b.shape[-2:])
-    similarity = ssim(a, b, window - 1 + window % 2, max_val=peak, padding="valid").mean().item()
     error, power = squares.sum().item(), b.square().sum().item()
+    # of equal images it is 1, which kornia's rounding misses
+    similarity = ssim(a, b, window - 1 + window % 2, max_val=peak, padding="valid").mean().item() if error else 1.0
     return Comparison(
         name=name,
         relative_mse=error / power if power else math.inf if error else 0.0,
@@ -98,20 +103,28 @@ def comparison_table(rows: Sequence[Comparison]) -> str:
     return "\n".join(lines)
 
 
-def write_comparisons(path: str | os.PathLike[str], rows: Sequence[Comparison]) -> None:
-    """Writes a .csv or .json (an infinite PSNR is empty there, and null here); raises `UserError` for other endings."""
+def check_comparisons(path: str | os.PathLike[str]) -> None:
+    """Raises `UserError` where `path` is neither .csv nor .json, or a file stands there that is no table of comparisons."""
     path = Path(path)
-    table = [{key: None if value == math.inf else value for key, value in asdict(row).items()} for row in rows]
     if path.suffix == ".json":
-        write_text(path, json.dumps(table, indent=2) + "\n")
+        check_text(path, "a table of comparisons", lambda text: all([*row] == COLUMNS for row in json.loads(text)))
     elif path.suffix == ".csv":
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, ["name", "relative_mse", "psnr", "ssim"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-        write_text(path, text.getvalue())
+        check_text(path, "a table of comparisons", lambda text: text.split("\n")[0].rstrip() == ",".join(COLUMNS))
     else:
         raise UserError(f"{path} ends in {path.suffix or 'nothing'}: comparisons are written as .csv or .json.")
+
+
+def write_comparisons(path: str | os.PathLike[str], rows: Sequence[Comparison]) -> None:
+    """Writes a .csv or .json (an infinite PSNR is empty there, and null here); raises `UserError` as `check_comparisons`."""
+    check_comparisons(path)
+    table = [{key: None if value == math.inf else value for key, value in asdict(row).items()} for row in rows]
+    if Path(path).suffix == ".json":
+        return write_text(path, json.dumps(table, indent=2) + "\n")
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    write_text(path, text.getvalue())
 
 
 def side_by_side(

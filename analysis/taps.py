@@ -2,7 +2,7 @@
 
     taps = BlockTaps()
     recorder = TapRecorder(layout, choose_blocks("all", layout), StepChoice.parse("every 5"))
-    with recorder.watching(model, Moment.at(x, sigma, sigmas), taps):
+    with recorder.watching(model, Call.at(x, sigma, sigmas), taps):
         model(x, sigma, context, vector)
     for tap in taps:                                 # by step, double blocks, single blocks
         tap.title, taps.latent(tap)                  # "Step 0 · double block 0", x0 [batch, channels, height, width]
@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..flux.blocks import Block, blocks_of
 from ..flux.layout import Layout
-from ..recording.call import BatchRows, Moment
-from ..recording.hooks import watching_image_tokens
+from ..recording.call import Call
+from ..recording.hooks import watching_blocks, watching_image_tokens
 from .lens import Lens
 
 #: x0 is what the block takes for the image; "euler" is where one Euler step by its velocity leads.
@@ -47,7 +47,7 @@ Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def flow_denoise(sigma: Tensor, velocity: Tensor, x: Tensor) -> Tensor:
-    """x_t - sigma · v, for models whose velocity is noise minus image."""
+    """x_t - sigma * v, for models whose velocity is noise minus image."""
     return x - velocity * sigma.view(-1, 1, 1, 1)
 
 
@@ -65,10 +65,9 @@ class Tap:
 
 @dataclass(frozen=True)
 class StepChoice:
-    """Which steps of a run are looked at: every `every`-th, or those in `listed`."""
+    """Which steps of a run are looked at: those in any of `ranges`."""
 
-    every: int = 1
-    listed: frozenset[int] | None = None
+    ranges: tuple[range, ...] = (range(2**31),)
 
     @classmethod
     def parse(cls, text: str) -> StepChoice:
@@ -76,22 +75,24 @@ class StepChoice:
         words = text.strip().lower()
         if words == "all":
             return cls()
-        if match := re.fullmatch(r"every\s+([1-9]\d*)", words):
-            return cls(every=int(match[1]))
-        listed: set[int] = set()
+        if match := re.fullmatch(r"every\s+([1-9]\d{0,8})", words):
+            return cls((range(0, 2**31, int(match[1])),))
+        found = []
         for part in words.split(","):
-            match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+            match = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?\s*", part)
             if match is None or int(match[2] or match[1]) < int(match[1]):
                 raise UserError(f'Steps "{text}" are not understood: write "all", "every 5", or a list such as "0, 4, 10-12".')
-            listed |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
-        return cls(listed=frozenset(listed))
+            found.append(range(int(match[1]), int(match[2] or match[1]) + 1))
+        return cls(tuple(found))
 
     def __contains__(self, step: int) -> bool:
-        return step % self.every == 0 if self.listed is None else step in self.listed
+        return any(step in steps for steps in self.ranges)
 
 
 class BlockTaps:
     """Block predictions of one sampling run, in order; iterating gives the taps, `latent` reads one.
+
+    Every run makes one of its own. `skipping` counts the calls that were left out since blocks were skipped in them.
 
     Args:
         denoise: how the model's output becomes x0.
@@ -111,26 +112,20 @@ class BlockTaps:
         self.to_autoencoder = to_autoencoder
         self.memory_limit = memory_limit
         self.folder = folder
+        self.skipping = 0
         self._steps: dict[int, _Step] = {}
         self._disk: tempfile.TemporaryDirectory | None = None
 
-    def clear(self) -> None:
-        """Forgets everything, as a new sampling run begins."""
-        self._steps.clear()
-        if self._disk is not None:
-            self._disk.cleanup()
-            self._disk = None
-
-    def add(self, moment: Moment, velocities: Mapping[Block, Tensor], changes: Mapping[Block, Tensor]) -> None:
+    def add(self, call: Call, velocities: Mapping[Block, Tensor], changes: Mapping[Block, Tensor]) -> None:
         """Adds what was seen at one step; a step that is visited again is replaced."""
         tensors = {block.name: velocity for block, velocity in velocities.items()}
-        tensors["x"] = moment.x[moment.rows].float().cpu()
-        new = _Step(moment.sigma[moment.rows].cpu(), moment.sigma_next, tuple(sorted(velocities)), dict(changes), tensors)
-        self._steps.pop(moment.step, None)
+        tensors["x"] = call.part(call.x).float().cpu()
+        new = _Step(call.part(call.sigma).cpu(), call.sigma_next, tuple(sorted(velocities)), dict(changes), tensors)
+        self._steps.pop(call.step, None)
         if self.bytes_in_memory + sum(tensor.nbytes for tensor in tensors.values()) > self.memory_limit:
             if self._disk is None:
                 self._disk = tempfile.TemporaryDirectory(prefix="flux_poke_taps_", dir=self.folder)
-            file = Path(self._disk.name) / f"step-{moment.step}.safetensors"
+            file = Path(self._disk.name) / f"step-{call.step}.safetensors"
             try:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
             except Exception as error:  # safetensors wraps a full disk in an error of its own
@@ -139,7 +134,7 @@ class BlockTaps:
                     "blocks or steps."
                 ) from error
             new.tensors = file
-        self._steps[moment.step] = new
+        self._steps[call.step] = new
 
     @property
     def bytes_in_memory(self) -> int:
@@ -189,7 +184,7 @@ class BlockTaps:
         return x + (x - x0) / sigma * (step.sigma_next - sigma)
 
     def change(self, tap: Tap) -> Tensor:
-        """‖tokens after the block - before‖ / ‖before‖ of each image [batch], on evenly spaced image tokens."""
+        """|tokens after the block - before| / |before| of each image [batch], on evenly spaced image tokens."""
         return self._steps[tap.step].changes[tap.block].float()
 
 
@@ -231,13 +226,16 @@ class TapRecorder:
         self._tapped = {everything.index(block) + 1: block for block in sorted(blocks)}
 
     @contextmanager
-    def watching(self, model: nn.Module, moment: Moment, taps: BlockTaps) -> Iterator[None]:
-        """Hooks on `model` for one call of it; what is seen goes to `taps` when the call ends well."""
-        if moment.step not in self.steps:
+    def watching(self, model: nn.Module, call: Call, taps: BlockTaps) -> Iterator[None]:
+        """Hooks on `model` for one call of it; what is seen goes to `taps` when the call ends well.
+
+        A call in which blocks were skipped is left out, and counted in `taps.skipping`.
+        """
+        if call.step not in self.steps or not call.rows:
             yield
             return
-        rows, patch = moment.rows, self.layout.patch
-        height, width = moment.x.shape[-2:]
+        patch = self.layout.patch
+        height, width = call.x.shape[-2:]
         grid = -(-height // patch), -(-width // patch)
         tokens = grid[0] * grid[1]
         states: dict[Block, Tensor] = {}
@@ -245,17 +243,18 @@ class TapRecorder:
         velocities: dict[Block, Tensor] = {}
 
         @torch.no_grad()
-        def see(place: int, img: Tensor) -> None:
-            img = img[rows, :tokens]
-            samples[place] = img[:, :: max(1, tokens // CHANGE_TOKENS)].to(torch.float32, copy=True)
-            if place in self._tapped and place != self._last:
-                states[self._tapped[place]] = img.clone()
+        def see(block_index: int, img: Tensor) -> None:
+            img = call.part(img)[:, :tokens]
+            samples[block_index] = img[:, :: max(1, tokens // CHANGE_TOKENS)].to(torch.float32, copy=True)
+            if block_index in self._tapped and block_index != self._last:
+                states[self._tapped[block_index]] = img.clone()
 
         @torch.no_grad()
         def predict(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Tensor) -> None:
-            batch = len(out)
-            others = [_rows(value, rows, batch) for value in args[1:]]
-            named = {key: _rows(value, rows, batch) for key, value in kwargs.items()}
+            if not ran.whole:
+                return
+            others = [_rows(value, call) for value in args[1:]]
+            named = {key: _rows(value, call) for key, value in kwargs.items()}
             for block in list(states):
                 state = states.pop(block)
                 if self.lens is not None:
@@ -263,34 +262,35 @@ class TapRecorder:
                 # forward, not a call: hooks (this one too) belong to the model's own call
                 velocities[block] = image(module.forward(state, *others, **named))
             if self._last in self._tapped:
-                velocities[self._tapped[self._last]] = image(out[rows, :tokens])
+                velocities[self._tapped[self._last]] = image(call.part(out)[:, :tokens])
 
         def image(out: Tensor) -> Tensor:
             h, w = grid
             out = rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=h, w=w, p=patch, q=patch)
             return out[..., :height, :width]
 
-        hook = model.get_submodule("final_layer").register_forward_hook(predict, with_kwargs=True)
-        places = {place - 1 for place in self._tapped} | set(self._tapped)
-        try:
-            with watching_image_tokens(model, places, see):
-                yield
-        finally:
-            hook.remove()
+        before_and_after = {block_index - 1 for block_index in self._tapped} | set(self._tapped)
+        with ExitStack() as hooks:
+            ran = hooks.enter_context(watching_blocks(model))
+            hook = model.get_submodule("final_layer").register_forward_hook(predict, with_kwargs=True)
+            hooks.callback(hook.remove)
+            hooks.enter_context(watching_image_tokens(model, before_and_after, see))
+            yield
+        taps.skipping += bool(ran.blocks) and not ran.whole
         if velocities:
             moved = torch.stack(list(velocities.values())).cpu()  # one wait for the device a step
-            changes = torch.stack([_change(samples[place - 1], samples[place]) for place in self._tapped]).cpu()
-            taps.add(moment, dict(zip(velocities, moved, strict=True)), dict(zip(self._tapped.values(), changes, strict=True)))
+            changes = torch.stack([_change(samples[index - 1], samples[index]) for index in self._tapped]).cpu()
+            taps.add(call, dict(zip(velocities, moved, strict=True)), dict(zip(self._tapped.values(), changes, strict=True)))
 
 
 def _change(before: Tensor, after: Tensor) -> Tensor:
     return (after - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
 
 
-def _rows(value: Any, rows: BatchRows, batch: int) -> Any:
-    """`value` with every tensor in it that has one row for each of the batch cut to `rows`."""
+def _rows(value: Any, call: Call) -> Any:
+    """`value` with every tensor in it that has one row for each of the batch cut to those that images are read from."""
     if isinstance(value, Tensor):
-        return value[rows] if value.ndim and len(value) == batch else value
+        return call.part(value) if value.ndim and len(value) == len(call.images) else value
     if isinstance(value, tuple | list):
-        return type(value)(_rows(part, rows, batch) for part in value)
+        return type(value)(_rows(part, call) for part in value)
     return value

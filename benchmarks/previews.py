@@ -21,7 +21,7 @@ from flux_poke.analysis.taps import BlockTaps, TapRecorder
 from flux_poke.flux.blocks import blocks_of, choose_blocks
 from flux_poke.flux.layout import Layout, Site, Stream
 from flux_poke.flux.model import Flux
-from flux_poke.recording.call import Moment
+from flux_poke.recording.call import Call
 from torch import nn
 
 
@@ -102,7 +102,7 @@ def main() -> None:
         setattr(hollow, name, getattr(flux, name))
 
     def tap(model: Flux) -> None:
-        with recorder.watching(model, Moment.at(x, sigma, sigmas), BlockTaps()):
+        with recorder.watching(model, Call.at(x, sigma, sigmas), BlockTaps()):
             model(x, sigma, *given)
 
     def floor() -> None:

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from flux_poke.flux.layout import Layout, Site
 from flux_poke.flux.model import DoubleBlock, Flux, SingleBlock
+from flux_poke.recording.call import Call
 from flux_poke.recording.neurons import InternalsRecorder
 from torch import nn
 
@@ -31,6 +32,15 @@ class Blocks(nn.Module):
         super().__init__()
         self.double_blocks = nn.ModuleList([DoubleBlock(layout, layout.site("double-img-0"), layout.site("double-txt-0"))])
         self.single_blocks = nn.ModuleList([SingleBlock(layout, layout.site("single-0"))])
+
+
+class Only(nn.Module):
+    """The blocks of one kind alone, as a whole model."""
+
+    def __init__(self, blocks: Blocks, kind: str):
+        super().__init__()
+        self.double_blocks = blocks.double_blocks if kind == "double" else nn.ModuleList()
+        self.single_blocks = blocks.single_blocks if kind == "single" else nn.ModuleList()
 
 
 def flux_dev_layout() -> Layout:
@@ -83,15 +93,16 @@ def main() -> None:
         "double": lambda: blocks.double_blocks[0](img=img, txt=txt, vec=vec, pe=pe),
         "single": lambda: blocks.single_blocks[0](both, vec=vec, pe=pe),
     }
-    recorder = InternalsRecorder(layout.sites)
-    ways: dict[str, Callable] = {
-        "plain": lambda: ExitStack(),
-        "recorded": lambda: recorder.watching(blocks),
-        "original's way": lambda: counted_as_the_original(blocks, layout.sites),
-    }
+    call = Call.at(torch.zeros(1, 1), torch.ones(1), (1.0, 0.0))
 
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, {given.dtype}, torch {torch.__version__}")
     for kind, run in runs.items():
+        only, recorder = Only(blocks, kind), InternalsRecorder([s for s in layout.sites if s.name.startswith(kind)])
+        ways: dict[str, Callable] = {
+            "plain": lambda: ExitStack(),
+            "recorded": lambda recorder=recorder, only=only: recorder.watching(only, call),
+            "original's way": lambda: counted_as_the_original(blocks, layout.sites),
+        }
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         for repeat in range(given.repeats + 2):
             for way, watching in ways.items():

@@ -26,8 +26,8 @@ from flux_poke.pruning.plan import PruningPlan, by_count
 from flux_poke.pruning.scores import rank
 from flux_poke.pruning.surgery import Cut
 from flux_poke.recording.block_states import BlockStates
-from flux_poke.recording.drawing import record_prompts, record_states
-from flux_poke.recording.internals import Internals
+from flux_poke.recording.drawing import Wanted, record
+from flux_poke.recording.recording import Recording
 from flux_poke.recording.states import StateChoice
 from flux_poke.retrain.blocks import BlockProblem, Chain
 from flux_poke.retrain.layers import retrain_layers
@@ -122,12 +122,14 @@ def main() -> None:
         folder = Path(name)
         prompts = [digit_prompts(number % 10)[(number // 10 + 6 * given.seed) % 13] for number in range(given.images)]
         noise = 10_000 * given.seed
-        internals: Internals = record_prompts(checkpoint, prompts, folder / "internals.safetensors", noise, batch=30)
+        recording = Recording.at(folder)
+        record(checkpoint, prompts, recording, Wanted(internals=True), noise, batch=30)
+        internals = recording.internals()
         choice = StateChoice(given.steps_each, seed=given.seed)
-        record_states(checkpoint, prompts, "blocks", folder / "states", choice=choice, seed=noise, batch=10)
+        record(checkpoint, prompts, recording, Wanted(blocks=choice), noise, batch=10)
         half = dense.layout.sites[0].width // 2
         plan = by_count(dense, rank("frequency", dense, internals), "frequency", half, half, half)
-        states = BlockStates.open(folder / "states")
+        states = BlockStates.open(recording.states_folder)
         print(f"torch {torch.__version__}, {given.threads} threads; {len(states)} states of {given.images} images")
         if given.only != "pairs":
             compare_recipes(dense, plan, states, given.seed, folder / "layers")

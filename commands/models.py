@@ -48,7 +48,7 @@ def tiny(
     from ..tiny.training import read_config, train_tiny
 
     with progress_bar() as update:
-        train_tiny(out, read_config(config), lambda part, step, steps, loss: update(f"{part}: loss {loss:.4f}", step / steps))
+        train_tiny(out, read_config(config), update)
 
 
 def inspect(file: Annotated[Path, typer.Argument(help="A FLUX checkpoint, dense or pruned.")]) -> None:

@@ -3,97 +3,118 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ..errors import UserError
 from .terminal import drawable, progress_bar
 
+if TYPE_CHECKING:
+    from ..recording.manifest import Kind
+    from ..recording.recording import Recording
+
+KINDS: tuple[Kind | Literal["internals"], ...] = ("internals", "rows", "lens", "blocks", "trajectories")
+
 
 def record(
     checkpoint: Annotated[Path, typer.Argument(help="FLUX of the tiny kind (.safetensors), as `train tiny` makes.")],
+    recording: Annotated[Path, typer.Argument(help="Folder to record to: a new one, or a recording of this model.")],
     prompts: Annotated[Path, typer.Option(help="Text file, one prompt per line.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Adds to this file.")] = Path("internals.safetensors"),
-    seed: Annotated[int, typer.Option(help="Seed of the first image; each image takes the next.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Euler steps per image.")] = 20,
-    batch: Annotated[int, typer.Option(min=1, help="Images drawn at once.")] = 16,
-    rows: Annotated[Path | None, typer.Option(help="Also sample rows of what the MLPs read into this folder.")] = None,
-    rows_per_step: Annotated[int, typer.Option(min=1, help="Rows per MLP, image and step.")] = 64,
-    hidden_states: Annotated[
-        Path | None, typer.Option(help="Keep what --what says in this folder, for retraining, and count no neurons.")
+    what: Annotated[
+        str,
+        typer.Option(
+            help="What to record, with commas: internals (how often neurons fire), rows (what MLPs read, for plans and "
+            "repair), lens (tokens after every block), blocks (all that enters and leaves them) and trajectories (velocities)."
+        ),
+    ] = "internals",
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first image; each image takes the next.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, max=10_000, help="Euler steps per image.")] = 20,
+    batch: Annotated[int, typer.Option(min=1, max=10_000, help="Images drawn at once.")] = 16,
+    keep_steps: Annotated[
+        int | None, typer.Option(min=1, help="Not for internals: steps per image to keep (default: 5 %, at least 1).")
     ] = None,
-    what: Annotated[Literal["blocks", "trajectories"], typer.Option(help="What goes into --hidden-states.")] = "blocks",
-    blocks: Annotated[str, typer.Option(help='Blocks to keep states of, such as "double 0-3, single"; or all.')] = "all",
-    keep_steps: Annotated[int | None, typer.Option(min=1, help="Steps per image to keep (default: 5 %, at least 1).")] = None,
-    max_gb: Annotated[float, typer.Option(help="What a folder may take; then rows are thinned, states end.")] = 64.0,
-    storage: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="Of states and velocities.")] = "bfloat16",
+    rows_per_step: Annotated[
+        int | None, typer.Option(min=1, help="For rows and lens: tokens per image and step (default: 64).")
+    ] = None,
+    blocks: Annotated[
+        str | None, typer.Option(help='For blocks: which ones, such as "double 0-3, single" (default: all).')
+    ] = None,
+    storage: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option(help="For blocks and trajectories: precision (default: bfloat16)."),
+    ] = None,
+    max_gb: Annotated[
+        float | None,
+        typer.Option(help="Not for internals: what each kind may take (default: 64); then rows are thinned, others end."),
+    ] = None,
 ) -> None:
-    """Draw a file of prompts and add what every neuron did to an internals file, or keep what went through its blocks."""
-    if rows and hidden_states:
-        raise UserError("Rows and hidden states are recorded one after the other: give --rows or --hidden-states, not both.")
-    if hidden_states:
-        return _record_states(checkpoint, prompts, hidden_states, what, blocks, keep_steps, storage, max_gb, seed, steps, batch)
-    from ..analysis.report import internals_title
-    from ..flux.checkpoint import Checkpoint
-    from ..prompts import read_prompts
-    from ..recording.drawing import RowsTo, record_prompts
-    from ..recording.rows import RowChoice, estimated_bytes
-    from ..recording.store import Limit
-
-    texts = read_prompts(prompts)
-    to = None
-    if rows:
-        to = RowsTo(rows, RowChoice(rows_per_step, keep_steps, seed=seed), Limit(max_gb))
-        layout = Checkpoint(checkpoint).layout
-        size = estimated_bytes(layout.sites, layout.hidden, to.choice, steps, len(texts))
-        typer.echo(f"{rows}: at most {size / 1e9:.2g} GB of rows")
-    with progress_bar() as update:
-        total = record_prompts(checkpoint, texts, out, seed=seed, steps=steps, batch=batch, progress=update, rows=to)
-    typer.echo(f"{out}: {internals_title(total)}")
-
-
-def _record_states(
-    checkpoint: Path,
-    prompts: Path,
-    folder: Path,
-    what: Literal["blocks", "trajectories"],
-    blocks: str,
-    kept_steps: int | None,
-    storage: str,
-    max_gb: float,
-    seed: int,
-    steps: int,
-    batch: int,
-) -> None:
+    """Draw a file of prompts once and record what the model does on the way."""
     import torch
 
-    from ..flux.blocks import choose_blocks
     from ..flux.checkpoint import Checkpoint
     from ..prompts import read_prompts
-    from ..recording.drawing import record_states
-    from ..recording.states import StateChoice, estimated_state_bytes, places_around
-    from ..recording.store import Limit
-    from ..tiny.model import LATENT_SIDE
-    from ..tiny.words import PADDED
+    from ..recording.drawing import Wanted
+    from ..recording.drawing import record as draw
+    from ..recording.manifest import Limit
+    from ..recording.recording import Recording
+    from ..recording.rows import RowChoice
+    from ..recording.states import StateChoice
 
-    texts, layout = read_prompts(prompts), Checkpoint(checkpoint).layout
-    choice = StateChoice(kept_steps, seed=seed, dtype=getattr(torch, storage))
-    places = places_around(choose_blocks(blocks, layout), layout)
-    calls = len(texts) * (kept_steps or max(1, round(0.05 * steps)))
-    size = estimated_state_bytes(what, layout, places, choice, calls, (LATENT_SIDE // layout.patch) ** 2, PADDED)
-    typer.echo(f"{folder}: about {size / 1e9:.2g} GB of {what}")
-    with progress_bar() as update:
-        store = record_states(
-            checkpoint, texts, what, folder, blocks, choice, Limit(max_gb, "stop"), seed, steps, batch, update
-        )
-    kept = sum(len(shard.captures) for shard in store.manifest.shards if shard.kind == what)
-    typer.echo(f"{folder}: {kept:,} model calls, {store.bytes(what) / 1e9:.2g} GB")
+    kinds = {kind.strip() for kind in what.split(",")}
+    if not kinds <= {*KINDS}:
+        raise UserError(f"--what {what}: expected some of {', '.join(KINDS)}, with commas in between.")
+    for option, given, applies in (
+        ("--keep-steps", keep_steps, {*KINDS} - {"internals"}),
+        ("--max-gb", max_gb, {*KINDS} - {"internals"}),
+        ("--rows-per-step", rows_per_step, {"rows", "lens"}),
+        ("--blocks", blocks, {"blocks"}),
+        ("--storage", storage, {"blocks", "trajectories"}),
+    ):
+        if given is not None and not kinds & applies:
+            those = ", ".join(kind for kind in KINDS if kind in applies)
+            raise UserError(f"{option} is for {those}: leave it out, or add one of them to --what.")
+    rows = RowChoice(rows_per_step or 64, keep_steps, seed=seed)
+    states = StateChoice(keep_steps, seed=seed, dtype=getattr(torch, storage or "bfloat16"))
+    wanted = Wanted(
+        internals="internals" in kinds,
+        rows=rows if "rows" in kinds else None,
+        lens=rows if "lens" in kinds else None,
+        blocks=states if "blocks" in kinds else None,
+        trajectories=states if "trajectories" in kinds else None,
+        blocks_of_states=blocks or "all",
+        limit=Limit(64.0 if max_gb is None else max_gb),
+    )
+    texts, to = read_prompts(prompts), Recording.at(recording)
+    for kind, size in wanted.estimated_bytes(Checkpoint(checkpoint).layout, steps, len(texts)).items():
+        typer.echo(f"{recording}: at most {size / 1e9:.2g} GB of {kind}")
+    with progress_bar() as progress:
+        notes = draw(checkpoint, texts, to, wanted, seed, steps, batch, progress)
+    for note in notes:
+        typer.echo(note)
+    _say(to, [kind for kind in KINDS if kind in kinds])
+
+
+def _say(recording: Recording, kinds: Iterable[Kind | Literal["internals"]]) -> None:
+    """What the recording holds of these kinds by now."""
+    from ..analysis.report import internals_title
+
+    for kind in kinds:
+        if kind == "internals":
+            if recording.internals_file.is_file():
+                typer.echo(f"{recording.internals_file}: {internals_title(recording.internals())}")
+            continue
+        states = recording.states()
+        size = states.bytes(kind) / 1e9
+        typer.echo(f"{recording.states_folder}: {kind} of {states.image_count(kind)} images, {size:.2g} GB")
 
 
 def download_prompts(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Text file to write, one prompt a line.")] = Path("prompts.txt"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write, one prompt per line.")] = Path(
+        "downloaded_prompts.txt"
+    ),
     contains: Annotated[str, typer.Option(help="Only prompts with this in them, such as '\"'.")] = "",
     limit: Annotated[int, typer.Option(min=0, help="At most so many; 0 = all.")] = 10_000,
     dataset: Annotated[list[str] | None, typer.Option(help="Only this one (default: both).")] = None,
@@ -105,17 +126,17 @@ def download_prompts(
 
 
 def show(
-    file: Annotated[Path, typer.Argument(help="internals.safetensors")],
+    recording: Annotated[Path, typer.Argument(help="Folder of a recording, or an internals file.")],
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
     picture: Annotated[Path | None, typer.Option(callback=drawable, help="Also draw it (.png, .pdf, .svg).")] = None,
 ) -> None:
-    """Print what was recorded, MLP by MLP."""
+    """Print what was recorded of every MLP."""
     from dataclasses import asdict
 
     from ..analysis.report import internals_figure, internals_summaries, internals_table
-    from ..recording.internals import Internals
+    from ..recording.recording import Recording
 
-    internals = Internals.load(file)
+    internals = Recording.open(recording).internals()
     if as_json:
         about = {key: getattr(internals, key) for key in ("family", "runs", "steps", "created", "updated")}
         typer.echo(json.dumps({**about, "sites": [asdict(site) for site in internals_summaries(internals)]}, indent=2))
@@ -126,11 +147,17 @@ def show(
 
 
 def merge(
-    files: Annotated[list[Path], typer.Argument(help="Recordings of one model.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write: a new one, or one of those.")],
+    recordings: Annotated[list[Path], typer.Argument(help="Recordings of one model: folders, or internals files.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder or .safetensors file to write: new, or one of those.")],
 ) -> None:
-    """Add up recordings of one model."""
+    """Add up the internals of recordings of one model."""
     from ..analysis.report import internals_title
     from ..recording.internals import merge_files
+    from ..recording.recording import Recording
 
-    typer.echo(f"{out}: {internals_title(merge_files(out, files))}")
+    files = []
+    for recording in map(Recording.open, recordings):
+        recording.require_internals()
+        files.append(recording.internals_file)
+    file = out if out.suffix == ".safetensors" else Recording.at(out).internals_file
+    typer.echo(f"{file}: {internals_title(merge_files(file, files))}")

@@ -23,7 +23,7 @@ from typing import Any
 
 import typer
 
-from ..errors import UserError
+from ..files import IMAGES, check_picture
 from ..progress import Progress
 
 #: The most of anything that is counted, so that a slip of the finger does not fill memory or run for years.
@@ -31,14 +31,18 @@ MOST = 1_000_000
 #: The largest seed: images of one call take the next ones, and torch takes up to 2 ** 64 - 1.
 MOST_SEED = 2**63 - 1
 
-#: What pictures may be written as.
-PICTURES = (".png", ".jpg", ".pdf", ".svg")
-
 
 def drawable(path: Path | None) -> Path | None:
-    """For options that name a picture to write; raises `UserError`, before any work is done, where it is of no known kind."""
-    if path is not None and path.suffix.lower() not in PICTURES:
-        raise UserError(f"{path} is no picture that can be written: its name ends in one of {', '.join(PICTURES)}.")
+    """For options that name a figure to write; raises `UserError`, before any work is done, where it cannot be written."""
+    if path is not None:
+        check_picture(path)
+    return path
+
+
+def drawable_image(path: Path | None) -> Path | None:
+    """`drawable` for what is no figure but an image."""
+    if path is not None:
+        check_picture(path, IMAGES)
     return path
 
 

@@ -9,45 +9,47 @@ from typing import Annotated, Literal
 import typer
 
 from ..errors import UserError
-from .terminal import drawable, progress_bar, table
+from .terminal import drawable, drawable_image, number, progress_bar, seed, table, whole
 
 
 def animate(
     folder: Annotated[Path, typer.Argument(help="A generation's folder, or one with decoded/step_*/double_block_*.jpg.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; default: DIR/blocks.FORMAT.")] = None,
     format_: Annotated[Literal["gif", "mp4", "webp"], typer.Option("--format")] = "gif",
-    fps: Annotated[float, typer.Option(help="Frames per second.")] = 2.0,
+    fps: Annotated[float, number(help="Frames per second.", least=0.01, most=100)] = 2.0,
     block_type: Annotated[Literal["double", "single"] | None, typer.Option(help="Default: both.")] = None,
-    max_blocks: Annotated[int | None, typer.Option(min=1, help="At most so many blocks of each type.")] = None,
-    font_size: Annotated[int, typer.Option(min=0, help="Of the captions; 0 leaves them out.")] = 24,
+    max_blocks: Annotated[int | None, whole(help="At most this many blocks of each type.", least=1)] = None,
+    font_size: Annotated[int, whole(help="Of the captions; 0 leaves them out.", least=0, most=200)] = 24,
     order: Annotated[
         Literal["step", "block"], typer.Option(help="Step by step, or one block through all steps, then the next.")
     ] = "step",
 ) -> None:
     """Make a GIF, MP4 or WebP of decoded block previews."""
-    from ..analysis.animation import captioned_frames, choose_frames, write_animation
+    from ..analysis.animation import captioned_frames, check_animation, choose_frames, write_animation
     from ..analysis.generation import find_previews
 
-    chosen = choose_frames(find_previews(folder), order, block_type, max_blocks)
     path = out or folder / f"blocks.{format_}"
-    with progress_bar() as update:
-        frames = captioned_frames(chosen, font_size, lambda done, of, _: update(f"frame {done} of {of}", done / of))
-        write_animation(path, frames, fps)
+    check_animation(path, fps)
+    chosen = choose_frames(find_previews(folder), order, block_type, max_blocks)
+    with progress_bar() as progress:
+        write_animation(path, captioned_frames(chosen, font_size, progress), fps)
     typer.echo(f"{path}: {len(chosen)} frames")
 
 
 def compare(
     reference: Annotated[Path, typer.Argument(help="An image, a folder of images, or a .latent: the dense model's.")],
     variants: Annotated[list[Path], typer.Argument(help="What to compare with it, of the same size.")],
-    picture: Annotated[Path | None, typer.Option(callback=drawable, help="Draw them side by side.")] = None,
+    picture: Annotated[Path | None, typer.Option(callback=drawable_image, help="Draw them side by side.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the table (.csv or .json).")] = None,
 ) -> None:
     """Relative MSE, PSNR and SSIM of images or latents against a reference."""
     from ..analysis import metrics
-    from ..files import check_not_read
+    from ..files import check_not_read, write_picture
 
     for written in filter(None, (picture, out)):
         check_not_read(written, [reference, *variants])
+    if out:
+        metrics.check_comparisons(out)
     goal = metrics.read_images(reference)
     images = [metrics.read_images(variant) for variant in variants]
     rows = [metrics.compare(image, goal, str(variant)) for image, variant in zip(images, variants, strict=True)]
@@ -56,7 +58,7 @@ def compare(
         metrics.write_comparisons(out, rows)
     if picture:
         named = [replace(row, name=variant.name) for row, variant in zip(rows, variants, strict=True)]
-        metrics.side_by_side(named, images, goal, reference.name).save(picture)
+        write_picture(picture, metrics.side_by_side(named, images, goal, reference.name))
 
 
 def fit(
@@ -68,7 +70,7 @@ def fit(
     """Fit the affine map from each block's tokens to the last block's."""
     from ..analysis.contributions import lens_figure
     from ..analysis.lens import FORMAT, fit_lens
-    from ..files import check_replaces
+    from ..files import check_replaces, write_picture
     from ..recording.lens_rows import LensRows
 
     check_replaces(out, FORMAT)
@@ -78,7 +80,7 @@ def fit(
     found = [[block.title, lens.raw_errors[block], lens.errors[block]] for block in sorted(lens.errors)]
     table(("block", "error_without", "error_with_lens"), found)
     if picture:
-        lens_figure(lens).savefig(picture, dpi=110)
+        write_picture(picture, lens_figure(lens))
     typer.echo(f"{out}: fitted on {lens.rows:,} tokens of {lens.images:,} images; errors are on images it was not fitted on")
 
 
@@ -86,11 +88,11 @@ def capture(
     prompt: Annotated[list[str] | None, typer.Option(help="What to draw; may be given more than once.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.")] = None,
     model: Annotated[str, typer.Option(help="flux-schnell, flux-dev, flux-dev-krea, tiny, or a file's name.")] = "flux-schnell",
-    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16; default: the workflow's.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16; default: the workflow's.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the first image, the next take the next; default: random.")] = None,
-    num_steps: Annotated[int | None, typer.Option(min=1, help="Default: 4 for schnell, 20 for tiny, else 50.")] = None,
-    guidance: Annotated[float, typer.Option(help="Distilled guidance, where the model takes one.")] = 2.5,
+    width: Annotated[int | None, whole(least=16, most=16384, help="Pixels, a multiple of 16.")] = None,
+    height: Annotated[int | None, whole(least=16, most=16384, help="Pixels, a multiple of 16.")] = None,
+    seed: Annotated[int | None, seed("Of the first image, the next take the next; default: random.")] = None,
+    num_steps: Annotated[int | None, whole(least=1, most=10_000, help="Default: 4 for schnell, 20 for tiny, else 50.")] = None,
+    guidance: Annotated[float, number(least=0, most=100, help="Distilled guidance, where the model takes one.")] = 2.5,
     output_dir: Annotated[Path, typer.Option(help="One folder per image goes in here.")] = Path("output"),
     decode_intermediates: Annotated[bool, typer.Option(help="Write previews as pictures, or their latents.")] = True,
     add_sampling_metadata: Annotated[bool, typer.Option(help="Write how it was drawn into EXIF and PNG text.")] = True,
@@ -113,9 +115,9 @@ def capture(
         )
         for number, text in enumerate(texts)
     ]  # fmt: skip
-    with progress_bar() as update:
-        update("waiting for ComfyUI", 0.0)
+    with progress_bar() as progress:
+        progress("waiting for ComfyUI", 0, 1)
         with capture_servers(server, comfyui, offload, multi_gpu) as servers:
-            found = capture_everywhere(servers, requests, output_dir, update)
+            found = capture_everywhere(servers, requests, output_dir, progress)
     for one in found:
         typer.echo(f"{one.generation_id}  {one.folder}  {one.request.prompt}")

@@ -13,7 +13,7 @@ Follows black-forest-labs/flux and /flux2, `model.py`; its output equals ComfyUI
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -103,21 +103,9 @@ class Flux(nn.Module):
         txt = self.txt_in(context)
         pe = self.positions(context.shape[1], height // patch, width // patch, x.device)
 
-        img = self.blocks(img, txt, vec, pe)
+        img, _ = run_blocks(self, img, txt, vec, pe)
         out = self.final_layer(img, vec)
         return rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=height // patch, p=patch, q=patch)
-
-    def blocks(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
-        """Image tokens [batch, tokens, hidden] after the last block."""
-        shared = self.layout.family == "flux2"
-        double_vec = (self.double_stream_modulation_img(vec), self.double_stream_modulation_txt(vec)) if shared else vec
-        for block in self.double_blocks:
-            img, txt = block(img=img, txt=txt, vec=double_vec, pe=pe)
-        single_vec = self.single_stream_modulation(vec) if shared else vec
-        tokens = torch.cat((txt, img), dim=1)
-        for block in self.single_blocks:
-            tokens = block(tokens, vec=single_vec, pe=pe)
-        return tokens[:, txt.shape[1] :]
 
     def positions(self, words: int, rows: int, columns: int, device: torch.device) -> Tensor:
         """Rotations for text and image tokens [words + rows·columns, head dim / 2, 2, 2], float32.
@@ -130,6 +118,27 @@ class Flux(nn.Module):
         ids[words:, 1] = torch.arange(rows, device=device).repeat_interleave(columns)
         ids[words:, 2] = torch.arange(columns, device=device).repeat(rows)
         return torch.cat([rotations(ids[:, n], dim, self.layout.theta) for n, dim in enumerate(self.layout.axes)], dim=1)
+
+
+def run_blocks(model: Any, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
+    """Image and text tokens [batch, tokens, hidden] after the blocks of `model`, one after the other.
+
+    `model` has a `layout`, its blocks under their names in the checkpoint and, in FLUX.2, the modulations that they share:
+    a `Flux`, or a part of one.
+    """
+    shared = model.layout.family == "flux2"
+    double_blocks, single_blocks = (list(blocks.children()) for blocks in (model.double_blocks, model.single_blocks))
+    if double_blocks:
+        double_vec = (model.double_stream_modulation_img(vec), model.double_stream_modulation_txt(vec)) if shared else vec
+        for block in double_blocks:
+            img, txt = block(img=img, txt=txt, vec=double_vec, pe=pe)
+    if single_blocks:
+        single_vec = model.single_stream_modulation(vec) if shared else vec
+        tokens, words = torch.cat((txt, img), dim=1), txt.shape[1]
+        for block in single_blocks:
+            tokens = block(tokens, vec=single_vec, pe=pe)
+        txt, img = tokens[:, :words], tokens[:, words:]
+    return img, txt
 
 
 class Shift(NamedTuple):

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from ..errors import UserError
 from .checkpoint import scale_key
 from .layout import Site
+from .model import activation
 
 #: ComfyUI's layer formats whose numbers stand for themselves, but for a scale.
 _PLAIN_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
@@ -65,11 +66,7 @@ class SiteWeights:
 
     def activations(self, x: Tensor) -> Tensor:
         """The neurons [n, width] for rows x [n, hidden]: GELU(tanh), or silu(gate) · value in a gated MLP; float32."""
-        h = F.linear(x.to(self.up), self.up, self.up_bias)
-        if not self.site.gated:
-            return F.gelu(h, approximate="tanh")
-        gate, value = h.chunk(2, dim=-1)
-        return F.silu(gate).mul_(value)
+        return activation(self.site)(F.linear(x.to(self.up), self.up, self.up_bias))
 
 
 def down_energy(weights: SiteWeights) -> Tensor:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from queue import Empty, SimpleQueue
 from threading import Event
 from typing import Any
@@ -27,6 +28,7 @@ import torch
 
 from ..errors import UserError
 from ..files import replacing
+from ..progress import Progress, silent
 from .client import ComfyClient, Interrupted
 from .server import ComfyServer
 
@@ -38,8 +40,8 @@ FILES = {"flux-schnell": "flux1-schnell", "flux-dev": "flux1-dev", "flux-dev-kre
 #: Steps by model where none are asked for, and those of all others.
 STEPS, OTHER_STEPS = {"flux-schnell": 4, "tiny": 20}, 50
 
-#: Told what is being done, and how far all of it is (0..1).
-Progress = Callable[[str, float], None]
+#: What the nodes call a generation's folder.
+GENERATION_ID = re.compile(r"[0-9a-f]{8}")
 
 
 class Stopped(Exception):
@@ -78,11 +80,12 @@ class Captured:
     folder: Path
 
 
-def capture(client: ComfyClient, request: CaptureRequest, out: Path, progress: Progress | None = None) -> Captured:
+def capture(client: ComfyClient, request: CaptureRequest, out: Path, progress: Progress = silent) -> Captured:
     """Draws one image on the server and brings its files to `out/{generation_id}`.
 
-    Raises `UserError` where the server lacks the nodes or the model, or the run fails or is stopped there. Where `progress`
-    raises (it is called every few seconds at least), the run is stopped on the server, or taken out of its queue.
+    Raises `UserError` where the server lacks the nodes or the model, the run fails or is stopped there, and where that folder
+    is there already or the server names files outside of it. Where `progress` raises (it is called every few seconds at
+    least), the run is stopped on the server, or taken out of its queue.
     """
     graph = filled_graph(request, [] if request.model == "tiny" else client.models("diffusion_models"))
     started: set[str] = set()
@@ -95,8 +98,7 @@ def capture(client: ComfyClient, request: CaptureRequest, out: Path, progress: P
             title = graph[node].get("_meta", {}).get("title") or graph[node]["class_type"] if node in graph else "running"
             part = value / total if total else 0.0
             state = f"{title}: {value}/{total}" if total else title, (len(started) - 1 + part) / len(graph)
-        if progress is not None:
-            progress(*state)
+        progress(*state, 1)
 
     prompt_id = client.queue(graph)
     try:
@@ -111,22 +113,37 @@ def capture(client: ComfyClient, request: CaptureRequest, out: Path, progress: P
     found = result.files("flux_poke")
     if not found:
         raise UserError(f"The workflow in {WORKFLOWS} wrote no generation: it must end in Decode Block Previews.")
-    for written in found:  # by Decode Block Previews, and by whatever adds to its folder
-        folder = out / written["generation_id"]
-        for name in written["files"]:
-            path = folder / name
-            if folder.resolve() not in path.resolve().parents or out.resolve() not in folder.resolve().parents:
-                raise UserError(f"The server names a file outside of its generation's folder: {name}.")
-            where = Path(written["subfolder"], name)
-            content = client.fetch({"filename": where.name, "subfolder": where.parent.as_posix(), "type": "output"})
-            with replacing(path) as new:
-                new.write_bytes(content)
+    bring(found, out, client.fetch)
     generation_id = found[0]["generation_id"]
     return Captured(request, generation_id, out / generation_id)
 
 
+def bring(found: Sequence[Mapping[str, Any]], out: Path, fetch: Callable[[Mapping[str, str]], bytes]) -> None:
+    """Writes the files that the server `found` to new folders `out/{generation_id}`; `fetch` gives what is in one.
+
+    Raises `UserError`, before anything is fetched, where a folder is there already, or a name leads out of it.
+    """
+    files: dict[Path, dict[str, str]] = {}
+    for written in found:  # by Decode Block Previews, and by whatever adds to its folder
+        generation_id = f"{written['generation_id']}"
+        folder = out / generation_id
+        if not GENERATION_ID.fullmatch(generation_id):
+            raise UserError(f"The server calls a generation {generation_id!r}: expected 8 hexadecimal digits.")
+        if folder.exists() or folder.is_symlink():
+            raise UserError(f"{folder} is there already: move it, or choose another folder with --output-dir.")
+        for name in written["files"]:
+            path, where = folder / name, PurePosixPath(written["subfolder"], name)
+            if folder.resolve() not in path.resolve().parents:
+                raise UserError(f"The server names a file outside of its generation's folder: {name}.")
+            files[path] = {"filename": where.name, "subfolder": where.parent.as_posix(), "type": "output"}
+    for path, file in files.items():
+        content = fetch(file)
+        with replacing(path) as new:
+            new.write_bytes(content)
+
+
 def capture_everywhere(
-    servers: Sequence[str], requests: Sequence[CaptureRequest], out: Path, progress: Progress | None = None
+    servers: Sequence[str], requests: Sequence[CaptureRequest], out: Path, progress: Progress = silent
 ) -> list[Captured]:
     """Draws all requests, each on whichever of the `servers` (host:port) is free; the results in the order of the requests.
 
@@ -146,15 +163,14 @@ def capture_everywhere(
             except Empty:
                 return
 
-            def report(doing: str, part: float, number: int = number) -> None:
+            def report(doing: str, part: float, of: float, number: int = number) -> None:
                 if stopped.is_set():
                     raise Stopped
-                parts[number] = part
-                if progress is not None:
-                    progress(f"image {number + 1} of {len(requests)} · {doing}", sum(parts) / len(parts))
+                parts[number] = part / of
+                progress(f"image {number + 1} of {len(requests)} · {doing}", sum(parts), len(parts))
 
             done[number] = capture(client, requests[number], out, report)
-            report("done", 1.0)
+            report("done", 1, 1)
 
     with ExitStack() as stack:
         clients = [stack.enter_context(ComfyClient(address)) for address in servers]

@@ -23,7 +23,7 @@ from ..errors import UserError
 Graph = Mapping[str, Mapping[str, Any]]
 
 #: Told which node is at work, its step and its number of steps (0, 0 when it starts); of no node ("") where all is silent.
-Progress = Callable[[str, int, int], None]
+OnNode = Callable[[str, int, int], None]
 
 #: Seconds without a message after which the history is asked instead.
 SILENCE = 5.0
@@ -67,7 +67,7 @@ class ComfyClient:
         self._socket.close()
         self._http.close()
 
-    def run(self, graph: Graph, on_progress: Progress | None = None, extra: Mapping[str, Any] | None = None) -> Result:
+    def run(self, graph: Graph, on_progress: OnNode | None = None, extra: Mapping[str, Any] | None = None) -> Result:
         """Queues a graph and waits for its end; see `queue` and `wait`."""
         return self.wait(self.queue(graph, extra), on_progress)
 
@@ -76,7 +76,7 @@ class ComfyClient:
         body = {"prompt": graph, "client_id": self.id, "extra_data": dict(extra or {})}
         return self._ask("POST", "prompt", json=body, refused=lambda answer: _refusal(answer, graph)).json()["prompt_id"]
 
-    def wait(self, prompt_id: str, on_progress: Progress | None = None) -> Result:
+    def wait(self, prompt_id: str, on_progress: OnNode | None = None) -> Result:
         """Waits until a queued run has ended. Raises `UserError` with the failing node's message, or `Interrupted`."""
         texts: dict[str, str] = {}
         executed: list[str] = []
@@ -105,6 +105,7 @@ class ComfyClient:
             elif kind == "execution_success":
                 break
         while not (found := self.history(prompt_id)):  # written a moment after the last message
+            self._past_messages(prompt_id)
             time.sleep(0.05)
         return Result(prompt_id, found["outputs"], texts, tuple(executed))
 
@@ -169,7 +170,8 @@ class ComfyClient:
         record = self.history(prompt_id)
         if not record:
             raise UserError(
-                f"ComfyUI at {self.address} no longer knows the run {prompt_id}: it was started anew. Queue it again."
+                f"ComfyUI at {self.address} no longer knows the run {prompt_id}: it was restarted, or its history was cleared. "
+                "Queue it again."
             )
         return [(kind, data) for kind, data in record["status"]["messages"]]
 

@@ -25,7 +25,7 @@ from ..flux.layout import Site
 from ..flux.weights import SiteWeights
 from ..progress import Progress, part, silent
 from ..recording.recording import Recording
-from ..recording.store import held_out
+from ..recording.split import held_out
 from .cache import Shapes, cache_key, cached_header, read_cached, recorded_rows, write_cached
 from .dense import Dense
 from .moments import gather
@@ -71,6 +71,7 @@ class Repairs(Mapping[str, Repaired]):
         self.recording = recording
         if method == "bias":
             self.internals = require_internals(recording.internals(), dense, sites, "repair = bias")
+            self.internals.require_sums("repair = bias")
             return
         self.rows = require_rows(recording.states(), dense, sites, "repair = affine")
         self._of_rows = recorded_rows(recording)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..flux.fingerprint import Fingerprint
+from .manifest import record_first
 from .store import MANIFEST, HiddenStates, ShardSlices
 
 
@@ -41,11 +42,19 @@ class BlockStates:
 
     Attributes:
         places: that every file has, ascending. image: [samples] int64. groups: indices of samples of equal shapes.
-        fingerprint: of the model they come from; None in the original's folders.
+        fingerprint: of the model they come from; None in the original's folders. digest: hexadecimal, another one whenever
+        block states are recorded (in the original's folders, by the files' names, sizes and times).
     """
 
-    def __init__(self, folder: Path, files: Sequence[ShardSlices], images: Sequence[Tensor], fingerprint: Fingerprint | None):
-        self.folder, self.files, self.fingerprint = folder, list(files), fingerprint
+    def __init__(
+        self,
+        folder: Path,
+        files: Sequence[ShardSlices],
+        images: Sequence[Tensor],
+        fingerprint: Fingerprint | None,
+        digest: str,
+    ):
+        self.folder, self.files, self.fingerprint, self.digest = folder, list(files), fingerprint, digest
         self.image = torch.cat(list(images))
         self.places = sorted(set.intersection(*(_places(file) for file in self.files)))
         if not self.places:
@@ -70,23 +79,17 @@ class BlockStates:
             files = [ShardSlices(folder / shard.file) for shard in shards]
             images = [torch.tensor([capture.image for capture in shard.captures]) for shard in shards]
             fingerprint: Fingerprint | None = store.manifest.fingerprint
+            digest = store.digest("blocks")
         else:
             files = [file for path in sorted(folder.glob("*.safetensors")) if _places(file := ShardSlices(path))]
             counts = [file.shape(f"{min(_places(file))}-img")[0] for file in files]
             images = list(torch.arange(sum(counts)).split(counts)) if counts else []
             fingerprint = None
+            known = [(file.path.name, file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files]
+            digest = hashlib.sha256(f"{known}".encode()).hexdigest()
         if not files:
-            raise UserError(
-                f"{folder} holds no block states: record some first (Record Hidden States with what = block states, or "
-                "`flux-poke record --hidden-states DIR --what blocks`)."
-            )
-        return cls(folder, files, images, fingerprint)
-
-    @property
-    def digest(self) -> str:
-        """Hexadecimal; changes whenever files are added."""
-        files = [(file.path.name, file.path.stat().st_size) for file in self.files]
-        return hashlib.sha256(f"{files}".encode()).hexdigest()
+            raise UserError(f"{folder} holds no block states. {record_first('blocks')}")
+        return cls(folder, files, images, fingerprint, digest)
 
     def require(self, fingerprint: Fingerprint, hidden: int, what: str) -> None:
         """Raises `UserError` where the states are of another model than the one with `fingerprint`, called `what`."""

@@ -1,8 +1,10 @@
 """One call of the model while it draws, as every recorder is told of it.
 
-call = Call.at(x, sigma, sigmas)
-with recorder.watching(model, call):
-    model(x, sigma, context, vector)
+    call = Call.at(x, sigma, sigmas, context=context)
+    with recorder.watching(model, call):
+        model(x, sigma, context, vector)
+
+It says which step of the run this is, which image each row of the batch belongs to, and which tokens count.
 """
 
 from __future__ import annotations
@@ -15,9 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Part of a batch: a slice, or a tensor that masks or counts its rows.
-BatchRows = slice | Tensor
-
 
 @dataclass(frozen=True)
 class TokenMask:
@@ -27,7 +26,7 @@ class TokenMask:
     txt: Tensor | None = None
 
     def rows(self, stream: str, batch: int, tokens: int) -> Tensor | None:
-        """The mask for one MLP's input [batch, tokens, ...], flat, bool [batch · tokens]; None = all.
+        """The mask for one MLP's input [batch, tokens, ...], flat, bool [batch * tokens]; None = all.
 
         A single block sees text first, then the image.
         """
@@ -54,7 +53,9 @@ class Call:
         images: which image of the run each row of the batch is, from 0; None for rows that no image is read from (a negative
             prompt's, or a second positive prompt's).
         mask: which tokens count.
-        context, guidance, seed: text [batch, words, width], what distilled guidance is told, and the sampler's seed, if known.
+        context, guidance, seed: text [batch, words, width], what distilled guidance is told, and the seed of the sampler, or
+            one for each image, if known.
+        prompts: of each image, if known.
         references: latents of reference pictures, whose tokens follow those of the image.
         again: makes the same call once more, unwatched; the velocity.
     """
@@ -67,7 +68,8 @@ class Call:
     mask: TokenMask = field(default_factory=TokenMask)
     context: Tensor | None = None
     guidance: Tensor | None = None
-    seed: int | None = None
+    seed: int | tuple[int, ...] | None = None
+    prompts: tuple[str, ...] = ()
     references: tuple[Tensor, ...] = ()
     again: Callable[[], Tensor] | None = None
 
@@ -96,38 +98,40 @@ class Call:
         return self.sigmas[self.step + 1]
 
     @property
+    def sigma_now(self) -> float:
+        """The level that the step begins at."""
+        return self.sigmas[self.step]
+
+    @property
     def rows(self) -> list[int]:
         """The rows of the batch that images are read from, in the order of the batch."""
         return [row for row, image in enumerate(self.images) if image is not None]
 
     @property
+    def read(self) -> list[int]:
+        """The image of each of those rows."""
+        return [image for image in self.images if image is not None]
+
+    def part(self, values: Tensor) -> Tensor:
+        """Those rows of `values` [batch, ...]; no copy where they are all of them."""
+        rows = self.rows
+        if len(rows) == len(self.images):
+            return values
+        first, count = (rows[0], len(rows)) if rows else (0, 0)
+        return values[first : first + count] if rows == [*range(first, first + count)] else values[rows]
+
+    @property
+    def count(self) -> int:
+        """How many images the run draws."""
+        return max(self.read, default=-1) + 1
+
+    @property
     def drawn(self) -> str:
         """Tells the images of this run from those of others: noise and text of its first call, in hexadecimal."""
-        parts = [self.x[self.rows], *(() if self.context is None else (self.context[self.rows],))]
-        return hashlib.sha256(b"".join(part.float().cpu().numpy().tobytes() for part in parts)).hexdigest()
+        parts = [self.part(self.x), *(() if self.context is None else (self.part(self.context),))]
+        return hashlib.sha256(b"".join(part.float().cpu().numpy().tobytes() for part in parts)).hexdigest()[:32]
 
-
-@dataclass(frozen=True)
-class Moment:
-    """One call of the model within a sampling run.
-
-    Attributes:
-        step: number of the sampling step, from 0.
-        x: latents as the sampler holds them, [batch, channels, height, width].
-        sigma: their noise level, [batch].
-        sigma_next: the level the step leads to.
-        rows: the part of the batch to look at (under classifier-free guidance, the positive prompt's).
-    """
-
-    step: int
-    x: Tensor
-    sigma: Tensor
-    sigma_next: float
-    rows: BatchRows = field(default_factory=lambda: slice(None))
-
-    @classmethod
-    def at(cls, x: Tensor, sigma: Tensor, sigmas: Tensor, rows: BatchRows = slice(None)) -> Moment:
-        """Where `sigma` [batch] stands in the schedule `sigmas` [steps + 1]."""
-        levels, now = sigmas.tolist(), sigma.flatten()[0].item()
-        step = max(sum(level >= now for level in levels[:-1]) - 1, 0)
-        return cls(step, x, sigma, levels[step + 1], rows)
+    def asked(self, image: int) -> tuple[str | None, int | None]:
+        """Prompt and seed of an image, where they are known."""
+        seed = self.seed[image] if isinstance(self.seed, tuple) else self.seed
+        return self.prompts[image] if self.prompts else None, seed

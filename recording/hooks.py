@@ -1,9 +1,12 @@
-"""Hooks that are called, whatever was compiled before, and the image tokens that pass between blocks.
+"""Hooks that run whatever was compiled before, the image tokens that pass between blocks, and which blocks ran.
 
-    with hooks_heard():
+    with force_eager():
         model(x)                                     # also where torch.compile compiled it earlier, without hooks
-    with watching_image_tokens(model, {0, 5}, see):  # see(place, img): what enters block number `place`, or the final layer
+    with watching_image_tokens(model, {0, 5}, see):  # see(block_index, img): what enters a block, or the final layer
         model(...)
+    with watching_blocks(model) as ran:
+        model(...)
+    ran.whole                                        # False where blocks were skipped
 
 What leaves a block is what enters the next one: whatever a host adds in between (a ControlNet, say) is in it.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +24,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def hooks_heard() -> Iterator[None]:
+def force_eager() -> Iterator[None]:
     """Compiled models run as they were written while the `with` lasts; others are not affected.
 
     torch.compile does not look for hooks that came after it (`torch._dynamo.config.skip_nnmodule_hook_guards`): the call
@@ -34,11 +38,60 @@ def hooks_heard() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def watching_image_tokens(model: nn.Module, places: Collection[int], see: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Calls `see(place, img)` with the image tokens [batch, tokens, hidden] that enter the blocks at `places`.
+def blocks_in(model: nn.Module) -> list[nn.Module]:
+    """The modules of all blocks, in the order they run."""
+    return [block for name in ("double_blocks", "single_blocks") for block in model.get_submodule(name).children()]
 
-    The place after the last block is the final layer. References of an edit follow the image's own tokens. `img` is the
+
+@dataclass
+class Ran:
+    """Which of `count` blocks ran while they were watched."""
+
+    count: int
+    blocks: set[int] = field(default_factory=set)
+
+    @property
+    def whole(self) -> bool:
+        return len(self.blocks) == self.count
+
+
+@contextmanager
+def watching_blocks(model: nn.Module) -> Iterator[Ran]:
+    """Tells which blocks of `model` run while the `with` lasts.
+
+    Guidance by skipped layers calls the model without some of them, and a cache of the host's without most: what such a call
+    computes is not what the model does, and recorders leave it out.
+    """
+    blocks = blocks_in(model)
+    ran = Ran(len(blocks))
+    with ExitStack() as hooks:
+        hooks.enter_context(force_eager())
+        for block_index, block in enumerate(blocks):
+
+            def note(*_: Any, block_index: int = block_index) -> None:
+                ran.blocks.add(block_index)
+
+            hooks.callback(block.register_forward_pre_hook(note).remove)
+        yield ran
+
+
+def left_out(calls: int) -> str:
+    """The sentence on `calls` calls that were not recorded, since blocks were skipped in them; empty where there were none."""
+    if not calls:
+        return ""
+    return (
+        f"{calls} model call{' that skips' if calls == 1 else 's that skip'} blocks (guidance by skipped layers, a cache) "
+        f"{'is' if calls == 1 else 'are'} left out."
+    )
+
+
+@contextmanager
+def watching_image_tokens(
+    model: nn.Module, block_indices: Collection[int], see: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """Calls `see(block_index, img)` with the image tokens [batch, tokens, hidden] that enter the blocks at `block_indices`.
+
+    The index after the last block is the final layer. References of an edit follow the image's own tokens. `img` is the
     model's own memory, which the next block may overwrite: use it at once or clone it, and do not write to it. Works on
     any model with FLUX's module names; hooks are gone when the `with` ends.
     """
@@ -47,22 +100,22 @@ def watching_image_tokens(model: nn.Module, places: Collection[int], see: Callab
     final = len(doubles) + len(singles)
     words = 0
 
-    def entering(place: int):
+    def entering(block_index: int):
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             nonlocal words
-            if place < len(doubles):
+            if block_index < len(doubles):
                 img, words = kwargs["img"], kwargs["txt"].shape[1]
             else:
-                img = args[0] if place == final else args[0][:, words:]
-            if place in places:
-                see(place, img)
+                img = args[0] if block_index == final else args[0][:, words:]
+            if block_index in block_indices:
+                see(block_index, img)
 
         return hook
 
     with ExitStack() as hooks:
-        hooks.enter_context(hooks_heard())
-        for place, module in enumerate((*doubles, *singles, model.get_submodule("final_layer"))):
-            # The last double block tells how many text tokens come first in a single block.
-            if place in places or place == len(doubles) - 1:
-                hooks.callback(module.register_forward_pre_hook(entering(place), with_kwargs=True).remove)
+        hooks.enter_context(force_eager())
+        for block_index, module in enumerate((*doubles, *singles, model.get_submodule("final_layer"))):
+            # The last double block that runs tells how many text tokens come first in a single block.
+            if block_index in block_indices or block_index < len(doubles):
+                hooks.callback(module.register_forward_pre_hook(entering(block_index), with_kwargs=True).remove)
         yield

@@ -15,6 +15,7 @@ memory: everything is read when it is asked for.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +23,21 @@ from pathlib import Path
 from ..errors import UserError
 from ..flux.fingerprint import Fingerprint
 from .internals import Internals
-from .store import MANIFEST, HiddenStates, Manifest
+from .manifest import MANIFEST, Manifest, record_first
+from .store import HiddenStates
 
 INTERNALS, STATES, CACHE = "internals.safetensors", "hidden_states", "cache"
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A folder, and where in it things are. `folder` need not exist yet."""
+    """A folder, and where in it things are. `folder` need not exist yet.
+
+    `file` is an internals file that stands for itself, whatever else is in its folder; None = the one in the folder.
+    """
 
     folder: Path
+    file: Path | None = None
 
     @classmethod
     def at(cls, folder: str | os.PathLike[str]) -> Recording:
@@ -42,10 +48,11 @@ class Recording:
     def open(cls, folder: str | os.PathLike[str]) -> Recording:
         """The recording in `folder`; raises `UserError` where there is none.
 
-        The name of an internals file in the folder stands for the folder.
+        The name of an internals file stands for its folder; one of another name for itself alone.
         """
         path = Path(folder)
-        found = cls(path.parent if path.name == INTERNALS and path.is_file() else path)
+        alone = path.is_file() and path.name != INTERNALS
+        found = cls(path.parent if path.is_file() else path, path if alone else None)
         if not found.kinds:
             raise UserError(
                 f"{folder} holds no recording: expected {INTERNALS} or {STATES}/{MANIFEST} in it. Record first (Record, or "
@@ -55,11 +62,11 @@ class Recording:
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        return self.file.name if self.file else self.folder.name
 
     @property
     def internals_file(self) -> Path:
-        return self.folder / INTERNALS
+        return self.file or self.folder / INTERNALS
 
     @property
     def states_folder(self) -> Path:
@@ -71,10 +78,14 @@ class Recording:
         return self.folder / CACHE
 
     @property
+    def _has_states(self) -> bool:
+        return self.file is None and (self.states_folder / MANIFEST).is_file()
+
+    @property
     def kinds(self) -> frozenset[str]:
         """What there is: "internals", and of the states "rows", "lens", "blocks", "trajectories", "amplification"."""
         found = {"internals"} if self.internals_file.is_file() else set()
-        if (self.states_folder / MANIFEST).is_file():
+        if self._has_states:
             manifest = Manifest.load(self.states_folder)
             found |= {shard.kind for shard in manifest.shards}
             if manifest.amplification:
@@ -83,25 +94,57 @@ class Recording:
 
     def internals(self) -> Internals:
         """Raises `UserError` where there are none."""
-        if not self.internals_file.is_file():
-            raise UserError(f"{self.folder} holds no internals: record them first (Record, what = internals).")
+        self.require_internals()
         return Internals.load(self.internals_file)
+
+    def require_internals(self) -> None:
+        """Raises `UserError` where there are none."""
+        if not self.internals_file.is_file():
+            raise UserError(f"{self.folder} holds no internals. {record_first('internals')}")
 
     def states(self) -> HiddenStates:
         """Raises `UserError` where there are none."""
+        if self.file is not None:
+            raise UserError(f"{self.file} holds internals alone: name the folder of a recording, which holds the rest too.")
         return HiddenStates.open(self.states_folder)
 
-    def fingerprint(self) -> Fingerprint:
-        """Of the model that was recorded; raises `UserError` where nothing was, or internals and states are of two models."""
+    def digest(self, *kinds: str) -> str:
+        """Hexadecimal; another one whenever something of these `kinds` is recorded: caches are known by it.
+
+        Raises `UserError` where the file or the manifest that tells is missing.
+        """
         found = []
+        if "internals" in kinds:
+            self.require_internals()
+            found.append(hashlib.sha256(self.internals_file.read_bytes()).hexdigest())
+        if states := [kind for kind in kinds if kind != "internals"]:
+            found.append(self.states().digest(*states))
+        return found[0] if len(found) == 1 else hashlib.sha256(f"{found}".encode()).hexdigest()
+
+    def require(self, fingerprint: Fingerprint, what: str) -> None:
+        """Raises `UserError` where something was recorded of another model than the one with `fingerprint`, called `what`."""
+        found = self.fingerprint() if self.kinds else None
+        if found is not None and not found.matches(fingerprint):
+            raise UserError(
+                f"{self.folder} was recorded on another model than {what}: {found.difference(fingerprint)}. "
+                "Choose the recording that belongs to it, or a new folder."
+            )
+
+    def fingerprint(self) -> Fingerprint | None:
+        """Of the model that was recorded, None where that is not known (the original's counts).
+
+        Raises `UserError` where nothing was recorded, or internals and states are of two models.
+        """
+        found: list[Fingerprint | None] = []
         if self.internals_file.is_file():
             found.append(self.internals().fingerprint)
-        if (self.states_folder / MANIFEST).is_file():
+        if self._has_states:
             found.append(self.states().manifest.fingerprint)
         if not found:
             raise UserError(f"{self.folder} holds no recording: record first.")
-        if not found[0].matches(found[-1]):
+        known = [fingerprint for fingerprint in found if fingerprint is not None]
+        if known and not known[0].matches(known[-1]):
             raise UserError(
-                f"{self.folder} holds recordings of two models: {found[0].difference(found[-1])}. Record into another folder."
+                f"{self.folder} holds recordings of two models: {known[0].difference(known[-1])}. Record into another folder."
             )
-        return found[-1]
+        return known[-1] if known else None

@@ -1,10 +1,11 @@
 """Sampling token rows of every MLP's input while a FLUX draws, without leaving a trace in it.
 
     recorder = RowRecorder(layout.sites, store, RowChoice(rows=64), Limit(gigabytes=20))
-    with recorder.run(sigmas, images=4) as run:                      # one sampling run of four images
-        for step in range(20):
-            with run.watching(model, step):                          # hooks only at the steps that were drawn for it
+    with recorder.run() as run:                                      # one sampling run
+        for ...:
+            with run.watching(model, call):                          # hooks only at the steps that were drawn for it
                 model(x, sigma, context, vector)
+    run.note                                                         # what was left out, and why
 
 Rows are all that repair and retraining need of a model. Each image gives the same number of rows, at steps drawn at random
 (5 % of them, at least one); a run writes them to the store when it ends well, or in between when it holds `SHARD_BYTES` of
@@ -15,7 +16,6 @@ written.
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -25,18 +25,18 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..flux.layout import Site
-from .call import TokenMask
-from .hooks import hooks_heard
-from .store import Drawing, HiddenStates, Limit
+from .call import Call
+from .hooks import watching_blocks
+from .manifest import Limit
+from .run import Run, StepDraw
+from .store import HiddenStates
 
 #: Rows in memory before they are written, in the middle of a run if need be.
 SHARD_BYTES = 256_000_000
-#: Share of an image's steps that is recorded where nothing else is asked for.
-STEP_SHARE = 0.05
 
 
 @dataclass(frozen=True)
-class RowChoice:
+class RowChoice(StepDraw):
     """Which rows: `rows` tokens per site, image and step, at `steps` steps of each image (None = 5 %, at least one).
 
     Only steps whose sigma lies in `sigmas` are drawn. The same seed draws the same steps and tokens.
@@ -48,29 +48,19 @@ class RowChoice:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rows < 1 or (self.steps is not None and self.steps < 1):
-            raise UserError(f"At least 1 row and 1 step per image are recorded; asked for {self.rows} and {self.steps}.")
-        if self.sigmas[0] > self.sigmas[1]:
-            raise UserError(f"A sigma range runs from low to high, within 0 and 1; found {self.sigmas[0]} to {self.sigmas[1]}.")
-
-    def drawn_steps(self, sigmas: Sequence[float], lot: str) -> frozenset[int]:
-        """Steps to record of a `Drawing` with that lot; `sigmas` has one number more than there are steps."""
-        return draw_steps(sigmas, lot, self.steps, self.sigmas, self.seed)
-
-
-def draw_steps(sigmas: Sequence[float], lot: str, steps: int | None, within: tuple[float, float], seed: int) -> frozenset[int]:
-    """`steps` (None = 5 %, at least one) steps whose sigma lies `within` a range; the same for the same seed and lot."""
-    low, high = within
-    known = [step for step, sigma in enumerate(sigmas[:-1]) if low <= sigma <= high]
-    count = min(len(known), steps if steps is not None else max(1, round(STEP_SHARE * (len(sigmas) - 1))))
-    return frozenset(random.Random(f"{seed} {lot}").sample(known, count))
+        self.check()
+        if self.rows < 1:
+            raise UserError(f"At least 1 row per image and step is recorded; asked for {self.rows}.")
 
 
 def estimated_bytes(sites: Sequence[Site], hidden: int, choice: RowChoice, steps: int, images: int) -> int:
-    """What `images` images of `steps` steps take on disk at most: fewer where an image has fewer tokens than `choice.rows`."""
-    drawn = len(choice.drawn_steps([1.0] * (steps + 1), "")) if choice.sigmas[1] >= 1 else choice.steps or 1
+    """What `images` images of `steps` steps take on disk at most.
+
+    It is less where an image has fewer tokens than `choice.rows`, or fewer steps within `choice.sigmas` than are asked for,
+    which the sampler's schedule alone tells.
+    """
     row = sum(2 * (hidden + site.down_column) + 4 + 4 + 4 for site in sites)  # x, attn in bf16; sigma, image, step
-    return images * drawn * choice.rows * row
+    return images * choice.count(steps) * choice.rows * row
 
 
 class RowRecorder:
@@ -87,86 +77,77 @@ class RowRecorder:
         self.full = False
 
     @contextmanager
-    def run(self, sigmas: Sequence[float] | Tensor, images: int = 1, what: str | None = None) -> Iterator[RowRun]:
-        """One sampling run of `images` images along `sigmas` (all of them); written when it ends well.
-
-        `what` tells these images from others: the same ones keep their numbers when they are recorded again.
-        """
-        run = self.begin(sigmas, images, what)
+    def run(self) -> Iterator[RowRun]:
+        """One sampling run; written when it ends well."""
+        run = self.begin()
         yield run
         run.finish()
 
-    def begin(self, sigmas: Sequence[float] | Tensor, images: int = 1, what: str | None = None) -> RowRun:
+    def begin(self) -> RowRun:
         """As `run`, where the end is known elsewhere: `finish` it when it ended well."""
-        levels = sigmas.tolist() if isinstance(sigmas, Tensor) else list(sigmas)
-        return RowRun(self, levels, self.store.numbered(images, what))
+        return RowRun(self)
 
 
-class RowRun:
-    """One sampling run; `steps` are those that are recorded."""
+class RowRun(Run):
+    """One sampling run (see `Run`)."""
 
-    def __init__(self, recorder: RowRecorder, sigmas: list[float], drawing: Drawing):
+    def __init__(self, recorder: RowRecorder):
+        super().__init__(recorder, "rows")
         self.recorder = recorder
-        self.sigmas = sigmas
-        self.drawing = drawing
         self.halvings = recorder.store.manifest.halvings
         self.rows = recorder.choice.rows >> self.halvings
-        idle = recorder.full or self.rows == 0
-        self.steps = frozenset() if idle else recorder.choice.drawn_steps(sigmas, drawing.lot)
         self._pieces: list[_Piece] = []
         self._events: list[torch.cuda.Event] = []
 
     @contextmanager
-    def watching(
-        self, model: nn.Module, step: int, mask: TokenMask | None = None, images: Sequence[int] | None = None
-    ) -> Iterator[None]:
-        """Hooks on `model` while the `with` lasts, if `step` is one of `steps`.
-
-        Args:
-            mask: tokens that may be drawn.
-            images: which image of the run each row of the batch belongs to; default 0, 1, 2, …
-        """
-        if step not in self.steps:
+    def watching(self, model: nn.Module, call: Call) -> Iterator[None]:
+        """Hooks on `model` for one call of it, if its step is one of `steps`; tokens outside `call.mask` are not drawn."""
+        if not self.wants(call) or not self.rows:
             yield
             return
-        call = _Call(self, step, mask or TokenMask(), images)
+        drawn = _Draw(self, call)
         with ExitStack() as hooks:
-            hooks.enter_context(hooks_heard())
+            ran = hooks.enter_context(watching_blocks(model))
             for site in self.recorder.sites:
-                hooks.callback(model.get_submodule(site.up).register_forward_pre_hook(call.hook(site, "x")).remove)
+                hooks.callback(model.get_submodule(site.up).register_forward_pre_hook(drawn.hook(site, "x")).remove)
                 if site.down_column:
-                    hooks.callback(model.get_submodule(site.down).register_forward_pre_hook(call.hook(site, "attn")).remove)
+                    hooks.callback(model.get_submodule(site.down).register_forward_pre_hook(drawn.hook(site, "attn")).remove)
             yield
-        if call.device is not None and call.device.type == "cuda":
+        if not self.is_whole(ran):
+            return
+        self._pieces += drawn.pieces
+        if drawn.device is not None and drawn.device.type == "cuda":
             event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(call.device))
+            event.record(torch.cuda.current_stream(drawn.device))
             self._events.append(event)
         if sum(piece.values.numel() for piece in self._pieces) * 2 >= SHARD_BYTES:
             self.flush()
 
     def finish(self) -> None:
-        """Writes the rest, and takes down that these images were recorded."""
+        """Writes the rest, and that these images were recorded."""
         self.flush()
-        self.recorder.store.recorded(self.drawing)
+        if self.drawing is not None and not self._wrong:
+            self.recorder.store.note_recorded(self.drawing, "rows")
 
     def flush(self) -> None:
-        """Writes what was recorded so far as one shard."""
+        """Writes what was recorded so far as one shard; nothing, and nothing more of this run, where a row is not finite."""
         for event in self._events:
             event.synchronize()
         found: dict[str, list[Tensor]] = {}
         for piece in self._pieces:
             keep = piece.drawn
+            count = int(keep.sum())
             found.setdefault(f"{piece.site}.{piece.part}", []).append(piece.values[keep])
             if piece.part == "x":
-                count = int(keep.sum())
-                sigma = torch.full((count,), self.sigmas[piece.step])
-                found.setdefault(f"{piece.site}.sigma", []).append(sigma)
+                found.setdefault(f"{piece.site}.sigma", []).append(torch.full((count,), piece.sigma))
                 found.setdefault(f"{piece.site}.image", []).append(piece.image[keep])
                 found.setdefault(f"{piece.site}.step", []).append(torch.full((count,), piece.step, dtype=torch.int32))
         self._pieces, self._events = [], []
         recorder = self.recorder
         tensors = {key: torch.cat(parts) for key, parts in found.items()}
-        if tensors and not recorder.store.append("rows", tensors, recorder.limit, self.halvings):
+        if not self.all_finite(tensors.items()):
+            self.steps = frozenset()
+        elif tensors and not recorder.store.append("rows", tensors, recorder.limit, self.halvings):
             recorder.full = True
             self.steps = frozenset()
 
@@ -178,16 +159,19 @@ class _Piece:
     site: str
     part: str
     step: int
+    sigma: float
     values: Tensor
     drawn: Tensor
     image: Tensor
 
 
-class _Call:
-    """One call of the model: all sites of a stream give the same tokens."""
+class _Draw:
+    """What is drawn of one call of the model: all sites of a stream give the same tokens."""
 
-    def __init__(self, run: RowRun, step: int, mask: TokenMask, images: Sequence[int] | None):
-        self.run, self.step, self.mask, self.images = run, step, mask, images
+    def __init__(self, run: RowRun, call: Call):
+        assert run.drawing is not None
+        self.run, self.call, self.first = run, call, run.drawing.first
+        self.pieces: list[_Piece] = []
         self.device: torch.device | None = None
         self._drawn: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -199,23 +183,23 @@ class _Call:
             if site.stream not in self._drawn:
                 self._drawn[site.stream] = self._draw(site.stream, values.shape[0], values.shape[1], values.device)
             tokens, drawn, image = self._drawn[site.stream]
-            rows = values.gather(1, tokens[..., None].expand(-1, -1, values.shape[-1])).flatten(0, 1).bfloat16()
-            self.run._pieces.append(_Piece(site.name, part, self.step, to_host(rows), drawn, image))
+            rows = self.call.part(values).gather(1, tokens[..., None].expand(-1, -1, values.shape[-1])).flatten(0, 1).bfloat16()
+            step = self.call.step
+            self.pieces.append(_Piece(site.name, part, step, self.call.sigma_now, to_host(rows), drawn, image))
 
         return record
 
     def _draw(self, stream: str, batch: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [batch, rows] on the device; which of them count, and their image's number [batch · rows], on the CPU."""
-        run = self.run
-        seed = hashlib.sha256(f"{run.recorder.choice.seed} {run.drawing.lot} {self.step} {stream}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(seed[:7]))
-        lot = torch.rand(batch, tokens, generator=generator).to(device)
-        allowed = self.mask.rows(stream, batch, tokens)
+        """Tokens [images, rows] on the device; which of them count, and their image's number [images * rows], on the CPU."""
+        run, call = self.run, self.call
+        seed = hashlib.sha256(f"{run.recorder.choice.seed} {run.lot} {call.step} {stream}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "big"))
+        order = torch.rand(batch, tokens, generator=generator).to(device)
+        allowed = call.mask.rows(stream, batch, tokens)
         if allowed is not None:
-            lot = lot.masked_fill(~allowed.view(batch, tokens), -1.0)
-        best, chosen = lot.topk(min(run.rows, tokens), dim=1)
-        places = list(self.images) if self.images is not None else list(range(batch))
-        image = (torch.tensor(places, dtype=torch.int32) + run.drawing.first)[:, None].expand(-1, best.shape[1]).flatten()
+            order = order.masked_fill(~allowed.view(batch, tokens), -1.0)
+        best, chosen = call.part(order).topk(min(run.rows, tokens), dim=1)
+        image = (torch.tensor(call.read, dtype=torch.int32) + self.first)[:, None].expand(-1, best.shape[1]).flatten()
         return chosen, to_host((best >= 0).flatten()), image
 
 

@@ -2,15 +2,15 @@
 
     recorder = StateRecorder("blocks", store, StateChoice(), Limit(20, "stop"), places=places_around(blocks, layout))
     recorder = StateRecorder("trajectories", store, StateChoice(steps=10))
-    with recorder.run(sigmas, images=4, prompts=texts, seeds=seeds) as run:
-        for step in range(20):
-            with run.watching(model, step):                          # hooks only at the steps that were drawn for it
+    with recorder.run() as run:
+        for ...:
+            with run.watching(model, call):                          # hooks only at the steps that were drawn for it
                 model(x, sigma, context, vector)
 
 A recorded call is one shard, written at once. Kind `blocks`: `{k}-img` and `{k}-txt` [rows, tokens, hidden] for every place
 k that is recorded, `vec` [rows, hidden], and `pe` [tokens, head dim / 2, 2, 2] float32, the rotations of text and image
 tokens. Place k is what enters block k; single blocks count on from the double ones, and the last place is what leaves the
-last block. Kind `trajectories`: `x`, `sigma`, `context`, `vector`, `guidance`, `velocity` [rows, …], and `reference0`, … of
+last block. Kind `trajectories`: `x`, `sigma`, `context`, `vector`, `guidance`, `velocity` [rows, ...], and `reference0`, ... of
 an edit.
 
 Works on `flux.model.Flux` and on ComfyUI's modules, whose blocks add to their input in place: everything is copied before
@@ -19,7 +19,7 @@ the block runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,15 +30,17 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..flux.blocks import Block, blocks_of
 from ..flux.layout import Layout
-from .hooks import hooks_heard
-from .rows import draw_steps
-from .store import Capture, Drawing, HiddenStates, Limit
+from .call import Call
+from .hooks import watching_blocks
+from .manifest import Capture, Limit
+from .run import Run, StepDraw
+from .store import HiddenStates
 
 StateKind = Literal["blocks", "trajectories"]
 
 
 @dataclass(frozen=True)
-class StateChoice:
+class StateChoice(StepDraw):
     """Which calls: `steps` of each image (None = 5 %, at least one) whose sigma lies in `sigmas`; stored as `dtype`."""
 
     steps: int | None = None
@@ -47,10 +49,7 @@ class StateChoice:
     dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"At least 1 step per image is recorded; asked for {self.steps}.")
-        if self.sigmas[0] > self.sigmas[1]:
-            raise UserError(f"A sigma range runs from low to high, within 0 and 1; found {self.sigmas[0]} to {self.sigmas[1]}.")
+        self.check()
 
 
 def places_around(blocks: Collection[Block], layout: Layout) -> frozenset[int]:
@@ -89,106 +88,66 @@ class StateRecorder:
         self.full = False
 
     @contextmanager
-    def run(
-        self,
-        sigmas: Sequence[float] | Tensor,
-        images: int = 1,
-        prompts: Sequence[str] | None = None,
-        seeds: Sequence[int] | None = None,
-        what: str | None = None,
-    ) -> Iterator[StateRun]:
-        """One sampling run of `images` images along `sigmas` (all of them).
+    def run(self) -> Iterator[StateRun]:
+        """One sampling run."""
+        run = self.begin()
+        yield run
+        run.finish()
 
-        `what` tells these images from others: the same ones keep their numbers when they are recorded again.
-        """
-        yield self.begin(sigmas, images, prompts, seeds, what)
-
-    def begin(
-        self,
-        sigmas: Sequence[float] | Tensor,
-        images: int = 1,
-        prompts: Sequence[str] | None = None,
-        seeds: Sequence[int] | None = None,
-        what: str | None = None,
-    ) -> StateRun:
-        """As `run`; nothing is left to do when the run ends."""
-        levels = sigmas.tolist() if isinstance(sigmas, Tensor) else list(sigmas)
-        drawing = self.store.numbered(images, None if what is None else f"{self.kind} {what}")
-        self.store.recorded(drawing)  # every call that is written stays
-        return StateRun(self, levels, drawing, prompts, seeds)
+    def begin(self) -> StateRun:
+        """As `run`, where the end is known elsewhere; what was recorded stays, also where the run does not end well."""
+        return StateRun(self)
 
 
-class StateRun:
-    """One sampling run; `steps` are those that are recorded."""
+class StateRun(Run):
+    """One sampling run (see `Run`)."""
 
-    def __init__(
-        self,
-        recorder: StateRecorder,
-        sigmas: list[float],
-        drawing: Drawing,
-        prompts: Sequence[str] | None,
-        seeds: Sequence[int] | None,
-    ):
-        self.recorder, self.sigmas, self.first, self.prompts, self.seeds = recorder, sigmas, drawing.first, prompts, seeds
-        choice = recorder.choice
-        drawn = draw_steps(sigmas, drawing.lot, choice.steps, choice.sigmas, choice.seed)
-        self.steps = frozenset() if recorder.full else drawn
+    def __init__(self, recorder: StateRecorder):
+        super().__init__(recorder, recorder.kind)
+        self.recorder = recorder
+        self._noted = False
 
     @contextmanager
-    def watching(self, model: nn.Module, step: int, images: Sequence[int | None] | None = None) -> Iterator[None]:
-        """Hooks on `model` while the `with` lasts, if `step` is one of `steps`; what was seen is written when it ends.
-
-        `images`: which image of the run each row of the batch is; None leaves a row out (an unconditional one, say); default
-        0, 1, 2, …
-        """
-        if step not in self.steps:
+    def watching(self, model: nn.Module, call: Call) -> Iterator[None]:
+        """Hooks on `model` for one call of it, if its step is one of `steps`; what was seen is written when it ends."""
+        if not self.wants(call):
             yield
             return
-        recorder, seen = self.recorder, _Seen(self.recorder.choice.dtype, images)
+        recorder, seen = self.recorder, _Seen(self.recorder.choice.dtype, call)
         with ExitStack() as hooks:
-            hooks.enter_context(hooks_heard())
+            ran = hooks.enter_context(watching_blocks(model))
             hooks.enter_context(
                 _blocks(model, recorder.places, seen) if recorder.kind == "blocks" else _trajectories(model, seen)
             )
             yield
-        captures = self._captures(step, seen)
-        if captures and not recorder.store.append(recorder.kind, seen.tensors, recorder.limit, captures=captures):
-            recorder.full, self.steps = True, frozenset()
+        if self.is_whole(ran) and self.all_finite(seen.tensors.items()):
+            self._write(call, seen)
 
-    def _captures(self, step: int, seen: _Seen) -> list[Capture]:
-        return [
-            Capture(
-                image=self.first + image,
-                step=step,
-                sigma=self.sigmas[step],
-                prompt=None if self.prompts is None else self.prompts[image],
-                seed=None if self.seeds is None else self.seeds[image],
-            )
-            for image in seen.images or []
-        ]
+    def _write(self, call: Call, seen: _Seen) -> None:
+        assert self.drawing is not None
+        recorder, store = self.recorder, self.recorder.store
+        captures = [Capture(self.drawing.first + image, call.step, call.sigma_now, *call.asked(image)) for image in call.read]
+        if not store.append(recorder.kind, seen.tensors, recorder.limit, captures=captures):
+            recorder.full, self.steps = True, frozenset()
+        elif not self._noted:
+            self._noted = True
+            store.note_recorded(self.drawing, recorder.kind)
 
 
 class _Seen:
     """The tensors of one call, in main memory.
 
     They are copied at once, to memory that is given back: pinned memory, which copies could fill while the device goes on,
-    stays with the process, and a call of FLUX.1 at 1024² is 1.6 GB.
+    stays with the process, and a call of FLUX.1 at 1024x1024 is 1.6 GB.
     """
 
-    def __init__(self, dtype: torch.dtype, images: Sequence[int | None] | None):
-        self.dtype, self._chosen = dtype, images
+    def __init__(self, dtype: torch.dtype, call: Call):
+        self.dtype, self.call = dtype, call
         self.tensors: dict[str, Tensor] = {}
-        self.images: list[int] | None = None
-        self._rows: list[int] | None = None
 
     def keep(self, name: str, values: Tensor, dtype: torch.dtype | None = None) -> None:
-        """The chosen rows of `values` [batch, …]."""
-        if self.images is None:
-            chosen = list(range(len(values))) if self._chosen is None else list(self._chosen)
-            self._rows = [row for row, image in enumerate(chosen) if image is not None]
-            self.images = [image for image in chosen if image is not None]
-        whole = len(self.images) == len(values)
-        self.put(name, values if whole else values[self._rows], dtype)
+        """Of `values` [batch, ...], the rows that images are read from."""
+        self.put(name, self.call.part(values), dtype)
 
     def put(self, name: str, values: Tensor, dtype: torch.dtype | None = None) -> None:
         self.tensors[name] = values.detach().to("cpu", dtype or self.dtype, copy=True)

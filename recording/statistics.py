@@ -1,7 +1,7 @@
 """Counts and sums of MLP activations, in one pass, where the model runs.
 
     statistics = NeuronStatistics(width=12288, device=h.device)
-    statistics.add(h)                                # h [tokens, 12288], any float precision; nothing waits for the device
+    statistics.add(Sums.of(h))                       # h [tokens, 12288], any float precision; nothing waits for the device
     statistics.result()                              # moved to the CPU: fires, tokens, sum, sum_sq
 
 Counts are exact integers. Sums are taken in float32 over at most `TILE` tokens and added up in float64.
@@ -50,39 +50,61 @@ class SiteInternals:
         return (self.sum_sq / max(self.tokens, 1) - self.mean**2).clamp(min=0)
 
 
-class NeuronStatistics:
-    """Accumulates `SiteInternals` of one MLP on `device`."""
+@dataclass(frozen=True)
+class Sums:
+    """Of one call of one MLP, where it ran: fires int64, sum and sum_sq float64 (float32 on MPS) [width], and over how many
+    tokens: a tensor [] where a mask tells."""
 
-    def __init__(self, width: int, device: torch.device | str):
-        device = torch.device(device)
-        wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        self.fires = torch.zeros(width, dtype=torch.int64, device=device)
-        self.sum = torch.zeros(width, dtype=wide, device=device)
-        self.sum_sq = torch.zeros(width, dtype=wide, device=device)
-        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
-        self._counted = 0
+    fires: Tensor
+    sum: Tensor
+    sum_sq: Tensor
+    tokens: Tensor | int
 
-    def add(self, h: Tensor, gate: Tensor | None = None, keep: Tensor | None = None) -> None:
-        """Adds activations h [tokens, width].
+    @classmethod
+    def of(cls, h: Tensor, gate: Tensor | None = None, keep: Tensor | None = None) -> Sums:
+        """Of activations h [tokens, width].
 
         Args:
             gate: pre-activation of the gate [tokens, width], whose sign tells what fires in a gated MLP.
             keep: which tokens count, bool [tokens].
         """
-        if keep is None:
-            self._counted += len(h)
-        else:
-            self.tokens += keep.sum()
+        wide = _wide(h.device)
         fires, total, squares = partial_sums(h, gate, keep)
-        self.fires += fires.sum(0, dtype=torch.int64)
-        self.sum += total.sum(0, dtype=self.sum.dtype)
-        self.sum_sq += squares.sum(0, dtype=self.sum.dtype)
+        return cls(
+            fires.sum(0, dtype=torch.int64), total.sum(0, dtype=wide), squares.sum(0, dtype=wide),
+            len(h) if keep is None else keep.sum(),
+        )  # fmt: skip
+
+
+class NeuronStatistics:
+    """Accumulates `SiteInternals` of one MLP on `device`."""
+
+    def __init__(self, width: int, device: torch.device | str):
+        device = torch.device(device)
+        self.fires = torch.zeros(width, dtype=torch.int64, device=device)
+        self.sum, self.sum_sq = torch.zeros(2, width, dtype=_wide(device), device=device)
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self._counted = 0
+
+    def add(self, sums: Sums) -> None:
+        """Adds those of one call."""
+        if isinstance(sums.tokens, int):
+            self._counted += sums.tokens
+        else:
+            self.tokens += sums.tokens
+        self.fires += sums.fires
+        self.sum += sums.sum
+        self.sum_sq += sums.sum_sq
 
     def result(self) -> SiteInternals:
         """What was added so far, on the CPU; this waits for the device."""
         return SiteInternals(
             self.fires.cpu(), int(self.tokens) + self._counted, self.sum.cpu().double(), self.sum_sq.cpu().double()
         )
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
 def partial_sums(h: Tensor, gate: Tensor | None = None, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """`hidden_states/`: a folder with sampled activations of one model, in shards beside a manifest.
 
     store = HiddenStates.for_model(folder, family, fingerprint)      # made, or gone on with where it is of this model
-    drawing = store.numbered(4, "4 digits, seed 7")                  # numbers for the four images of a run
+    drawing = store.index(call.drawn, images=4)                      # numbers for the four images of a run
     store.append("rows", tensors, Limit(gigabytes=20))               # one shard, whole or not at all
 
     store = HiddenStates.open(folder)
@@ -9,25 +9,21 @@
         rows.x, rows.attn, rows.image
 
 A shard is `{kind}-00017.safetensors`. Kind `rows` holds, per site S, `S.x` [n, hidden] (the MLP's input), in single blocks
-`S.attn` [n, hidden] (the attention half of linear2's input), `S.sigma`, `S.image` and `S.step` [n]. `manifest.json` names
-the model, the shards and what is in them, and the amplification that was measured on the way. What the manifest does not
-name is not there. Kinds `blocks` and `trajectories` are whole model calls, one a shard (`state_recording.py`); the manifest
-tells whose and when.
+`S.attn` [n, hidden] (the attention half of linear2's input), `S.sigma`, `S.image` and `S.step` [n]. Kinds `blocks` and
+`trajectories` are whole model calls, one a shard (`states.py`), kind `lens` tokens after every block (`lens_rows.py`). What is
+where, and whose, is in the manifest (`manifest.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,127 +34,9 @@ from ..files import locked, write_safetensors, write_text
 from ..flux.checkpoint import open_safetensors
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import Site
+from .manifest import FORMAT, MANIFEST, Capture, Drawing, Kind, Limit, Manifest, Shard, new_id
 
-FORMAT = "flux-poke hidden states 1"
-MANIFEST = "manifest.json"
-
-Kind = Literal["rows", "lens", "blocks", "trajectories"]
-
-
-@dataclass(frozen=True)
-class Limit:
-    """How much one kind of shard may take on disk (1 GB = 10^9 bytes), and what to do when the next does not fit.
-
-    "thin" halves every image's share, as often as needed, but leaves every site as many rows as `least` says; "stop" leaves
-    what is there and takes no more.
-    """
-
-    gigabytes: float
-    when_full: Literal["thin", "stop"] = "thin"
-    least: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        return int(self.gigabytes * 1e9)
-
-
-@dataclass(frozen=True)
-class Capture:
-    """One row of a recorded model call: its image's number, the step and its sigma, and how the image was asked for."""
-
-    image: int
-    step: int
-    sigma: float
-    prompt: str | None = None
-    seed: int | None = None
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file: its kind, size, rows by site, and how often its rows were halved; of a recorded model call, its captures."""
-
-    file: str
-    kind: Kind
-    bytes: int
-    rows: Mapping[str, int] = field(default_factory=dict)
-    halvings: int = 0
-    captures: tuple[Capture, ...] = ()
-
-    @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Shard:
-        """Raises `TypeError` where `found` is none."""
-        return cls(**{**found, "captures": tuple(Capture(**capture) for capture in found.get("captures", ()))})
-
-
-class Drawing(NamedTuple):
-    """Images of one sampling run: the number of the first one, how many there are, how often they were recorded before, and a
-    digest of what tells them from others (empty: nothing does)."""
-
-    first: int
-    images: int
-    times: int
-    name: str
-
-    @property
-    def lot(self) -> str:
-        """What their steps and tokens are drawn by: others each time."""
-        return f"{self.first} {self.times}" if self.times else f"{self.first}"
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a folder holds. `images` is the next image's number; `halvings` is what new rows start at.
-
-    `drawings` are those that were recorded: the same images have the same number for ever, so that none is on both sides of a
-    split. `amplification` is, by site and sigma, [sum of measurements, their number] (see `amplification.py`).
-    """
-
-    family: str
-    fingerprint: Fingerprint
-    images: int = 0
-    drawings: tuple[Drawing, ...] = ()
-    halvings: int = 0
-    shards: tuple[Shard, ...] = ()
-    amplification: Mapping[str, Mapping[float, tuple[float, int]]] = field(default_factory=dict)
-    created: str = ""
-    updated: str = ""
-
-    def to_json(self) -> str:
-        content = asdict(self)
-        del content["fingerprint"]
-        return json.dumps({"format": FORMAT, "model": json.loads(self.fingerprint.to_json()), **content}, indent=1)
-
-    @classmethod
-    def load(cls, folder: Path) -> Manifest:
-        """Raises `UserError` where `folder` holds no hidden states, or its manifest is damaged."""
-        path = folder / MANIFEST
-        if not path.is_file():
-            raise UserError(
-                f"{folder} holds no hidden states: expected a {MANIFEST} in it. Record rows first (Record Hidden States, or "
-                "`flux-poke record --rows DIR`)."
-            )
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found.get("format") != FORMAT:
-                raise UserError(f"{path} is another format: expected '{FORMAT}', found '{found.get('format')}'.")
-            return cls(
-                family=found["family"],
-                fingerprint=Fingerprint.from_json(json.dumps(found["model"])),
-                images=int(found["images"]),
-                drawings=tuple(Drawing(int(first), int(n), int(times), name) for first, n, times, name in found["drawings"]),
-                halvings=int(found["halvings"]),
-                shards=tuple(Shard.from_json(shard) for shard in found["shards"]),
-                amplification={
-                    name: {float(sigma): (float(a), int(n)) for sigma, (a, n) in levels.items()}
-                    for name, levels in found["amplification"].items()
-                },
-                created=found["created"],
-                updated=found["updated"],
-            )
-        except UserError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({error}): restore it or record into another folder.") from error
+__all__ = ["MANIFEST", "HiddenStates", "Limit", "Manifest", "Rows", "ShardSlices"]
 
 
 @dataclass(frozen=True)
@@ -213,27 +91,36 @@ class HiddenStates:
                 f"{self.manifest.fingerprint.difference(fingerprint)}. Choose the folder that belongs to it, or a new one."
             )
 
-    def numbered(self, count: int, what: str | None = None) -> Drawing:
-        """Numbers for the `count` images of a sampling run; `what` tells these images from others (None: from all others)."""
-        name = "" if what is None else hashlib.sha256(what.encode()).hexdigest()[:16]
+    def index(self, name: str, images: int) -> Drawing:
+        """Numbers for the `images` images of a sampling run; `name` tells them from others (`Call.drawn`).
+
+        The same images have the same numbers, whatever is recorded of them.
+        """
         with self._changing():
             for known in self.manifest.drawings:
-                if name and (known.name, known.images) == (name, count):
+                if (known.name, known.images) == (name, images):
                     return known
-            first = self.manifest.images
-            self.manifest = replace(self.manifest, images=first + count)
-        return Drawing(first, count, 0, name)
+            drawing = Drawing(self.manifest.images, images, name, {})
+            drawings = (*self.manifest.drawings, drawing)
+            self.manifest = replace(self.manifest, images=drawing.first + images, drawings=drawings)
+        return drawing
 
-    def recorded(self, drawing: Drawing) -> None:
-        """Takes down that these images were recorded whole."""
+    def note_recorded(self, drawing: Drawing, kind: Kind) -> None:
+        """Notes that `kind` of these images was recorded whole, once more."""
         with self._changing():
-            others = tuple(other for other in self.manifest.drawings if other.first != drawing.first)
-            self.manifest = replace(self.manifest, drawings=(*others, drawing._replace(times=drawing.times + 1)))
+            self.manifest = replace(
+                self.manifest,
+                drawings=tuple(
+                    known._replace(times={**known.times, kind: known.times.get(kind, 0) + 1})
+                    if known.first == drawing.first
+                    else known
+                    for known in self.manifest.drawings
+                ),
+            )
 
-    @property
-    def image_count(self) -> int:
-        """How many different images were recorded whole."""
-        return sum(drawing.images for drawing in self.manifest.drawings)
+    def image_count(self, kind: Kind | None = None) -> int:
+        """How many different images were recorded whole, of one kind or of any."""
+        return sum(drawing.images for drawing in self.manifest.drawings if (kind in drawing.times if kind else drawing.times))
 
     def append(
         self,
@@ -252,12 +139,12 @@ class HiddenStates:
         """
         with self._changing():
             while kind == "rows" and halvings < self.manifest.halvings:
-                tensors, halvings = halved(tensors), halvings + 1
+                tensors, halvings = halve(tensors), halvings + 1
             while limit is not None and self.bytes(kind) + _bytes(tensors) > limit.bytes:
                 if kind != "rows" or limit.when_full == "stop" or not self._may_halve(tensors, limit.least):
                     return False
                 self._halve()
-                tensors, halvings = halved(tensors), halvings + 1
+                tensors, halvings = halve(tensors), halvings + 1
             if any(len(tensor) for tensor in tensors.values()):
                 numbers = [int(shard.file.removesuffix(".safetensors").rsplit("-", 1)[1]) for shard in self.manifest.shards]
                 name = f"{kind}-{max(numbers, default=-1) + 1:05d}.safetensors"
@@ -296,18 +183,14 @@ class HiddenStates:
         levels = {level: measured[level] for level in sorted(measured)[1:]} or measured
         return torch.from_numpy(_at(levels, sigma.numpy()) / mean).to(sigma)
 
-    @property
-    def digest(self) -> str:
-        """Hexadecimal; changes whenever rows are added or thinned, or amplification is measured."""
-        shards = [asdict(shard) for shard in self.manifest.shards if shard.kind == "rows"]
-        manifest = self.manifest
-        text = json.dumps([manifest.created, manifest.fingerprint.values, shards, manifest.amplification], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+    def digest(self, *kinds: str) -> str:
+        """Hexadecimal; another one whenever something of these kinds is recorded or thinned ("rows", "lens", "blocks",
+        "trajectories", "amplification"): what caches and interrupted work are known by."""
+        return self.manifest.digest(*kinds)
 
-    @property
-    def outgrown(self) -> bool:
-        """Whether the folder holds other rows by now."""
-        return HiddenStates.open(self.folder).digest != self.digest
+    def changed(self, *kinds: str) -> bool:
+        """Reads the manifest again: whether the folder holds other samples of these kinds by now."""
+        return HiddenStates.open(self.folder).digest(*kinds) != self.digest(*kinds)
 
     def bytes(self, kind: Kind) -> int:
         """What the shards of `kind` take."""
@@ -346,9 +229,13 @@ class HiddenStates:
         return [shard for shard in self.manifest.shards if shard.rows.get(site)]
 
     def _read(self, shard: Shard, site: str, names: tuple[str, ...]) -> dict[str, Tensor]:
-        with open_safetensors(self.folder / shard.file) as file:
+        path = self.folder / shard.file
+        with open_safetensors(path) as file:
             there = set(file.keys())
-            return {name: file.get_tensor(f"{site}.{name}") for name in names if f"{site}.{name}" in there}
+            found = {name: file.get_tensor(f"{site}.{name}") for name in names if f"{site}.{name}" in there}
+        for name, tensor in found.items():
+            require_finite(tensor, path, f"{site}.{name}")
+        return found
 
     def _write_shard(self, shard: Shard, tensors: Mapping[str, Tensor]) -> Shard:
         metadata = {"format": FORMAT, "kind": shard.kind, "halvings": str(shard.halvings)}
@@ -372,8 +259,8 @@ class HiddenStates:
                     tensors = {key: file.get_tensor(key) for key in file.keys()}
                     done = int(file.metadata()["halvings"])
                 for _ in range(target - done):
-                    tensors = halved(tensors)
-                shard = self._write_shard(replace(shard, halvings=target), tensors)
+                    tensors = halve(tensors)
+                shard = self._write_shard(replace(shard, halvings=target, id=new_id()), tensors)
             thinned.append(shard)
         self.manifest = replace(self.manifest, halvings=target, shards=tuple(thinned))
         self._write()
@@ -421,25 +308,16 @@ class ShardSlices(Mapping[str, Any]):
         return len(self.names)
 
 
-def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def require_finite(tensor: Tensor, path: Path, name: str) -> None:
+    """Raises `UserError` where a number in `tensor`, called `name` in the file at `path`, is not finite."""
+    wrong = int((~tensor.isfinite()).sum()) if tensor.is_floating_point() else 0
+    if wrong:
+        raise UserError(f"{path} is damaged: {wrong} numbers of {name} are not finite. Record again into a new folder.")
+
+
+def halve(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every other row. Rows of one image and step stand together and in random order, so each loses half of its own."""
     return {key: tensor[::2].contiguous() for key, tensor in tensors.items()}
-
-
-def held_out(images: Tensor, share: float = 0.2) -> tuple[set[int], set[int]]:
-    """Splits image numbers (ascending) into those to fit on and those to judge by: a fifth of them, and at least one.
-
-    Raises `UserError` for fewer than two images: tokens of one image are too alike to judge by.
-    """
-    numbers = images.tolist()
-    if len(numbers) < 2:
-        raise UserError(
-            f"The rows come from {len(numbers)} image; at least 2 are needed, one of them to judge the repair by. "
-            "Record more images."
-        )
-    # drawn, since prompts may come in turns, and always by the same lot
-    judged = set(random.Random(len(numbers)).sample(numbers, max(1, round(share * len(numbers)))))
-    return set(numbers) - judged, judged
 
 
 def _at(levels: Mapping[float, tuple[float, int]], sigma: np.ndarray) -> np.ndarray:

@@ -4,8 +4,8 @@ points, latents = trajectory(dense, noise, sigmas, context, vector)
 velocity_error(pruned, points)                   # at the dense run's x_t
 relative_error(latents, other_latents)
 
-samples = Trajectories.of(points)                # single images and steps, in memory …
-samples = Trajectories.open(store)               # … or recorded, each read when it is asked for
+samples = Trajectories.of(points)                # single images and steps, in memory ...
+samples = Trajectories.open(store)               # ... or recorded, each read when it is asked for
 point = samples.batch(torch.tensor([3, 14]))
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..flux.sampling import euler
+from .manifest import record_first
 from .store import HiddenStates, ShardSlices
 
 #: velocity = model(x, sigma, context, vector, guidance); `flux.model.Flux` is one.
@@ -63,7 +64,7 @@ def trajectory(
 
 @torch.no_grad()
 def velocity_error(model: Model, points: Sequence[Point]) -> float:
-    """Sum over all points of |difference to the velocity there|², divided by the sum of |velocity|²."""
+    """Sum over all points of |difference to the velocity there|^2, divided by the sum of |velocity|^2."""
     difference, energy = 0.0, 0.0
     for point in points:
         difference += (point.run(model).double() - point.velocity.double()).square().sum().item()
@@ -72,7 +73,7 @@ def velocity_error(model: Model, points: Sequence[Point]) -> float:
 
 
 def relative_error(expected: Tensor, found: Tensor) -> float:
-    """|found - expected|² / |expected|²."""
+    """|found - expected|^2 / |expected|^2."""
     expected = expected.double()
     return ((found.double() - expected).square().sum() / expected.square().sum()).item()
 
@@ -83,12 +84,14 @@ class Trajectories:
     Attributes:
         image: [samples] number of the image each belongs to, int64.
         groups: indices of samples that can stand in one batch: their latents and texts have equal shapes.
+        digest: hexadecimal; another one whenever trajectories are recorded. Empty for points in memory.
     """
 
-    def __init__(self, parts: Sequence[Mapping[str, Any]], shapes: Sequence[tuple], images: Sequence[Tensor]):
+    def __init__(self, parts: Sequence[Mapping[str, Any]], shapes: Sequence[tuple], images: Sequence[Tensor], digest: str = ""):
         """`parts` hold `x`, `sigma`, `velocity`, `context` and, where there are such, `vector` and `guidance`, each [n, ...];
         `shapes` tell which parts go together, `images` [n] the image of each sample."""
         self.parts = parts
+        self.digest = digest
         self.image = torch.cat([image.long() for image in images])
         self._place = [(number, row) for number, image in enumerate(images) for row in range(len(image))]
         starts = torch.tensor([0, *(len(image) for image in images)]).cumsum(0).tolist()
@@ -105,17 +108,19 @@ class Trajectories:
         """What was recorded; raises `UserError` where that is nothing, or edits of reference pictures."""
         shards = [shard for shard in store.manifest.shards if shard.kind == "trajectories"]
         if not shards:
-            raise UserError(
-                f"{store.folder} holds no trajectories: record some first (Record Hidden States with what = trajectories, or "
-                "`flux-poke record --hidden-states DIR --what trajectories`)."
-            )
+            raise UserError(f"{store.folder} holds no trajectories. {record_first('trajectories')}")
         parts = [ShardSlices(store.folder / shard.file) for shard in shards]
         if any(name.startswith("reference") for part in parts for name in part):
             raise UserError(
                 f"{store.folder} holds edits of reference pictures, which cannot be trained on: record without them."
             )
         shapes = [(part.shape("x")[1:], part.shape("context")[1:]) for part in parts]
-        return cls(parts, shapes, [torch.tensor([capture.image for capture in shard.captures]) for shard in shards])
+        return cls(
+            parts,
+            shapes,
+            [torch.tensor([capture.image for capture in shard.captures]) for shard in shards],
+            store.digest("trajectories"),
+        )
 
     @classmethod
     def of(cls, points: Sequence[Point], first_image: int = 0) -> Trajectories:

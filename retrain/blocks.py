@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..flux.blocks import blocks_of
 from ..flux.layout import Layout, Site, read_layout
-from ..flux.model import DoubleBlock, Modulation, SingleBlock
+from ..flux.model import DoubleBlock, Modulation, SingleBlock, run_blocks
 from ..flux.weights import full_precision
 from ..pruning.surgery import shape_of
 from ..recording.block_states import BlockStates, State
@@ -68,20 +68,7 @@ class Chain(nn.Module):
 
     def forward(self, state: State) -> tuple[Tensor, Tensor]:
         """img and txt after the last block."""
-        shared, img, txt = self.layout.family == "flux2", state.img, state.txt
-        vec: Tensor | tuple = state.vec
-        if self.double_blocks:
-            if shared:
-                vec = self.double_stream_modulation_img(state.vec), self.double_stream_modulation_txt(state.vec)
-            for block in self.double_blocks.values():
-                img, txt = block(img=img, txt=txt, vec=vec, pe=state.pe)
-        if self.single_blocks:
-            vec = self.single_stream_modulation(state.vec) if shared else state.vec
-            tokens, words = torch.cat((txt, img), dim=1), txt.shape[1]
-            for block in self.single_blocks.values():
-                tokens = block(tokens, vec=vec, pe=state.pe)
-            txt, img = tokens[:, :words], tokens[:, words:]
-        return img, txt
+        return run_blocks(self, state.img, state.txt, state.vec, state.pe)
 
     @torch.no_grad()
     def rows(self, states: Iterable[tuple[Tensor, State]], each: int) -> dict[str, Rows]:

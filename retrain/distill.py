@@ -122,7 +122,9 @@ def distill_layers(
         dense, plan, "affine" if rows else "none", rows=store, folder=repairs or folder / "repairs", device=options.device
     )
     described = replace(options, device="", tensorboard=None)
-    story = f"{dense.fingerprint} {plan.digest} {store.digest} {repair.method} {described}"
+    story = (
+        f"{dense.fingerprint} {plan.digest} {store.digest('trajectories', 'rows', 'amplification')} {repair.method} {described}"
+    )
     made = hashlib.sha256(story.encode()).hexdigest()[:16]
     places = sorted(cut_places(dense.layout, plan))
     if not options.just_evaluate and (before := made_before(folder, places, made)):

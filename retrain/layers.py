@@ -245,7 +245,7 @@ class _OnRows(_Trainer):
     def __init__(self, dense: Dense, plan: PruningPlan, rows: HiddenStates, options: Options, folder: Path):
         if options.thickness > 1 or options.sequential:
             raise UserError("Rows train each MLP by itself: for thickness or sequential training, record block states.")
-        super().__init__(dense, plan, rows.digest, options, folder)
+        super().__init__(dense, plan, rows.digest("rows", "amplification"), options, folder)
         self.rows = rows
 
     def retrain(self, group: range, report: Report) -> list[LayerStats]:

@@ -123,10 +123,9 @@ def fit(problem: Problem, initial: Loss, options: Options, saved: Path | None = 
     parameters = [weight for weight in problem.module.parameters() if weight.requires_grad]
     state = _State(parameters, 2 + options.steps // options.eval_every)
     optimizer = _optimizer(parameters, options)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, options.steps))
     first = 0
     if saved is not None and saved.exists():
-        first = load_training(saved, state, optimizer, schedule)
+        first = load_training(saved, state, optimizer, options.steps)
     else:
         state.note(0, initial.relative)
     writer = _event_writer(options, problem.name)
@@ -153,8 +152,9 @@ def fit(problem: Problem, initial: Loss, options: Options, saved: Path | None = 
         # Each stream against its own mean square: neither drowns the other.
         loss = (errors[:, 0] / (errors[:, 2] * squares)).mean()
         loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = options.learning_rate * _rate(step, options.steps)
         optimizer.step()
-        schedule.step()
         done = step + 1
         now = time.monotonic()
         if done % options.eval_every == 0 or done == options.steps:
@@ -166,7 +166,7 @@ def fit(problem: Problem, initial: Loss, options: Options, saved: Path | None = 
                 writer.add_scalar("loss/train", train.relative, done)
                 writer.add_scalar("loss/held out", state.last, done)
             if saved is not None and now - kept >= SAVE_EVERY:
-                save_training(saved, state, optimizer, schedule, done)
+                save_training(saved, state, optimizer, done)
                 kept = time.monotonic()
             tell(done)
         elif now - told > REPORT_EVERY:
@@ -225,7 +225,7 @@ class _State(nn.Module):
         self.steps: Tensor
         self.losses: Tensor
         self.register_buffer("steps", torch.full((evaluations,), -1))
-        self.register_buffer("losses", torch.full((evaluations,), math.nan, dtype=torch.float64))
+        self.register_buffer("losses", torch.zeros(evaluations, dtype=torch.float64))
 
     @property
     def curve(self) -> tuple[tuple[int, float], ...]:

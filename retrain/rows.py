@@ -38,12 +38,7 @@ class Neurons(nn.Module):
 
     def forward(self, x: Tensor, attn: Tensor | None) -> Tensor:
         """[n, hidden] for rows x, attn [n, hidden]."""
-        h = F.linear(x, self.up, self.up_bias)
-        if self.weights.site.gated:
-            gate, value = h.chunk(2, dim=-1)
-            h = F.silu(gate) * value
-        else:
-            h = F.gelu(h, approximate="tanh")
+        h = replace(self.weights, up=self.up, up_bias=self.up_bias).activations(x)
         return F.linear(h if attn is None else torch.cat((attn, h), dim=-1), self.down, self.bias)
 
     def site_weights(self) -> SiteWeights:

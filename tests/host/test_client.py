@@ -114,7 +114,7 @@ def test_a_drawing_that_waits_for_its_turn_can_be_given_up(client, tmp_path, mon
     running = client.queue(slow_graph(6))
     said: list[str] = []
 
-    def give_up(doing: str, part: float) -> None:
+    def give_up(doing: str, part: float, of: float) -> None:
         said.append(doing)
         raise KeyboardInterrupt
 
@@ -135,6 +135,15 @@ def test_a_run_survives_a_lost_connection(client):
             client._socket.sock.shutdown(socket.SHUT_RDWR)
 
     assert len(client.run(picture_graph(0x445566), lose).files("images")) == 2
+
+
+def test_a_run_whose_history_was_cleared_is_reported(client):
+    prompt_id = client.queue(picture_graph(0x778899))
+    with ComfyClient(client.address) as other:
+        other.run(picture_graph(0x99AABB))  # after the first
+    client._ask("POST", "history", json={"clear": True})
+    with pytest.raises(UserError, match=r"no longer knows the run .* history was cleared"):
+        client.wait(prompt_id)
 
 
 def test_a_server_that_dies_during_a_run_is_reported(host):

@@ -12,7 +12,7 @@ from flux_poke.flux.blocks import Block, blocks_of, choose_blocks
 from flux_poke.flux.layout import Layout
 from flux_poke.flux.model import Flux
 from flux_poke.flux.sampling import FluxTimer, euler
-from flux_poke.recording.call import Moment
+from flux_poke.recording.call import Call
 from flux_poke.tiny.training import tiny_layout
 
 SHAPE = {"hidden": 128, "mlp_ratio": 2, "text_width": 32, "depth": 2, "depth_single": 3}
@@ -42,9 +42,9 @@ class Run:
     def plain(self):
         return euler(lambda x, sigma: self.flux(x, sigma, self.context, self.vector), self.noise, self.sigmas)
 
-    def sample(self, recorder: TapRecorder, taps: BlockTaps, rows=slice(None), on_step=None):
+    def sample(self, recorder: TapRecorder, taps: BlockTaps, images=None, on_step=None):
         def velocity(x, sigma):
-            with recorder.watching(self.flux, Moment.at(x, sigma, self.sigmas, rows), taps):
+            with recorder.watching(self.flux, Call.at(x, sigma, self.sigmas, images=images), taps):
                 return self.flux(x, sigma, self.context, self.vector)
 
         return euler(velocity, self.noise, self.sigmas, on_step)
@@ -112,7 +112,7 @@ def test_taps_come_by_step_then_double_then_single_blocks_in_numeric_order():
 def test_only_the_chosen_rows_are_kept(run):
     both, second = BlockTaps(), BlockTaps()
     run.sample(recorder_of(run), both)
-    run.sample(recorder_of(run), second, rows=slice(1, 2))
+    run.sample(recorder_of(run), second, images=(None, 0))
     for tap in both:
         torch.testing.assert_close(second.latent(tap), both.latent(tap)[1:])
         torch.testing.assert_close(second.change(tap), both.change(tap)[1:])
@@ -149,8 +149,7 @@ def test_steps_beyond_the_memory_limit_go_to_disk_and_read_the_same(tmp_path):
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
     for tap in memory:
         assert torch.equal(memory.latent(tap), disk.latent(tap))
-    disk.clear()
-    assert not list(disk)
+    del disk
     assert not list(tmp_path.iterdir())
 
 
@@ -195,7 +194,7 @@ def test_sizes_that_are_no_whole_patches_are_cut_as_the_host_cuts_them():
     odd = run.noise[..., :-1, :]
     sigma = torch.ones(2)
     padded = torch.nn.functional.pad(odd, (0, 0, 0, 1))
-    with recorder_of(run, "single 2").watching(run.flux, Moment.at(odd, sigma, run.sigmas), taps):
+    with recorder_of(run, "single 2").watching(run.flux, Call.at(odd, sigma, run.sigmas), taps):
         velocity = run.flux(padded, sigma, run.context, run.vector)[..., :-1, :]
     assert torch.equal(taps.latent(Tap(0, Block("single", 2))), odd - velocity)
 
@@ -225,4 +224,4 @@ def test_steps_are_chosen_by_list_and_stride():
 def test_a_step_is_told_from_the_noise_level_between_two_levels_too():
     sigmas = torch.tensor([1.0, 0.6, 0.3, 0.0])
     x = torch.zeros(1, 16, 4, 4)
-    assert [Moment.at(x, torch.tensor([s]), sigmas).step for s in (1.0, 0.8, 0.6, 0.3, 0.1)] == [0, 0, 1, 2, 2]
+    assert [Call.at(x, torch.tensor([s]), sigmas).step for s in (1.0, 0.8, 0.6, 0.3, 0.1)] == [0, 0, 1, 2, 2]

@@ -1,4 +1,4 @@
-"""Block states and trajectories (state_recording.py, block_states.py): they are what the model saw and gave."""
+"""Block states and trajectories (states.py, block_states.py): they are what the model saw and gave."""
 
 import json
 
@@ -9,6 +9,7 @@ from flux_poke.flux.blocks import Block
 from flux_poke.flux.fingerprint import Fingerprint
 from flux_poke.flux.model import Flux
 from flux_poke.recording.block_states import BlockStates
+from flux_poke.recording.call import Call
 from flux_poke.recording.states import StateChoice, StateRecorder, estimated_state_bytes, places_around
 from flux_poke.recording.store import MANIFEST, HiddenStates, Limit
 from flux_poke.recording.trajectories import Trajectories
@@ -35,10 +36,11 @@ def store_of(flux, folder):
 @torch.no_grad()
 def draw(flux, recorder, inputs, images=None, **told):
     """Two images; every step sees inputs of its own, seed = step. The steps that were recorded."""
-    with recorder.run(SIGMAS, 2, **told) as run:
+    with recorder.run() as run:
         for step in range(4):
-            with run.watching(flux, step, images):
-                flux(**inputs(flux, batch=2 if images is None else len(images), seed=step))
+            given = inputs(flux, batch=2 if images is None else len(images), seed=step)
+            with run.watching(flux, Call.at(given["x"], given["sigma"], SIGMAS, step, images, **told)):
+                flux(**given)
         return sorted(run.steps)
 
 
@@ -92,7 +94,7 @@ def test_blocks_that_add_in_place_do_not_reach_what_was_recorded(flux, store, in
 
 @torch.no_grad()
 def test_trajectories_are_what_the_model_was_told_and_answered(store, flux, inputs):
-    draw(flux, StateRecorder("trajectories", store, StateChoice(dtype=torch.float32)), inputs, seeds=[7, 8], prompts=["a", "b"])
+    draw(flux, StateRecorder("trajectories", store, StateChoice(dtype=torch.float32)), inputs, seed=(7, 8), prompts=("a", "b"))
     samples = Trajectories.open(HiddenStates.open(store.folder))
     (captures,) = (shard.captures for shard in HiddenStates.open(store.folder).manifest.shards)
     step = captures[0].step
@@ -153,8 +155,9 @@ def test_hooks_are_gone_afterwards_and_the_output_is_the_same(store, flux, input
     with torch.no_grad():
         expected = flux(**inputs(flux, seed=0))
         recorder = StateRecorder("blocks", store, StateChoice(steps=4), places={0, 4})
-        with recorder.run(SIGMAS, 2) as run, run.watching(flux, 0):
-            found = flux(**inputs(flux, seed=0))
+        given = inputs(flux, seed=0)
+        with recorder.run() as run, run.watching(flux, Call.at(given["x"], given["sigma"], SIGMAS, 0)):
+            found = flux(**given)
     assert torch.equal(found, expected)
     for module in flux.modules():
         assert not module._forward_hooks
@@ -180,9 +183,11 @@ def test_the_originals_folders_load(tmp_path):
 def test_another_size_of_image_is_another_group(store, flux, inputs):
     recorder = StateRecorder("blocks", store, StateChoice(steps=4), places={0, 1})
     draw(flux, recorder, inputs)
-    wide = inputs(flux, batch=1)
-    with recorder.run(SIGMAS, 1) as run, torch.no_grad(), run.watching(flux, 0):
-        flux(**{**wide, "x": wide["x"][..., :4]})
+    given = inputs(flux, batch=1)
+    given["x"] = given["x"][..., :4]
+    call = Call.at(given["x"], given["sigma"], SIGMAS, 0)
+    with recorder.run() as run, torch.no_grad(), run.watching(flux, call):
+        flux(**given)
     states = BlockStates.open(store.folder)
     assert [group.tolist() for group in states.groups] == [list(range(8)), [8]]
 
@@ -209,7 +214,14 @@ def test_an_empty_folder_and_a_damaged_manifest_are_named(tmp_path, store):
         BlockStates.open(store.folder)
 
 
-def test_images_are_told_apart_by_what_was_drawn_also_where_prompt_and_seed_do_not(store, flux):
-    recorder = StateRecorder("trajectories", store, StateChoice(1))
-    found = [recorder.begin(SIGMAS, 2, ["", ""], [7, 7], what).first for what in ("a two", "a three", "a two", None, None)]
-    assert found == [0, 2, 0, 4, 6]
+def test_images_are_told_apart_by_noise_and_text(store, flux, inputs):
+    recorders = [StateRecorder(kind, store, StateChoice(4), places={0}) for kind in ("trajectories", "blocks")]
+    found = []
+    for recorder, seed, text in ((0, 1, 1), (1, 1, 1), (0, 2, 2), (1, 1, 2), (0, 1, 1)):
+        given = {**inputs(flux, seed=seed), "context": inputs(flux, seed=text)["context"]}
+        call = Call.at(given["x"], given["sigma"], SIGMAS, 0, context=given["context"])
+        with recorders[recorder].run() as run, run.watching(flux, call), torch.no_grad():
+            flux(**given)
+        assert run.drawing is not None
+        found.append((run.drawing.first, "recorded before" in run.note))
+    assert found == [(0, False), (0, False), (2, False), (4, False), (0, True)]

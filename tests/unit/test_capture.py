@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from flux_poke.errors import UserError
 from flux_poke.headless import capture
-from flux_poke.headless.capture import CaptureRequest, capture_servers, filled_graph, model_file
+from flux_poke.headless.capture import CaptureRequest, bring, capture_servers, filled_graph, model_file
 
 MODELS = ["flux1-dev-fp8.safetensors", "flux1-krea-dev.safetensors", "sub/flux1-schnell.safetensors", "mine.safetensors"]
 
@@ -101,6 +102,53 @@ def test_a_model_that_is_not_there_is_named_with_those_that_are():
 def test_sizes_are_multiples_of_16(size):
     with pytest.raises(UserError, match="multiple of 16"):
         CaptureRequest("a fox", width=size)
+
+
+def reported(generation_id: object = "0123abcd", *names: str) -> dict:
+    return {"generation_id": generation_id, "subfolder": f"flux_poke/{generation_id}", "files": names or ("img_0.jpg",)}
+
+
+def test_files_come_into_a_new_folder_under_their_own_names(tmp_path):
+    asked: list[dict[str, str]] = []
+
+    def fetch(file) -> bytes:
+        asked.append(file)
+        return b"\xff\xd8\xff"
+
+    bring(
+        [reported("0123abcd", "img_0.jpg", "intermediates/decoded/step_0/a.jpg"), reported("0123abcd", "x.jpg")],
+        tmp_path,
+        fetch,
+    )
+    assert asked[1] == {"filename": "a.jpg", "subfolder": "flux_poke/0123abcd/intermediates/decoded/step_0", "type": "output"}
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {f"0123abcd/{name}" for name in ("img_0.jpg", "intermediates/decoded/step_0/a.jpg", "x.jpg")}
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (reported("mine"), "calls a generation 'mine'"),
+        (reported(".git"), "calls a generation '.git'"),
+        (reported("."), "8 hexadecimal digits"),
+        (reported("../0123abcd"), "8 hexadecimal digits"),
+        (reported(7), "calls a generation '7'"),
+        (reported("01234567"), "01234567 is there already"),
+        (reported("89abcdef"), "89abcdef is there already"),
+        (reported("0123abcd", "../mine/notes.txt"), "outside of its generation's folder"),
+        (reported("0123abcd", "a.jpg", "/etc/passwd"), "outside of its generation's folder"),
+        (reported("0123abcd", ".."), "outside of its generation's folder"),
+    ],
+)
+def test_a_server_cannot_write_into_a_folder_that_was_there(tmp_path, found, said):
+    for name in ("mine", ".git", "01234567"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine")
+    (tmp_path / "89abcdef").symlink_to(tmp_path / "mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=re.escape(said)):
+        bring([found], tmp_path, lambda file: pytest.fail("nothing is fetched"))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_options_for_starting_a_server_need_one_to_start(tmp_path):

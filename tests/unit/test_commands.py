@@ -32,9 +32,9 @@ def recorded(tmp_path_factory) -> Path:
     """Internals, rows and block states of the tiny FLUX on twenty prompts."""
     folder = tmp_path_factory.mktemp("recorded")
     (folder / "prompts.txt").write_text("\n".join(digit_prompts(number % 10)[0] for number in range(20)))
-    given = ("record", CHECKPOINT, "--prompts", folder / "prompts.txt", "--steps", 4)
-    run(*given, "--out", folder / "internals.safetensors", "--rows", folder / "states", "--keep-steps", 4)
-    run(*given, "--hidden-states", folder / "states", "--keep-steps", 2)
+    given = ("record", CHECKPOINT, folder, "--prompts", folder / "prompts.txt", "--steps", 4)
+    run(*given, "--what", "internals,rows", "--keep-steps", 4)
+    run(*given, "--what", "blocks", "--keep-steps", 2)
     return folder
 
 
@@ -48,9 +48,9 @@ def recorded(tmp_path_factory) -> Path:
 )
 def test_retrain_takes_what_to_cut_as_plan_does(recorded, tmp_path, cuts, named):
     internals = recorded / "internals.safetensors"
-    rows = ("--rows", recorded / "states")
+    rows = ("--rows", recorded / "hidden_states")
     run("plan", internals, "--checkpoint", CHECKPOINT, *rows, *cuts, "--out", tmp_path / "plan.safetensors")
-    given = ("retrain", CHECKPOINT, "--hidden-states", recorded / "states", *QUICK)
+    given = ("retrain", CHECKPOINT, "--hidden-states", recorded / "hidden_states", *QUICK)
     run(*given, "--plan", tmp_path / "plan.safetensors", "--out", tmp_path / "by_plan")
     output = run(*given, "--internals", internals, *cuts, "--out", tmp_path / "by_cuts")
     assert PruningPlan.load(tmp_path / "plan.safetensors").table() in output
@@ -101,7 +101,14 @@ def test_a_recording_is_not_added_to_itself(recorded):
 
 def test_what_the_file_system_refuses_is_said_in_one_sentence(recorded, tmp_path):
     (tmp_path / "junk.txt").write_text("mine")
-    given = ["retrain", CHECKPOINT, "--hidden-states", recorded / "states", "--internals", recorded / "internals.safetensors"]
+    given = [
+        "retrain",
+        CHECKPOINT,
+        "--hidden-states",
+        recorded / "hidden_states",
+        "--internals",
+        recorded / "internals.safetensors",
+    ]
     given += ["--img-cut", 9, *QUICK, "--out", tmp_path / "junk.txt"]
     main = [sys.executable, "-c", "from flux_poke.cli import main; main()"]
     ended = subprocess.run([*main, *map(str, given)], capture_output=True, text=True)
@@ -112,14 +119,14 @@ def test_what_the_file_system_refuses_is_said_in_one_sentence(recorded, tmp_path
 
 
 def test_distill_takes_no_choice_of_layers(recorded, tmp_path):
-    given = ("--hidden-states", recorded / "states", "--internals", recorded / "internals.safetensors", "--img-cut", 9)
+    given = ("--hidden-states", recorded / "hidden_states", "--internals", recorded / "internals.safetensors", "--img-cut", 9)
     with pytest.raises(UserError, match="all layers at once"):
         run("retrain", CHECKPOINT, *given, "--method", "distill", "--layers", "0", "--out", tmp_path)
 
 
 def test_arguments_in_a_file_are_as_on_the_command_line(recorded, tmp_path):
     (tmp_path / "arguments.txt").write_text(
-        f"""--hidden-states '{recorded / "states"}'   # where the states are
+        f"""--hidden-states '{recorded / "hidden_states"}'   # where the states are
         --internals '{recorded / "internals.safetensors"}'
         --img-cut 50 --txt-cut 50
         --method "closed form"
@@ -132,7 +139,7 @@ def test_arguments_in_a_file_are_as_on_the_command_line(recorded, tmp_path):
 
 
 def test_what_to_cut_is_said_once(recorded, tmp_path):
-    given = ("retrain", CHECKPOINT, "--hidden-states", recorded / "states")
+    given = ("retrain", CHECKPOINT, "--hidden-states", recorded / "hidden_states")
     internals = ("--internals", recorded / "internals.safetensors")
     run("plan", internals[1], "--checkpoint", CHECKPOINT, "--img-cut", 5, "--out", tmp_path / "plan.safetensors")
     plan = ("--plan", tmp_path / "plan.safetensors")

@@ -13,6 +13,7 @@ from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.repair import Repairs
 from flux_poke.pruning.surgery import Cut
+from flux_poke.recording.call import Call
 from flux_poke.recording.rows import RowChoice, RowRecorder
 from flux_poke.recording.states import StateChoice, StateRecorder
 from flux_poke.recording.store import HiddenStates
@@ -216,9 +217,10 @@ def store(many, tmp_path_factory) -> HiddenStates:
     store = HiddenStates.for_model(tmp_path_factory.mktemp("store"), "flux1", many.dense.fingerprint)
     velocities = StateRecorder("trajectories", store, StateChoice(3, dtype=torch.float32))
     rows = RowRecorder(many.dense.layout.sites, store, RowChoice(rows=48, steps=3))
-    with velocities.run(SIGMAS, 80) as run, rows.run(SIGMAS, 80) as row_run, torch.no_grad():
+    with velocities.run() as run, rows.run() as row_run, torch.no_grad():
         for step, point in enumerate(many.points):
-            with run.watching(many.flux, step), row_run.watching(many.flux, step):
+            call = Call.at(point.x, point.sigma, SIGMAS, step)
+            with run.watching(many.flux, call), row_run.watching(many.flux, call):
                 point.run(many.flux)
     return HiddenStates.open(store.folder)
 
@@ -269,9 +271,9 @@ def test_killed_it_goes_on_ends_at_the_same_weights_and_is_not_done_again(drawn,
     save_file({key: tensor.contiguous() for key, tensor in drawn.dense.tensors.items()}, tmp_path / "dense.safetensors")
     drawn.plan.save(tmp_path / "plan.safetensors")
     store = HiddenStates.for_model(tmp_path / "store", "flux1", drawn.dense.fingerprint)
-    with StateRecorder("trajectories", store, StateChoice(3, dtype=torch.float32)).run(SIGMAS, 10) as run, torch.no_grad():
+    with StateRecorder("trajectories", store, StateChoice(3, dtype=torch.float32)).run() as run, torch.no_grad():
         for step, point in enumerate(drawn.points):
-            with run.watching(drawn.flux, step):
+            with run.watching(drawn.flux, Call.at(point.x, point.sigma, SIGMAS, step)):
                 point.run(drawn.flux)
 
     def command(out: Path) -> list[str]:

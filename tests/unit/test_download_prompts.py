@@ -1,6 +1,7 @@
 """download_prompts.py against a local server that speaks the rows API, and sometimes fails, stalls or breaks off."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,8 @@ import flux_poke.download_prompts as module
 import pytest
 from flux_poke.download_prompts import DATASETS, RETRIES, RowsServer, download_prompts
 from flux_poke.errors import UserError
+from flux_poke.files import locked
+from flux_poke.prompts import SHIPPED
 from urllib3 import Retry
 
 LONG, SHORT = DATASETS
@@ -124,7 +127,7 @@ def test_all_prompts_of_both_datasets_arrive_once_and_on_one_line_each(server, t
     lines = out.read_text(encoding="utf-8").splitlines()
     assert lines == expected()
     assert count == len(lines) == len(set(lines))
-    assert {path.name for path in tmp_path.iterdir()} <= {"prompts.txt", "prompts.txt.lock"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"prompts.txt", ".prompts.txt.lock"}
 
 
 def test_contains_limit_and_dataset_choose(server, tmp_path):
@@ -229,7 +232,35 @@ def test_other_options_do_not_mix_into_a_download_that_has_not_ended(server, tmp
 def test_progress_is_told_after_every_page(server, tmp_path):
     told = []
     download_prompts(tmp_path / "p.txt", [SHORT], limit=0, progress=lambda *now: told.append(now), server=patient(server))
-    assert told == [(99, 100, 230), (199, 200, 230), (229, 230, 230)]
+    assert told == [
+        ("99 prompts in 100 of 230 rows", 100, 230),
+        ("199 prompts in 200 of 230 rows", 200, 230),
+        ("229 prompts in 230 of 230 rows", 230, 230),
+    ]
+
+
+def test_what_is_no_list_of_prompts_is_not_replaced(server, tmp_path):
+    (tmp_path / "notes.md").write_text("mine")
+    (tmp_path / "picture.txt").write_bytes(b"\x89PNG\r\n\xff\0")
+    (tmp_path / "link.txt").symlink_to(SHIPPED)
+    shipped = SHIPPED.read_bytes()
+    for name, said in (
+        ("notes.md", "is not a text file of prompts"),
+        ("picture.txt", "is not a text file of prompts"),
+        ("link.txt", "is the list that comes with Flux Poke"),
+        (SHIPPED, "is the list that comes with Flux Poke"),
+    ):
+        with pytest.raises(UserError, match=said):
+            download_prompts(tmp_path / name, [SHORT], limit=9, server=patient(server))
+    assert (tmp_path / "notes.md").read_text() == "mine"
+    assert SHIPPED.read_bytes() == shipped
+    assert not server.times
+
+
+def test_a_second_download_into_one_file_is_told_who_has_it(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE", 0.1)
+    with locked(tmp_path / "p.txt"), pytest.raises(UserError, match=f"locked .* by process {os.getpid()} on "):
+        download_prompts(tmp_path / "p.txt", [SHORT], server=patient(server))
 
 
 def test_bad_options_are_named(tmp_path):
@@ -242,7 +273,7 @@ def test_bad_options_are_named(tmp_path):
 def test_the_command_runs_from_a_folder_of_any_name(tmp_path):
     folder = tmp_path / "custom_nodes" / "flux-poke.1"
     folder.mkdir(parents=True)
-    for name in ("__init__.py", "download_prompts.py", "errors.py", "files.py"):
+    for name in ("__init__.py", "download_prompts.py", "errors.py", "files.py", "progress.py", "prompts.py"):
         shutil.copy(Path(module.__file__).with_name(name), folder)
     command = [sys.executable, "-I", folder / "download_prompts.py", "--limit", "-1"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

@@ -1,5 +1,6 @@
 """files.py: the old file or the new one, whole, and one sentence where it cannot be written."""
 
+import json
 import os
 import re
 import stat
@@ -9,8 +10,23 @@ import time
 
 import pytest
 import torch
+from flux_poke.counter import count_up
 from flux_poke.errors import UserError
-from flux_poke.files import check_not_read, locked, replacing, stream_safetensors, write_safetensors, write_text
+from flux_poke.files import (
+    FIGURES,
+    IMAGES,
+    check_beginning,
+    check_not_read,
+    check_text,
+    locked,
+    replacing,
+    stream_safetensors,
+    write_picture,
+    write_safetensors,
+    write_text,
+)
+from matplotlib.figure import Figure
+from PIL import Image
 from safetensors.torch import load_file
 
 
@@ -152,6 +168,22 @@ def test_what_a_killed_writer_left_goes_with_the_next_file_in_its_folder(tmp_pat
     assert names(tmp_path) == ["other.txt"]
 
 
+def test_folders_of_others_that_end_as_ours_do_stay(tmp_path, half_written):
+    (unfinished,) = names(tmp_path)
+    half_written.kill()
+    half_written.wait()
+    (tmp_path / unfinished / "more").write_text("not ours")
+    theirs = [".download.unfinished", ".flux-poke-mine.unfinished", ".flux-poke-01234567.unfinished"]
+    for name in theirs[:2]:
+        (tmp_path / name).mkdir()
+    (tmp_path / theirs[2]).symlink_to(tmp_path / theirs[0])
+    write_text(tmp_path / "other.txt", "")
+    assert names(tmp_path) == sorted([unfinished, "other.txt", *theirs])
+    (tmp_path / unfinished / "more").unlink()
+    write_text(tmp_path / "other.txt", "")
+    assert names(tmp_path) == sorted(["other.txt", *theirs])
+
+
 def test_what_is_half_written_has_no_models_ending(tmp_path, half_written):
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files
@@ -217,3 +249,91 @@ def test_a_lock_keeps_another_process_waiting(tmp_path):
         os.set_blocking(other.stdout.fileno(), True)
     assert other.stdout.readline() == "in\n"
     assert other.wait(timeout=10) == 0
+
+
+def test_a_link_stays_and_the_file_that_it_leads_to_is_replaced(tmp_path):
+    (tmp_path / "store").mkdir()
+    target, link, chained = tmp_path / "store" / "real.txt", tmp_path / "link.txt", tmp_path / "chained.txt"
+    link.symlink_to(target)
+    chained.symlink_to("link.txt")
+    for number, path in enumerate((link, chained, target)):
+        write_text(path, f"{number}")
+        assert (target.read_text(), link.is_symlink(), chained.is_symlink()) == (f"{number}", True, True)
+    assert names(tmp_path) == ["chained.txt", "link.txt", "store"]
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(UserError, match="is a link that leads to itself"):
+        write_text(tmp_path / "round", "")
+
+
+def test_two_names_of_one_file_share_one_lock(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    with locked(tmp_path / "file"), pytest.raises(UserError, match="has been locked"), locked(tmp_path / "link", patience=0.1):
+        pass
+
+
+def test_who_waits_for_a_lock_is_told_whose_it_is_and_may_cancel(tmp_path):
+    path, told = tmp_path / "shared", []
+
+    def cancel(what: str, done: float, total: float) -> None:
+        told.append(what)
+        if len(told) == 2:
+            raise KeyboardInterrupt
+
+    with locked(path):
+        with pytest.raises(UserError, match=rf"shared has been locked for 0 s by process {os.getpid()} on .*: wait until"):
+            locked(path, patience=0.4).__enter__()
+        with pytest.raises(KeyboardInterrupt):
+            locked(path, cancel).__enter__()
+    assert told == ["waiting for shared"] * 2
+    with locked(path, patience=0):
+        pass
+    assert all(name.startswith(".") for name in names(tmp_path))
+
+
+@pytest.mark.parametrize("ending", [*FIGURES, *IMAGES, ".gif", ".mp4", ".jpeg"])
+def test_a_picture_replaces_pictures_of_its_kind_alone(tmp_path, ending):
+    path = tmp_path / f"picture{ending}"
+    for foreign in (b"notes", b"{}", b"\x89PMG not a png, and long enough to be compared"):
+        path.write_bytes(foreign)
+        with pytest.raises(UserError, match="something else than its ending says"), replacing(path):
+            pass
+        assert path.read_bytes() == foreign
+    path.write_bytes(b"")
+    check_beginning(path)
+
+
+@pytest.mark.parametrize("ending", [*FIGURES, ".webp"])
+def test_a_figure_or_an_image_is_written_twice_into_one_file(tmp_path, ending):
+    path, figure = tmp_path / f"picture{ending}", Figure()
+    for _ in range(2):
+        if ending in FIGURES:
+            write_picture(path, figure)
+        if ending in IMAGES:
+            write_picture(path, Image.new("RGB", (8, 8)))
+    assert names(tmp_path) == [path.name]
+    assert path.stat().st_size > 30
+    with pytest.raises(UserError, match=r"is no picture that can be written: its name ends in one of \.png, \.jpg, "):
+        write_picture(tmp_path / "picture.txt", figure)
+
+
+def test_a_text_replaces_what_is_known_as_its_own(tmp_path):
+    path = tmp_path / "table.txt"
+    check_text(path, "a table", lambda text: False)
+    for content in (b"\xff\xfe", b"something", b"[1"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"table\.txt is not a table, and is not replaced"):
+            check_text(path, "a table", lambda text: json.loads(text)["rows"])
+    path.write_text('{"rows": [1]}')
+    check_text(path, "a table", lambda text: json.loads(text)["rows"])
+
+
+def test_a_counter_replaces_numbers_alone(tmp_path):
+    path = tmp_path / "count.txt"
+    assert [count_up(path, limit=2) for _ in range(3)] == [0, 1, 0]
+    assert count_up(path, restart=True) == 0
+    for foreign in ("notes", "-5", "1e3", "9" * 5000, "3 4"):
+        path.write_text(foreign)
+        for restart in (False, True):
+            with pytest.raises(UserError, match=r"count\.txt is not a counter's file, and is not replaced"):
+                count_up(path, restart=restart)
+        assert path.read_text() == foreign

@@ -17,7 +17,7 @@ from flux_poke.errors import UserError
 from flux_poke.flux.blocks import Block, blocks_of, choose_blocks
 from flux_poke.flux.model import Flux
 from flux_poke.flux.sampling import FluxTimer, euler
-from flux_poke.recording.call import Moment
+from flux_poke.recording.call import Call
 from flux_poke.tiny.training import tiny_layout
 from PIL import Image
 from PIL.ExifTags import IFD, Base
@@ -42,7 +42,7 @@ def run() -> tuple[BlockTaps, Tensor]:
     taps, recorder = BlockTaps(), TapRecorder(LAYOUT, choose_blocks("all", LAYOUT))
 
     def velocity(x, sigma):
-        with recorder.watching(flux, Moment.at(x, sigma, sigmas), taps):
+        with recorder.watching(flux, Call.at(x, sigma, sigmas), taps):
             return flux(x, sigma, context, vector)
 
     return taps, euler(velocity, torch.randn(2, 16, 6, 4), sigmas)
@@ -141,11 +141,12 @@ def test_pictures_carry_generation_and_graph_unless_that_is_disabled(tmp_path, r
 
 
 def test_progress_counts_to_the_end_and_stops_when_it_raises(tmp_path, run):
-    seen: list[tuple[int, int]] = []
-    written(tmp_path / "all", run, progress=lambda done, total, image: seen.append((done, total)))
-    assert seen == [(done, 16) for done in range(1, 17)]
+    seen: list[tuple[float, float, int]] = []
+    shown: list[Image.Image] = []
+    written(tmp_path / "all", run, progress=lambda _, *how_far: seen.append((*how_far, len(shown))), show=shown.append)
+    assert seen == [(done, 16, done) for done in range(1, 17)]
 
-    def stop(done, total, image):
+    def stop(what, done, total):
         if done == 3:
             raise KeyboardInterrupt
 

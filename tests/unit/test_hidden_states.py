@@ -1,7 +1,8 @@
-"""Sampled rows (hidden_states.py, row_recording.py): they are what the MLPs read, shared out evenly, and safe on disk."""
+"""Sampled rows (store.py, rows.py): they are what the MLPs read, shared out evenly, and safe on disk."""
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from flux_poke.errors import UserError
 from flux_poke.flux.fingerprint import Fingerprint
 from flux_poke.flux.layout import select_sites
 from flux_poke.flux.model import Flux
-from flux_poke.recording.call import TokenMask
+from flux_poke.recording.call import Call, TokenMask
 from flux_poke.recording.rows import RowChoice, RowRecorder, estimated_bytes
-from flux_poke.recording.store import MANIFEST, HiddenStates, Limit, held_out
+from flux_poke.recording.split import held_out
+from flux_poke.recording.store import MANIFEST, HiddenStates, Limit
 
 SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
 
@@ -26,12 +28,16 @@ def store(tmp_path, flux) -> HiddenStates:
     return HiddenStates.for_model(tmp_path / "hidden", "flux1", Fingerprint.of_tensors(flux.state_dict()))
 
 
+def call_of(given, step, **known) -> Call:
+    return Call.at(given["x"], given["sigma"], SIGMAS, step, **known)
+
+
 def draw(flux, recorder, inputs, mask=None, batch=2, seed=1):
     """One sampling run whose calls all see the same input; returns the run and the last output."""
     given = inputs(flux, batch=batch, seed=seed)
-    with recorder.run(SIGMAS, images=batch) as run:
+    with recorder.run() as run:
         for step in range(len(SIGMAS) - 1):
-            with run.watching(flux, step, mask), torch.no_grad():
+            with run.watching(flux, call_of(given, step, mask=mask)), torch.no_grad():
                 output = flux(**given)
     return run, output
 
@@ -87,7 +93,7 @@ def test_the_model_computes_what_it_did_and_keeps_no_hook(flux, store, inputs):
         expected = flux(**inputs(flux))
     recorder = RowRecorder(flux.layout.sites, store, RowChoice(rows=4, steps=5))
     assert torch.equal(draw(flux, recorder, inputs)[1], expected)
-    with pytest.raises(KeyboardInterrupt), recorder.run(SIGMAS) as run, run.watching(flux, 0):
+    with pytest.raises(KeyboardInterrupt), recorder.run() as run, run.watching(flux, call_of(inputs(flux), 0)):
         raise KeyboardInterrupt
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in flux.modules())
 
@@ -96,8 +102,8 @@ def test_an_interrupted_run_leaves_nothing(flux, store, inputs):
     recorder = RowRecorder(flux.layout.sites, store, RowChoice(rows=4, steps=5))
 
     def interrupted():
-        with recorder.run(SIGMAS) as run:
-            with run.watching(flux, 0), torch.no_grad():
+        with recorder.run() as run:
+            with run.watching(flux, call_of(inputs(flux), 0)), torch.no_grad():
                 flux(**inputs(flux))
             raise KeyboardInterrupt
 
@@ -132,9 +138,9 @@ def test_short_runs_give_one_step_and_a_sigma_range_is_kept():
 def test_another_batch_row_order_is_told_by_images(flux, store, inputs):
     """Under guidance each image stands in the batch twice."""
     given = inputs(flux, batch=4)
-    with RowRecorder(flux.layout.sites, store, RowChoice(rows=2, steps=5)).run(SIGMAS, images=2) as run, torch.no_grad():
+    with RowRecorder(flux.layout.sites, store, RowChoice(rows=2, steps=5)).run() as run, torch.no_grad():
         for step in range(5):
-            with run.watching(flux, step, images=[0, 1, 0, 1]):
+            with run.watching(flux, call_of(given, step, images=[0, 1, 0, 1])):
                 flux(**given)
     assert Counter(everything(store, "double-img-0").image.tolist()) == {0: 20, 1: 20}
 
@@ -150,9 +156,9 @@ def test_the_estimate_is_what_is_written(flux, store, inputs):
 
 
 def test_a_second_recording_adds(flux, store, inputs):
-    for _ in range(2):
+    for seed in range(2):
         again = HiddenStates.for_model(store.folder, "flux1", Fingerprint.of_tensors(flux.state_dict()))
-        draw(flux, RowRecorder(flux.layout.sites, again, RowChoice(rows=4, steps=1)), inputs)
+        draw(flux, RowRecorder(flux.layout.sites, again, RowChoice(rows=4, steps=1)), inputs, seed=seed)
     assert again.images("double-img-0").tolist() == [0, 1, 2, 3]
     assert HiddenStates.open(store.folder).count("double-img-0") == 16
 
@@ -197,7 +203,7 @@ def test_a_halving_that_was_cut_off_is_finished_by_the_next(flux, store, inputs)
     reopened = HiddenStates.open(store.folder)
     reopened._halve()
     assert Counter(everything(reopened, "single-0").image.tolist()) == dict.fromkeys(range(4), 8)
-    assert reopened.manifest.shards[0] == first
+    assert replace(reopened.manifest.shards[0], id=first.id) == first
 
 
 def test_at_the_limit_recording_can_stop(flux, store, inputs):
@@ -244,12 +250,12 @@ def test_blocks_are_chosen_by_kind_and_stream(flux):
 
 
 def test_a_folder_without_rows_says_how_to_record(tmp_path):
-    with pytest.raises(UserError, match="Record rows first"):
+    with pytest.raises(UserError, match="Record it first"):
         HiddenStates.open(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", json.dumps({"format": "flux-poke hidden states 1"}), json.dumps({"format": "x"})]
+    "content", ["{", "[]", json.dumps({"format": "flux-poke hidden states 2"}), json.dumps({"format": "x"})]
 )
 def test_a_damaged_manifest_is_named(tmp_path, content):
     (tmp_path / MANIFEST).write_text(content)
@@ -286,29 +292,56 @@ def test_rows_count_alike_where_errors_move_nothing(store):
     assert store.importance("single-0", torch.tensor([1.0, 0.2])).tolist() == [1, 1]
 
 
-def test_measuring_amplification_makes_another_digest(store):
-    before = store.digest
+def test_each_kind_has_a_digest_of_its_own(store, flux, inputs):
+    before = {kind: store.digest(kind) for kind in ("rows", "lens", "blocks", "trajectories", "amplification")}
     store.add_amplification({"single-0": {1.0: (1.0, 1)}})
-    assert HiddenStates.open(store.folder).digest == store.digest != before
+    draw(flux, RowRecorder(flux.layout.sites, store, RowChoice(rows=4)), inputs)
+    after = HiddenStates.open(store.folder)
+    assert {kind for kind, digest in before.items() if after.digest(kind) != digest} == {"rows", "amplification"}
+    assert after.digest("rows", "lens") == store.digest("rows", "lens")
+
+
+def test_rows_that_were_thinned_have_another_digest(store, flux, inputs):
+    draw(flux, RowRecorder(flux.layout.sites, store, RowChoice(rows=16)), inputs)
+    before = store.digest("rows")
+    store._halve()
+    assert store.digest("rows") != before
+    assert not store.changed("rows")
+
+
+def test_two_recordings_of_equal_shape_have_two_digests(flux, inputs, tmp_path):
+    digests = set()
+    for name in "ab":
+        store = HiddenStates.for_model(tmp_path / name, "flux1", Fingerprint.of_tensors(flux.state_dict()))
+        draw(flux, RowRecorder(flux.layout.sites, store, RowChoice(rows=4)), inputs)
+        digests.add(store.digest("rows"))
+    assert len(digests) == 2
 
 
 def test_an_image_keeps_its_number_when_it_is_recorded_again_and_gives_other_rows(store, flux, inputs):
-    def record(what):
-        with RowRecorder(flux.layout.sites, store, RowChoice(rows=4, steps=2)).run(SIGMAS, 2, what) as run, torch.no_grad():
-            for step in range(len(SIGMAS) - 1):
-                with run.watching(flux, step):
-                    flux(**inputs(flux, batch=2))
+    def record(seed):
+        run, _ = draw(flux, RowRecorder(flux.layout.sites, store, RowChoice(rows=4, steps=2)), inputs, seed=seed)
+        assert ("recorded before" in run.note) == (seed in seen)
+        seen.add(seed)
         return sorted(run.steps)
 
-    first = [record("a two, seed 1"), record("a three, seed 1")]
+    seen: set[int] = set()
+    first = [record(1), record(2)]
     assert store.images("single-0").tolist() == [0, 1, 2, 3]
-    again = [record("a two, seed 1") for _ in range(4)]
+    again = [record(1) for _ in range(4)]
     assert store.images("single-0").tolist() == [0, 1, 2, 3]
-    assert store.image_count == HiddenStates.open(store.folder).image_count == 4
+    assert store.image_count() == HiddenStates.open(store.folder).image_count("rows") == 4
     assert any(steps != first[0] for steps in again)
 
 
-def test_images_of_a_run_that_was_given_up_do_not_count(store, flux):
-    with pytest.raises(KeyboardInterrupt), RowRecorder(flux.layout.sites, store).run(SIGMAS, 2, "a two"):
-        raise KeyboardInterrupt
-    assert store.image_count == 0
+def test_images_of_a_run_that_was_given_up_do_not_count(store, flux, inputs):
+    def given_up():
+        with RowRecorder(flux.layout.sites, store, RowChoice(steps=5)).run() as run:
+            with run.watching(flux, call_of(inputs(flux), 0)), torch.no_grad():
+                flux(**inputs(flux))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        given_up()
+    assert store.image_count() == 0
+    assert len(store.manifest.drawings) == 1

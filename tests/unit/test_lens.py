@@ -10,8 +10,9 @@ from flux_poke.errors import UserError
 from flux_poke.flux.blocks import Block, blocks_of, choose_blocks
 from flux_poke.flux.fingerprint import Fingerprint
 from flux_poke.flux.model import Flux
-from flux_poke.recording.call import Moment
+from flux_poke.recording.call import Call
 from flux_poke.recording.lens_rows import LensRecorder, LensRows
+from flux_poke.recording.rows import RowChoice
 from flux_poke.recording.store import HiddenStates, Limit
 from flux_poke.tiny.training import tiny_layout
 from sklearn.linear_model import Ridge
@@ -30,6 +31,13 @@ def flux() -> Flux:
 def call(flux: Flux, batch: int = 2):
     x, sigma = torch.randn(batch, 16, 8, 8), torch.full((batch,), 0.5)
     return x, sigma, torch.randn(batch, 5, 32), torch.randn(batch, 32)
+
+
+@torch.no_grad()
+def record(recorder, flux, x, sigma, context, vector):
+    with recorder.run() as run, run.watching(flux, Call.at(x, sigma, (0.5, 0.0), context=context)):
+        flux(x, sigma, context, vector)
+    return run
 
 
 @pytest.fixture
@@ -58,12 +66,9 @@ def test_rows_are_the_same_tokens_after_every_block(flux, store):
         block.register_forward_hook(lambda _, __, out, index=index: states.update({f"double-{index}": out[0]}))
     for index, block in enumerate(flux.single_blocks):
         block.register_forward_hook(lambda _, __, out, index=index: states.update({f"single-{index}": out[:, 5:]}))
-    recorder = LensRecorder(LAYOUT, tokens=3)
-    with recorder.watching(flux, x, sigma, torch.tensor([7, 8])):
-        flux(x, sigma, context, vector)
-    assert recorder.save(store)
+    assert not record(LensRecorder(LAYOUT, store, RowChoice(rows=3)), flux, x, sigma, context, vector).note
     rows = LensRows(store.folder)
-    assert rows.images.tolist() == [7, 7, 7, 8, 8, 8]
+    assert rows.images.tolist() == [0, 0, 0, 1, 1, 1]
     places = [
         [
             int((states[block.name][image] == row).all(-1).nonzero())
@@ -77,20 +82,22 @@ def test_rows_are_the_same_tokens_after_every_block(flux, store):
 
 
 def test_runs_add_shards_until_there_is_no_room(flux, store):
-    recorder = LensRecorder(LAYOUT, tokens=4)
-    for image in range(2):
-        x, sigma, context, vector = call(flux, batch=1)
-        with recorder.watching(flux, x, sigma, torch.tensor([image])):
-            flux(x, sigma, context, vector)
-        assert recorder.save(store)
-    assert recorder.save(store)  # nothing new
-    x, sigma, context, vector = call(flux, batch=1)
-    with recorder.watching(flux, x, sigma, torch.tensor([2])):
-        flux(x, sigma, context, vector)
-    assert not recorder.save(store, Limit(1e-9))
+    recorder = LensRecorder(LAYOUT, store, RowChoice(rows=4))
+    for _ in range(2):
+        assert not record(recorder, flux, *call(flux, batch=1)).note
+    recorder.limit = Limit(1e-9)
+    assert "as large as it may become" in record(recorder, flux, *call(flux, batch=1)).note
     rows = LensRows(store.folder)
     assert sorted(rows.images.tolist()) == [0] * 4 + [1] * 4
     assert {rows[block].shape for block in rows} == {(8, 128)}
+
+
+def test_rows_of_the_same_images_again_are_said_to_be(flux, store):
+    given = call(flux)
+    notes = [record(LensRecorder(LAYOUT, store, RowChoice(rows=4)), flux, *given).note for _ in range(2)]
+    assert notes[0] == ""
+    assert "recorded before" in notes[1]
+    assert LensRows(store.folder).images.unique().tolist() == [0, 1]
 
 
 def test_an_affine_relation_is_found_and_holds_on_new_images(store):
@@ -116,14 +123,14 @@ def test_the_fit_is_ridge_regression_of_the_distance_to_the_last_block(store):
     assert lens.errors[FIRST] == pytest.approx(min(found), rel=0.01)
 
 
-def test_noise_is_not_foretold(store):
+def test_noise_is_not_predicted(store):
     generator = torch.Generator().manual_seed(2)
     states = {name: torch.randn(200, 8, generator=generator) for name in ("double-0", "single-1")}
     lens = fit_lens(rows_of(store, states, torch.arange(20).repeat_interleave(10)))
     assert 0.9 < lens.errors[FIRST] < 1.3
 
 
-def test_a_lens_that_foretells_the_last_block_makes_every_prediction_the_last_ones(flux):
+def test_a_lens_that_predicts_the_last_block_makes_every_prediction_the_last_ones(flux):
     """Maps that ignore their input and give one token: predictions are the final layer's of that token."""
     token = torch.randn(128)
     blocks = blocks_of(LAYOUT)[:-1]
@@ -136,7 +143,7 @@ def test_a_lens_that_foretells_the_last_block_makes_every_prediction_the_last_on
     vecs = []
     flux.final_layer.register_forward_pre_hook(lambda _, args: vecs.append(args[1]))
     recorder = TapRecorder(LAYOUT, choose_blocks("all", LAYOUT), lens=lens)
-    with recorder.watching(flux, Moment.at(x, sigma, sigmas), taps):
+    with recorder.watching(flux, Call.at(x, sigma, sigmas), taps):
         velocity = flux(x, sigma, context, vector)
     patches = flux.final_layer(token.expand(2, 16, 128), vecs[0])
     expected = x - 0.5 * torch.nn.functional.fold(patches.mT, (8, 8), 2, stride=2)

@@ -9,7 +9,7 @@ from flux_poke.analysis.contributions import Contribution, block_contributions
 from flux_poke.analysis.taps import BlockTaps, StepChoice, TapRecorder
 from flux_poke.flux.blocks import choose_blocks
 from flux_poke.flux.sampling import FluxTimer, euler
-from flux_poke.recording.call import Moment
+from flux_poke.recording.call import Call
 from flux_poke.tiny.data import read_digits
 from flux_poke.tiny.model import TinyFlux
 
@@ -25,7 +25,7 @@ def run() -> tuple[TinyFlux, BlockTaps]:
     context, vector = tiny.words(PROMPTS)
 
     def velocity(x, sigma):
-        with recorder.watching(tiny.flux, Moment.at(x, sigma, sigmas), taps):
+        with recorder.watching(tiny.flux, Call.at(x, sigma, sigmas), taps):
             return tiny.flux(x, sigma, context, vector)
 
     with torch.no_grad():

@@ -1,8 +1,12 @@
 """prompts.py: reading, filtering and picking prompts."""
 
+import itertools
 import re
+import threading
+import time
 
 import pytest
+from flux_poke import prompts
 from flux_poke.errors import UserError
 from flux_poke.prompts import RANDOM, SHIPPED, pick, read_prompts
 
@@ -58,7 +62,7 @@ def test_bad_input_is_named_in_one_sentence(tmp_path, file):
     cases = [
         (lambda: read_prompts(tmp_path / "none.txt"), "none.txt is not there"),
         (lambda: read_prompts(empty), "empty.txt holds no prompts"),
-        (lambda: read_prompts(binary), "image.png is no UTF-8 text"),
+        (lambda: read_prompts(binary), "image.png is not UTF-8 text"),
         (lambda: read_prompts(tmp_path), "cannot be read"),
         (lambda: read_prompts(file, "("), "regular expression '(' cannot be read"),
         (lambda: read_prompts(file, "zebra"), "None of the 4 prompts"),
@@ -74,3 +78,36 @@ def test_the_shipped_list_is_varied_and_a_third_of_it_has_text_to_render():
     assert len(prompts) >= 50
     assert len(set(prompts)) == len(prompts)
     assert 0.25 < len(read_prompts(SHIPPED, '".+"')) / len(prompts) < 0.45
+
+
+def test_a_pattern_that_would_run_for_ever_ends_in_a_sentence_while_other_threads_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "SEARCH_LIMIT", 1.0)
+    (tmp_path / "long.txt").write_text("a" * 60 + "\n")
+    beats: list[float] = []
+    stop = threading.Event()
+
+    def beat():
+        while not stop.wait(0.05):
+            beats.append(time.monotonic())
+
+    other = threading.Thread(target=beat)
+    other.start()
+    try:
+        with pytest.raises(UserError, match=r"took more than 1 s on 1 prompts: make it simpler"):
+            read_prompts(tmp_path / "long.txt", r"(\w+\s?)+$X")
+    finally:
+        stop.set()
+        other.join()
+    assert max(after - before for before, after in itertools.pairwise(beats)) < 0.7
+
+
+@pytest.mark.parametrize("pattern", ["a{99999999999999999999}", "(" * 5000 + ")" * 5000, "(?<=a+)b", "\ud800("])
+def test_patterns_that_cannot_be_compiled_are_named(file, pattern):
+    with pytest.raises(UserError, match="cannot be read: "):
+        read_prompts(file, pattern)
+
+
+def test_all_that_python_knows_of_regular_expressions_works(file):
+    assert read_prompts(file, r"(?<!\S)(\w)\w*\s(?=fox)") == ["a fox", "a fox"]
+    assert read_prompts(file, r"([a-z])\1") == ["ein Bär im Schnee"]
+    assert read_prompts(file, "says") == ['a sign that says "open"']

@@ -1,4 +1,4 @@
-"""analysis/recording.py against activations computed by hand, without hooks, block by block."""
+"""recording/neurons.py against activations computed by hand, without hooks, block by block."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from flux_poke.flux.model import Flux, attention, modulate, sinusoids
-from flux_poke.recording.call import TokenMask
-from flux_poke.recording.neurons import InternalsRecorder, added
+from flux_poke.recording.call import Call, TokenMask
+from flux_poke.recording.neurons import InternalsRecorder, merge
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -87,6 +87,10 @@ def check(recorder: InternalsRecorder, expected: Mapping[str, Sequence[Tensor]],
         torch.testing.assert_close(found.sum_sq, h.double().square().sum(0), rtol=1e-4, atol=1e-4)
 
 
+def call_of(given, mask=None) -> Call:
+    return Call.at(given["x"], given["sigma"], (1.0, 0.0), mask=mask)
+
+
 def hooks(model):
     return [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
 
@@ -96,7 +100,7 @@ def test_counts_equal_those_computed_by_hand(model, inputs):
     expected = by_hand(model, **given)
     torch.testing.assert_close(expected["velocity"][0], model(**given), rtol=1e-5, atol=1e-5)
     recorder = InternalsRecorder(model.layout.sites)
-    with recorder.watching(model):
+    with recorder.watching(model, call_of(given)):
         model(**given)
     check(recorder, expected)
 
@@ -104,9 +108,9 @@ def test_counts_equal_those_computed_by_hand(model, inputs):
 def test_counts_add_up_over_two_calls(model, inputs):
     first, second = inputs(model), inputs(model, batch=3, words=9, seed=8)
     recorder = InternalsRecorder(model.layout.sites)
-    with recorder.watching(model):
+    with recorder.watching(model, call_of(first)):
         model(**first)
-    with recorder.watching(model):
+    with recorder.watching(model, call_of(second)):
         model(**second)
     parts = by_hand(model, **first), by_hand(model, **second)
     joined = {}
@@ -125,7 +129,7 @@ def test_tokens_outside_the_mask_do_not_count(model, inputs, masked):
     keep = {s: torch.rand(t.shape, generator=generator) < 0.5 if s in masked else t for s, t in all_of.items()}
     keep["single"] = torch.cat((keep["txt"], keep["img"]), dim=1)
     recorder = InternalsRecorder(model.layout.sites)
-    with recorder.watching(model, TokenMask(**{stream: keep[stream] for stream in masked.split()})):
+    with recorder.watching(model, call_of(given, TokenMask(**{stream: keep[stream] for stream in masked.split()}))):
         model(**given)
     check(recorder, by_hand(model, **given), keep)
 
@@ -133,7 +137,7 @@ def test_tokens_outside_the_mask_do_not_count(model, inputs, masked):
 def test_an_empty_mask_counts_everything(model, inputs):
     given = inputs(model)
     recorder = InternalsRecorder(model.layout.sites)
-    with recorder.watching(model, TokenMask()):
+    with recorder.watching(model, call_of(given)):
         model(**given)
     check(recorder, by_hand(model, **given))
 
@@ -144,7 +148,7 @@ def test_the_output_is_bit_identical_and_the_model_untouched(model, inputs):
     weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
     recorder = InternalsRecorder(model.layout.sites)
-    with recorder.watching(model):
+    with recorder.watching(model, call_of(given)):
         assert hooks(model)
         during = model(**given)
     assert torch.equal(before, during)
@@ -164,24 +168,24 @@ def test_no_hook_is_left_after_an_exception_in_the_middle_of_a_call(model, input
 
     failing = model.single_blocks[0].register_forward_hook(fail)
     recorder = InternalsRecorder(model.layout.sites)
-    with pytest.raises(type(stop)), recorder.watching(model):
+    with pytest.raises(type(stop)), recorder.watching(model, call_of(given)):
         model(**given)
     failing.remove()
     assert hooks(model) == []
     assert torch.equal(before, model(**given))
 
 
-def test_no_hook_is_left_where_the_model_lacks_a_site(tensors):
+def test_no_hook_is_left_where_the_model_lacks_a_site(tensors, inputs):
     large, small = Flux.load(tensors("flux2", depth_single=3)), Flux.load(tensors("flux2"))
     recorder = InternalsRecorder(large.layout.sites)
-    with pytest.raises(AttributeError), recorder.watching(small):
+    with pytest.raises(AttributeError), recorder.watching(small, call_of(inputs(small))):
         pass
     assert hooks(small) == []
 
 
 def test_nothing_is_recorded_outside_of_the_with(model, inputs):
     recorder = InternalsRecorder(model.layout.sites)
-    with recorder.watching(model):
+    with recorder.watching(model, call_of(inputs(model))):
         pass
     model(**inputs(model))
     assert recorder.results() == {}
@@ -190,7 +194,7 @@ def test_nothing_is_recorded_outside_of_the_with(model, inputs):
 def test_only_the_sites_that_were_asked_for_are_recorded(model, inputs):
     given = inputs(model)
     recorder = InternalsRecorder([model.layout.site("double-txt-1"), model.layout.site("single-0")])
-    with recorder.watching(model):
+    with recorder.watching(model, call_of(given)):
         model(**given)
     expected = by_hand(model, **given)
     check(recorder, {name: expected[name] for name in ("double-txt-1", "single-0")})
@@ -199,10 +203,11 @@ def test_only_the_sites_that_were_asked_for_are_recorded(model, inputs):
 def test_recordings_of_one_mlp_add_up(model, inputs):
     recorders = [InternalsRecorder(model.layout.sites) for _ in range(3)]
     for seed, recorder in enumerate(recorders[:2]):
-        with recorder.watching(model), recorders[2].watching(model):
-            model(**inputs(model, seed=seed))
+        given = inputs(model, seed=seed)
+        with recorder.watching(model, call_of(given)), recorders[2].watching(model, call_of(given)):
+            model(**given)
     a, b, both = (recorder.results()["single-1"] for recorder in recorders)
-    total = added(a, b)
+    total = merge(a, b)
     assert torch.equal(total.fires, both.fires)
     assert total.tokens == both.tokens == a.tokens + b.tokens
     torch.testing.assert_close(total.sum_sq, both.sum_sq)

@@ -19,6 +19,7 @@ from flux_poke.pruning.repair import Repairs
 from flux_poke.pruning.scores import rank, ranked_before
 from flux_poke.pruning.surgery import Cut
 from flux_poke.recording.amplification import AmplificationProbe, probed_steps
+from flux_poke.recording.call import Call
 from flux_poke.recording.internals import Internals
 from flux_poke.recording.neurons import InternalsRecorder
 from flux_poke.recording.rows import RowChoice, RowRecorder
@@ -56,10 +57,11 @@ class Recorded:
             return torch.randn(count, channels, side, side, generator=generator)
 
         context, vector = conditioning(10)
-        with rows.run(SIGMAS, 10) as run:
+        with rows.run() as run:
             points, _ = trajectory(self.flux, noise(10), SIGMAS, context, vector)
             for step, point in enumerate(points):
-                with run.watching(self.flux, step), counts.watching(self.flux), torch.no_grad():
+                call = Call.at(point.x, point.sigma, SIGMAS, step)
+                with run.watching(self.flux, call), counts.watching(self.flux, call), torch.no_grad():
                     point.run(self.flux)
         self.internals = Internals.new(family, self.dense.fingerprint, counts.results(), steps=5)
         self.points, _ = trajectory(self.flux, noise(2), SIGMAS, *conditioning(2))
@@ -116,9 +118,9 @@ def test_a_ranking_by_rows_is_kept_beside_them_until_rows_are_added(recorded, tm
         assert torch.equal(again[name].order, ranking.order)
         assert torch.equal(again[name].error, ranking.error)
         assert again[name].energy == ranking.energy
-    before = store.digest
+    before = store.digest("rows")
     store.append("rows", {"double-img-0.x": torch.zeros(1, 128), "double-img-0.image": torch.zeros(1)})
-    assert store.digest != before
+    assert store.digest("rows") != before
 
 
 def test_a_cancelled_repair_goes_on_where_it_was(recorded, tmp_path):

@@ -19,7 +19,9 @@ from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.surgery import Cut
 from flux_poke.recording.block_states import BlockStates
-from flux_poke.recording.drawing import record_states
+from flux_poke.recording.call import Call
+from flux_poke.recording.drawing import Wanted, record
+from flux_poke.recording.recording import Recording
 from flux_poke.recording.rows import RowChoice, RowRecorder
 from flux_poke.recording.states import StateChoice, StateRecorder
 from flux_poke.recording.store import HiddenStates
@@ -62,9 +64,10 @@ class Recorded:
         points, _ = trajectory(self.flux, noise, SIGMAS, context, vector)
         blocks = StateRecorder("blocks", store, StateChoice(4, dtype=torch.float32), places=range(5))
         rows = RowRecorder(layout.sites, store, RowChoice(rows=36, steps=4))
-        with blocks.run(SIGMAS, 12) as run, rows.run(SIGMAS, 12) as row_run:
+        with blocks.run() as run, rows.run() as row_run:
             for step, point in enumerate(points):
-                with run.watching(self.flux, step), row_run.watching(self.flux, step), torch.no_grad():
+                call = Call.at(point.x, point.sigma, SIGMAS, step)
+                with run.watching(self.flux, call), row_run.watching(self.flux, call), torch.no_grad():
                     point.run(self.flux)
         self.folder = folder / family
         self.states, self.rows = BlockStates.open(self.folder), HiddenStates.open(self.folder)
@@ -151,8 +154,9 @@ def test_the_target_of_two_blocks_is_the_state_after_the_second(recorded):
 def test_two_blocks_trained_together_do_better_after_the_second_than_each_by_itself(tmp_path):
     checkpoint = FOLDER / "flux.safetensors"
     prompts = [digit_prompts(number % 10)[number // 10] for number in range(30)]
-    record_states(checkpoint, prompts, "blocks", tmp_path / "states", "single 2-3", StateChoice(4), batch=15)
-    dense, states = Dense.open(checkpoint), BlockStates.open(tmp_path / "states")
+    recording = Recording.at(tmp_path)
+    record(checkpoint, prompts, recording, Wanted(blocks=StateChoice(4), blocks_of_states="single 2-3"), batch=15)
+    dense, states = Dense.open(checkpoint), BlockStates.open(recording.states_folder)
     kept = {f"single-{index}": torch.arange(0, 512, 2) for index in (2, 3)}
     plan = replace(PruningPlan.keeping_all(dense), kept=kept)
     (together, _) = retrain_layers(dense, plan, states, "4-5", tmp_path / "together", Options(thickness=2))

@@ -57,6 +57,47 @@ def test_compare_writes_a_row_for_each_variant_and_draws_one(tmp_path):
     assert Image.open(tmp_path / "picture.png").width > 5 * 256
 
 
+def test_compare_refuses_what_it_cannot_write_before_it_reads(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"shards": []}')
+    (tmp_path / "list.json").write_text('[{"name": "mine"}]')
+    (tmp_path / "theirs.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "notes.png").write_text("notes")
+    missing = tmp_path / "missing.png"
+    for option, name, said in (
+        ("--picture", "x.svg", "ends in one of .png, .jpg, .webp"),
+        ("--picture", "notes.png", "something else than its ending says"),
+        ("--out", "manifest.json", "is not a table of comparisons"),
+        ("--out", "list.json", "is not a table of comparisons"),
+        ("--out", "theirs.csv", "is not a table of comparisons"),
+        ("--out", "x.txt", "written as .csv or .json"),
+    ):
+        there = tmp_path / name
+        before = there.read_bytes() if there.exists() else None
+        with pytest.raises(UserError, match=said):
+            run("compare", missing, missing, option, there)
+        assert (there.read_bytes() if there.exists() else None) == before
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.json"])
+def test_a_table_replaces_a_table(tmp_path, name):
+    Image.new("RGB", (16, 16), (90,) * 3).save(tmp_path / "a.png")
+    Image.new("RGB", (16, 16), (99,) * 3).save(tmp_path / "b.png")
+    for variant in ("a.png", "b.png", "a.png"):
+        run("compare", tmp_path / "a.png", tmp_path / variant, "--out", tmp_path / name)
+    assert "b.png" not in (tmp_path / name).read_text()
+
+
+def test_animate_refuses_to_replace_what_is_no_animation(tmp_path):
+    (tmp_path / "blocks.gif").write_text("notes")
+    with pytest.raises(UserError, match="something else than its ending says"):
+        run("animate", tmp_path)
+    with pytest.raises(UserError, match=r"ends in \.avi"):
+        run("animate", tmp_path, "-o", tmp_path / "a.avi")
+    for fps in ("nan", "inf", "0", "1e20"):
+        assert CliRunner().invoke(app, ["animate", str(tmp_path), "--fps", fps]).exit_code == 2
+    assert (tmp_path / "blocks.gif").read_text() == "notes"
+
+
 def test_lens_fit_writes_the_lens_and_its_picture(tmp_path):
     h = torch.randn(120, 8, generator=torch.Generator().manual_seed(0))
     rows = {"double-0": h, "single-0": 2 * h + 1, "image": torch.arange(12).repeat_interleave(10), "sigma": torch.ones(120)}

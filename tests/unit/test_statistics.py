@@ -1,4 +1,4 @@
-"""analysis/statistics.py against sums in float64, and the GPU's kernel against the eager way."""
+"""recording/statistics.py against sums in float64, and the GPU's kernel against the eager way."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from flux_poke.recording import statistics_triton
-from flux_poke.recording.statistics import TILE, NeuronStatistics, SiteInternals, partial_sums_eager
+from flux_poke.recording.statistics import TILE, NeuronStatistics, SiteInternals, Sums, partial_sums_eager
 
 CASES = [(1, 5), (TILE, 7), (TILE + 1, 300), (3 * TILE - 5, 130)]
 
@@ -35,7 +35,7 @@ def test_statistics_equal_those_in_float64(tokens, width, gated, masked, dtype):
     h, gate, keep = activations(tokens, width, dtype)
     given = {"gate": gate if gated else None, "keep": keep if masked else None}
     statistics = NeuronStatistics(width, "cpu")
-    statistics.add(h, **given)
+    statistics.add(Sums.of(h, **given))
     found = statistics.result()
     fires, counted, total, squares = in_float64(h, **given)
     assert torch.equal(found.fires, fires)
@@ -48,9 +48,9 @@ def test_statistics_equal_those_in_float64(tokens, width, gated, masked, dtype):
 def test_calls_add_up_with_and_without_a_mask():
     parts = [activations(tokens, 40, seed=tokens) for tokens in (3, 200, 128)]
     statistics = NeuronStatistics(40, "cpu")
-    statistics.add(parts[0][0])
-    statistics.add(parts[1][0], keep=parts[1][2])
-    statistics.add(parts[2][0])
+    statistics.add(Sums.of(parts[0][0]))
+    statistics.add(Sums.of(parts[1][0], keep=parts[1][2]))
+    statistics.add(Sums.of(parts[2][0]))
     rows = torch.cat((parts[0][0], parts[1][0][parts[1][2]], parts[2][0]))
     fires, counted, total, squares = in_float64(rows)
     found = statistics.result()
@@ -65,8 +65,8 @@ def test_counts_stay_exact_where_float32_would_not():
     statistics = NeuronStatistics(1, "cpu")
     many = torch.ones(1, 1).expand(2**21, 1)
     for _ in range(8):
-        statistics.add(many)
-    statistics.add(torch.ones(1, 1))
+        statistics.add(Sums.of(many))
+    statistics.add(Sums.of(torch.ones(1, 1)))
     found = statistics.result()
     assert found.fires.item() == found.tokens == found.sum.item() == 2**24 + 1
 
@@ -74,15 +74,15 @@ def test_counts_stay_exact_where_float32_would_not():
 def test_adding_does_not_change_what_is_added():
     h, gate, keep = activations(200, 30)
     before = [tensor.clone() for tensor in (h, gate, keep)]
-    NeuronStatistics(30, "cpu").add(h, gate, keep)
+    NeuronStatistics(30, "cpu").add(Sums.of(h, gate, keep))
     assert all(torch.equal(a, b) for a, b in zip((h, gate, keep), before, strict=True))
 
 
 def test_a_slice_of_wider_rows_counts_as_its_copy():
     h, _, _ = activations(150, 64)
     a, b = NeuronStatistics(40, "cpu"), NeuronStatistics(40, "cpu")
-    a.add(h[:, 24:])
-    b.add(h[:, 24:].contiguous())
+    a.add(Sums.of(h[:, 24:]))
+    b.add(Sums.of(h[:, 24:].contiguous()))
     assert torch.equal(a.result().sum_sq, b.result().sum_sq)
 
 
@@ -92,8 +92,8 @@ def test_tokens_that_do_not_count_may_hold_anything():
     dirty[~keep], dirty_gate[~keep] = float("inf"), float("nan")
     for given in ((h, None), (h, gate)):
         clean, other = NeuronStatistics(30, "cpu"), NeuronStatistics(30, "cpu")
-        clean.add(given[0], given[1], keep)
-        other.add(dirty, None if given[1] is None else dirty_gate, keep)
+        clean.add(Sums.of(given[0], given[1], keep))
+        other.add(Sums.of(dirty, None if given[1] is None else dirty_gate, keep))
         assert torch.equal(clean.result().fires, other.result().fires)
         assert torch.equal(clean.result().sum, other.result().sum)
         assert torch.equal(clean.result().sum_sq, other.result().sum_sq)
@@ -101,8 +101,8 @@ def test_tokens_that_do_not_count_may_hold_anything():
 
 def test_no_tokens_add_nothing():
     statistics = NeuronStatistics(3, "cpu")
-    statistics.add(torch.empty(0, 3))
-    statistics.add(torch.ones(4, 3), keep=torch.zeros(4, dtype=torch.bool))
+    statistics.add(Sums.of(torch.empty(0, 3)))
+    statistics.add(Sums.of(torch.ones(4, 3), keep=torch.zeros(4, dtype=torch.bool)))
     found = statistics.result()
     assert (found.tokens, found.fires.tolist(), found.sum.tolist()) == (0, [0, 0, 0], [0, 0, 0])
     assert found.rate.tolist() == found.mean.tolist() == found.variance.tolist() == [0, 0, 0]

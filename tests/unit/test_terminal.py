@@ -19,9 +19,13 @@ def test_the_bar_is_full_when_the_work_ended_well(capsys, last):
 
 
 def test_the_bar_of_work_that_failed_stays_where_it_was(capsys):
-    with pytest.raises(RuntimeError), progress_bar() as progress:
-        part(progress, 1, 4)("ranking", 6, 12)
-        raise RuntimeError
+    def fail() -> None:
+        with progress_bar() as progress:
+            part(progress, 1, 4)("ranking", 6, 12)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     said = capsys.readouterr().err
     assert "ranking" in said
     assert " 38%" in said

@@ -1,0 +1,189 @@
+"""`manifest.json` of a `hidden_states/` folder: whose samples are in it, in which files, of which images.
+
+    manifest = Manifest.load(folder)
+    manifest.shards, manifest.drawings, manifest.amplification
+    manifest.digest("rows", "amplification")         # another one whenever something of these kinds is recorded
+
+What the manifest does not name is not there. Every shard has an id that was drawn when it was written: two recordings of equal
+shape are never taken for each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ..errors import UserError
+from ..flux.fingerprint import Fingerprint
+
+FORMAT = "flux-poke hidden states 2"
+MANIFEST = "manifest.json"
+
+Kind = Literal["rows", "lens", "blocks", "trajectories"]
+
+
+#: What people call the kinds.
+TITLES = {
+    "internals": "internals", "rows": "rows", "lens": "lens rows", "blocks": "block states", "trajectories": "trajectories",
+}  # fmt: skip
+
+
+def record_first(kind: str) -> str:
+    """How to get what is missing, in a sentence."""
+    return f"Record it first (Record with {TITLES[kind]}, or `uv run flux-poke record --what {kind}`)."
+
+
+def new_id() -> str:
+    return uuid.uuid4().hex
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How much one kind of shard may take on disk (1 GB = 10^9 bytes), and what to do when the next does not fit.
+
+    "thin" halves every image's share, as often as needed, but leaves every site as many rows as `least` says; "stop" leaves
+    what is there and takes no more.
+    """
+
+    gigabytes: float
+    when_full: Literal["thin", "stop"] = "thin"
+    least: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gigabytes < 1e9:
+            raise UserError(f"A limit is a number of gigabytes above 0 (1 GB = 10^9 bytes); found {self.gigabytes}.")
+
+    @property
+    def bytes(self) -> int:
+        return int(self.gigabytes * 1e9)
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One row of a recorded model call: its image's number, the step and its sigma, and how the image was asked for."""
+
+    image: int
+    step: int
+    sigma: float
+    prompt: str | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: its kind, size, rows by site, and how often its rows were halved; of a recorded model call, its captures.
+
+    `id` was drawn when it was written, and is another one once its rows were halved.
+    """
+
+    file: str
+    kind: Kind
+    bytes: int
+    rows: Mapping[str, int] = field(default_factory=dict)
+    halvings: int = 0
+    captures: tuple[Capture, ...] = ()
+    id: str = field(default_factory=new_id)
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Shard:
+        """Raises `KeyError` or `TypeError` where `found` is not a shard."""
+        captures = tuple(Capture(**capture) for capture in found["captures"])
+        return cls(**{**found, "captures": captures, "id": str(found["id"])})
+
+
+class Drawing(NamedTuple):
+    """Images of one sampling run: the number of the first one, how many there are, a digest of what tells them from others, and
+    how often they were recorded whole, by kind."""
+
+    first: int
+    images: int
+    name: str
+    times: Mapping[str, int]
+
+    def lot(self, kind: Kind) -> str:
+        """What the steps and tokens of a kind are drawn by: others each time."""
+        times = self.times.get(kind, 0)
+        return f"{self.first} {times}" if times else f"{self.first}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder holds. `images` is the next image's number; `halvings` is what new rows start at.
+
+    The images of a drawing have the same number for ever, whatever is recorded of them, so that none is on both sides of a
+    split. `amplification` is, by site and sigma, [sum of measurements, their number] (see `amplification.py`).
+    """
+
+    family: str
+    fingerprint: Fingerprint
+    images: int = 0
+    drawings: tuple[Drawing, ...] = ()
+    halvings: int = 0
+    shards: tuple[Shard, ...] = ()
+    amplification: Mapping[str, Mapping[float, tuple[float, int]]] = field(default_factory=dict)
+    created: str = ""
+    updated: str = ""
+
+    def digest(self, *kinds: str) -> str:
+        """Hexadecimal; another one whenever something of these kinds is recorded or thinned; "amplification" is one."""
+        shards = [shard.id for shard in self.shards if shard.kind in kinds]
+        measured = [self.amplification] if "amplification" in kinds else []
+        text = json.dumps([self.fingerprint.values, shards, measured], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_json(self) -> str:
+        content = asdict(self)
+        del content["fingerprint"]
+        return json.dumps({"format": FORMAT, "model": json.loads(self.fingerprint.to_json()), **content}, indent=1)
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Raises `UserError` where `folder` holds no hidden states, or its manifest is damaged."""
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise UserError(f"{folder} holds no hidden states: expected a {MANIFEST} in it. {record_first('rows')}")
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found.get("format") != FORMAT:
+                raise UserError(
+                    f"{path} is another format: expected '{FORMAT}', found '{found.get('format')}'. Record again elsewhere."
+                )
+            return cls(
+                family=found["family"],
+                fingerprint=Fingerprint.from_json(json.dumps(found["model"])),
+                images=int(found["images"]),
+                drawings=tuple(Drawing(int(first), int(n), name, dict(times)) for first, n, name, times in found["drawings"]),
+                halvings=int(found["halvings"]),
+                shards=tuple(Shard.from_json(shard) for shard in found["shards"]),
+                amplification={
+                    name: {_finite(sigma): (_finite(a), _count(n)) for sigma, (a, n) in levels.items()}
+                    for name, levels in found["amplification"].items()
+                },
+                created=found["created"],
+                updated=found["updated"],
+            )
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+            raise UserError(f"{path} is damaged ({error}): restore it or record into another folder.") from error
+
+
+def _finite(number: Any) -> float:
+    """A number of at least 0; raises `ValueError` for others."""
+    found = float(number)
+    if not 0 <= found < math.inf:
+        raise ValueError(f"{found} where a number of at least 0 is expected")
+    return found
+
+
+def _count(number: Any) -> int:
+    """A number of at least 1; raises `ValueError` for others."""
+    if int(number) < 1:
+        raise ValueError(f"{number} measurements where at least 1 is expected")
+    return int(number)

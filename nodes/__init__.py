@@ -9,13 +9,15 @@ from comfy_api.latest import ComfyExtension, io
 
 from .choose import ChooseModel
 from .compare import Compare
-from .hidden_states import RecordHiddenStates
 from .plans import LoadPlan, PlanByBudget, PlanByCount, PlanByThreshold
+from .previews import AnimateBlockPreviews, DecodeBlockPreviews
 from .prompts import Counter, Prompts
 from .pruned import LoadPrunedCheckpoint, LoadPrunedFlux, LoadPrunedLora, SavePrunedFlux
-from .record import InternalsReport, RecordInternals
+from .record import Record, RecordBlockStates, RecordInternals, RecordLensRows, RecordTrajectories
+from .record_options import RecordOptionsNode
+from .recordings import InternalsReport, LoadRecording
 from .retrain import LoadReplacedFlux, RetrainLayers
-from .see import AnimateBlockPreviews, DecodeBlockPreviews, TapBlocks
+from .taps import TapBlocks
 from .tiny import LoadTinyFlux
 
 
@@ -23,9 +25,14 @@ class FluxPokeExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             LoadTinyFlux,
+            Record,
+            RecordOptionsNode,
             RecordInternals,
+            RecordBlockStates,
+            RecordTrajectories,
+            RecordLensRows,
+            LoadRecording,
             InternalsReport,
-            RecordHiddenStates,
             PlanByCount,
             PlanByThreshold,
             PlanByBudget,

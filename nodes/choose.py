@@ -23,7 +23,7 @@ class ChooseModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input("use", options=list(CHOICES), tooltip="Which of the models below goes to the sampler."),
                 io.Model.Input("normal", optional=True, lazy=True, tooltip="The dense model, from its loader."),
-                io.Model.Input("analysis", optional=True, lazy=True, tooltip="From Record Internals, or whatever watches."),
+                io.Model.Input("analysis", optional=True, lazy=True, tooltip="From a Record node, or Tap Blocks."),
                 io.Model.Input("pruned", optional=True, lazy=True, tooltip="From Load Pruned FLUX."),
                 io.Model.Input("replaced", optional=True, lazy=True, tooltip="From Load Replaced FLUX."),
             ],

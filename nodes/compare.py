@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..analysis.metrics import compare, comparison_table, side_by_side, write_comparisons
+from ..analysis.metrics import check_comparisons, compare, comparison_table, side_by_side, write_comparisons
 from . import host
 
 ImageOrLatent = [io.Image, io.Latent]
@@ -43,13 +43,16 @@ class Compare(io.ComfyNode):
 
     @classmethod
     def execute(cls, reference, names: str, file: str, **variants) -> io.NodeOutput:
+        path = host.output_path(file) if file.strip() else None
+        if path is not None:
+            check_comparisons(path)
         goal = host.batch_of(reference)
         given = {name: host.batch_of(variant) for name, variant in sorted(variants.items()) if variant is not None}
         titles = [title.strip() for title in names.split(",")] if names.strip() else []
         titles += [name.replace("_", " ") for name in given][len(titles) :]
         rows = [compare(images, goal, title) for title, images in zip(titles, given.values(), strict=False)]
-        if file.strip():
-            write_comparisons(host.output_path(file), rows)
+        if path is not None:
+            write_comparisons(path, rows)
         host.say(cls.hidden.unique_id, "\n".join(f"{row.name}: {row.text}" for row in rows))
         image = host.to_images([side_by_side(rows, list(given.values()), goal)])
         return io.NodeOutput(comparison_table(rows), image, ui=ui.PreviewImage(image, cls=cls))

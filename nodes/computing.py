@@ -1,13 +1,14 @@
 """Long work inside a node.
 
-    progress = StepProgress(node_id, "ranked")
-    rankings = on_gpu(lambda device: rank("obs", dense, rows=rows, device=device, progress=progress), node_id)
+    progress = NodeProgress(node_id)
+    planned = on_gpu(lambda device: make_plan(dense, recording, what, device, progress), node_id)
 
 It is done on the GPU where it can be, shows how far it is, and stops where the user presses Cancel.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ def training() -> Iterator[None]:
 def on_gpu(work: Callable[[torch.device], T], node_id: str | None) -> T:
     """What `work` returns, done on the GPU with all of its memory; on the CPU where there is none or its memory is too small.
 
-    `work` is then begun anew: it should find what is done already.
+    `work` is then begun again: it should find what is done already.
     """
     device = training_device()
     if device.type == "cuda":  # sums are kept in float64, which others do not compute
@@ -64,24 +65,29 @@ def throw_if_cancelled() -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-class StepProgress:
-    """Progress of work in named steps on the node that runs; raises where the user has pressed Cancel.
+class NodeProgress:
+    """Progress of long work, in words and as a bar on the node that runs; raises where the user has pressed Cancel.
 
-    Where it is told what is `done` to them, it is shown in words on the node `node_id`, with the time that is left.
+    With `in_words` = False the bar alone is shown, for work that says more by itself.
     """
 
-    def __init__(self, node_id: str | None = None, done: str = ""):
-        self._node_id, self._done = node_id, done
-        self._bar = comfy.utils.ProgressBar(1)
-        self._since = time.monotonic()
+    #: Seconds between two lines of words.
+    EVERY = 0.5
 
-    def __call__(self, name: str, done: int, total: int) -> None:
+    def __init__(self, node_id: str | None = None, in_words: bool = True):
+        self._node_id, self._in_words = node_id, in_words
+        self._bar = comfy.utils.ProgressBar(1)
+        self._begun, self._said = time.monotonic(), -math.inf
+        self._first: float | None = None
+
+    def __call__(self, what: str, done: float, total: float) -> None:
         self._bar.update_absolute(done, total)
         now = time.monotonic()
-        if self._done:
-            # as long as the last one took: those before it may have been there already
-            minutes = (now - self._since) * (total - done) / 60
+        if self._first is None:
+            self._first = done  # what is there already took no time
+        if self._in_words and what and now - self._said > self.EVERY:
+            minutes = (now - self._begun) / 60 * (total - done) / (done - self._first) if done > self._first else 0.0
             left = f", about {minutes:.0f} min left" if minutes >= 1 else ""
-            host.show(self._node_id, f"{name} {self._done}, {done} of {total}{left}")
-        self._since = now
+            host.show(self._node_id, f"{what}: {done / max(total, 1e-9):.0%}{left}")
+            self._said = now
         throw_if_cancelled()

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
 import comfy.utils
@@ -23,13 +23,15 @@ from torch import Tensor
 
 from ..analysis.decoding import Decode, to_picture
 from ..errors import UserError
+from ..recording.recording import INTERNALS, STATES
+from ..recording.store import MANIFEST
 
 log = logging.getLogger("flux-poke")
 
 CATEGORY = "flux-poke"
 FOLDER = "flux_poke"
-#: Inputs of text encoders that say what is drawn.
-TEXTS = ("text", "t5xxl", "prompt")
+#: Bytes of a file's name, which leaves room for what is added to it, and of a name with folders.
+LONGEST_NAME, LONGEST_PATH = 200, 1000
 
 
 def output_folder() -> Path:
@@ -53,15 +55,32 @@ def input_path(name: str) -> Path:
 def inside(root: Path, name: str, suffix: str = "") -> Path:
     """The file or folder called `name` in `root`; `suffix` is added where it lacks one.
 
-    Raises `UserError` where the name would leave `root` (`..`, absolute, through a symlink).
+    Raises `UserError` where the name would leave `root` (`..`, absolute, through a symlink), or is not one for a file: empty,
+    hidden, too long, or with characters that cannot be printed.
     """
-    root = root.resolve()
-    path = root / name.strip()
-    if suffix and path.suffix != suffix:
-        path = path.with_name(path.name + suffix)
-    if not name.strip() or path.is_symlink() or root not in path.resolve().parents:
-        raise UserError(f"'{name}' is no name inside {root}: expected a plain file name.")
-    return path
+    root, text = root.resolve(), name.strip()
+    parts = PurePath(text).parts
+    plain = bool(parts) and text.isprintable() and not PurePath(text).is_absolute() and len(text.encode()) <= LONGEST_PATH
+    if plain and not any(part.startswith(".") or len(part.encode()) > LONGEST_NAME for part in parts):
+        path = root / text
+        if suffix and path.suffix != suffix:
+            path = path.with_name(path.name + suffix)
+        if not path.is_symlink() and root in path.resolve().parents:
+            return path
+    shown = text if len(text) < 60 else f"{text[:50]}... ({len(text)} characters)"
+    raise UserError(
+        f"{shown!r} is not a name inside {root}: expected a plain file name of at most {LONGEST_NAME} bytes that does not "
+        "begin with a dot."
+    )
+
+
+def recording_names() -> list[str]:
+    """Names of the recordings in output/flux_poke, also of those one folder deeper."""
+    root, names = output_folder(), set()
+    for found in (INTERNALS, f"{STATES}/{MANIFEST}"):
+        for depth in ("*", "*/*"):
+            names |= {path.parents[found.count("/")].relative_to(root).as_posix() for path in root.glob(f"{depth}/{found}")}
+    return sorted(names)
 
 
 def input_files(suffix: str) -> list[str]:
@@ -95,51 +114,6 @@ def graph_metadata(hidden: Any) -> dict[str, str]:
     return {key: json.dumps(found[key]) for key in ("prompt", "workflow") if found.get(key) is not None}
 
 
-def graph_value(hidden: Any, names: Collection[str], default: str = "") -> str:
-    """The text of the nearest input upstream of this node that is called one of `names`; negative prompts are left out.
-
-    What is only known while the graph runs (a text that comes out of another node) is not found.
-    """
-    return _value_above(hidden.prompt or {}, hidden.unique_id, names, default)
-
-
-def running_graph() -> Mapping[str, Any]:
-    """The graph that runs now; a node that is not run anew, since nothing above it changed, knows an earlier one."""
-    running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
-    return running[0][2] if running else {}
-
-
-def prompt_below(graph: Mapping[str, Any], number: str) -> str:
-    """What is drawn with the MODEL that a node of the graph gives: the text above the positive input of the nearest node below
-    that has one (a sampler or a guider); empty where it comes out of another node."""
-    below = [number]
-    for number in below:  # grows on the way
-        sources = _sources(graph, number)
-        for name in ("positive", "conditioning"):
-            if name in sources:
-                return _value_above(graph, sources[name], TEXTS)
-        below += [other for other in graph if other not in below and number in _sources(graph, other).values()]
-    return ""
-
-
-def _value_above(graph: Mapping[str, Any], number: str, names: Collection[str], default: str = "") -> str:
-    waiting = [number]
-    for number in waiting:  # grows on the way
-        inputs = graph.get(number, {}).get("inputs", {})
-        for name in names:
-            if isinstance(inputs.get(name), str):
-                return inputs[name]
-        sources = [source for name, source in _sources(graph, number).items() if name != "negative"]
-        waiting += [source for source in dict.fromkeys(sources) if source not in waiting]
-    return default
-
-
-def _sources(graph: Mapping[str, Any], number: str) -> dict[str, str]:
-    """By input of a node, the node that is linked to it."""
-    inputs = graph.get(number, {}).get("inputs", {})
-    return {name: value[0] for name, value in inputs.items() if isinstance(value, list)}
-
-
 def output_file(path: Path) -> dict[str, str]:
     """A file in ComfyUI's output folder as its API names it: what a node's `ui` lists, and what /view serves."""
     folder = path.parent.relative_to(Path(folder_paths.get_output_directory()).resolve())
@@ -167,12 +141,6 @@ class PictureProgress:
         self._bar.update_absolute(self._bar.total, preview=("JPEG", picture, max(picture.size)))
 
 
-def count_progress() -> Callable[[int, int, Image.Image], None]:
-    """As `PictureProgress`, without the pictures."""
-    bar = comfy.utils.ProgressBar(1)
-    return lambda done, total, picture: bar.update_absolute(done, total)
-
-
 def decoder(vae: Any) -> Decode:
     """The VAE as a function of latents; it decodes as many at a time as memory allows."""
     return lambda latents: vae.decode(latents).movedim(-1, 1)
@@ -188,11 +156,17 @@ def to_pictures(image: Tensor) -> list[Image.Image]:
     return [to_picture(one[..., :3].movedim(-1, 0)) for one in image]
 
 
+def open_picture(path: Path) -> Image.Image:
+    """A picture in RGB, read as a whole."""
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
 def to_images(pictures: Sequence[Image.Image]) -> Tensor:
     """Pictures of one size as the host's IMAGE [batch, height, width, 3] float."""
     images = torch.empty(len(pictures), pictures[0].height, pictures[0].width, 3)
     for image, picture in zip(images, pictures, strict=True):
-        image.copy_(torch.from_numpy(np.array(picture.convert("RGB"))))
+        image.copy_(torch.from_numpy(np.array(picture)))
     return images.div_(255)
 
 

@@ -2,46 +2,52 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 
+from ..errors import UserError
 from ..flux.layout import Layout
-from ..recording.store import MANIFEST
-from ..retrain.files import layer_files
+from ..recording.recording import Recording
+from ..retrain.files import STATS, layer_files
 from . import host, loading
 
 PlanType = io.Custom("PRUNING_PLAN")
-InternalsType = io.Custom("INTERNALS")
+RecordingType = io.Custom("RECORDING")
 
-DEFAULT_FILE = "internals.safetensors"
-DEFAULT_FOLDER = "hidden_states"
+#: What a loader offers beside checkpoints, where a plan says which one.
+OF_THE_PLAN = "as in the plan"
 
 
-def checkpoint_input() -> io.Input:
-    return io.Combo.Input(
-        "unet_name",
-        options=loading.checkpoint_names(),
-        tooltip="The dense FLUX that was recorded.",
-    )
+def model_input() -> io.Input:
+    return io.Model.Input("model", tooltip="The FLUX to watch: FLUX.1, FLUX.2 or Chroma. It is not changed.")
+
+
+def watched_output() -> io.Output:
+    return io.Model.Output(display_name="model", tooltip="The same model, watched: connect it to the sampler.")
+
+
+def checkpoint_input(*others: str, tooltip: str = "The dense FLUX that was recorded.") -> io.Input:
+    return io.Combo.Input("unet_name", options=[*others, *loading.checkpoint_names()], tooltip=tooltip)
 
 
 def weight_dtype_input() -> io.Input:
     return io.Combo.Input("weight_dtype", options=list(loading.WEIGHT_DTYPES), tooltip="As in Load Diffusion Model.")
 
 
-def recordings() -> list[io.Input]:
-    return [
-        io.String.Input(
-            "hidden_states",
-            default=DEFAULT_FOLDER,
-            tooltip="Folder in output/flux_poke that Record Hidden States filled; for the score obs and affine repair.",
-        ),
-        io.String.Input("file", default=DEFAULT_FILE, tooltip="Internals in output/flux_poke, where nothing is connected."),
-        InternalsType.Input("internals", optional=True, tooltip="From Record Internals; or leave open and name the file."),
-    ]
+def plan_input() -> io.Input:
+    return PlanType.Input("plan", tooltip="From a Plan Pruning node or Load Plan.")
+
+
+def recording_input(tooltip: str = "From a Record node or Load Recording.", optional: bool = False) -> io.Input:
+    return RecordingType.Input("recording", optional=optional, tooltip=tooltip)
+
+
+def recording_output(tooltip: str = "What is recorded: for plans, retraining and reports.") -> io.Output:
+    return RecordingType.Output(display_name="recording", tooltip=tooltip)
 
 
 def block_ranges() -> list[io.Input]:
@@ -54,30 +60,51 @@ def block_ranges() -> list[io.Input]:
     ]
 
 
-def after_sampler() -> io.Input:
+def chosen_ranges(layout: Layout, first_layer: int, last_layer: int, first_single: int, last_single: int) -> dict[str, Any]:
+    """The ranges of double and of single blocks that the inputs of `block_ranges` stand for, as requests have them."""
+    last_double = layout.depth - 1 if last_layer < 0 else last_layer
+    last = layout.depth_single - 1 if last_single < 0 else last_single
+    return {"double": (first_layer, last_double), "single_blocks": (first_single, last)}
+
+
+def after_sampler(what: str = "the plan") -> io.Input:
     return io.AnyType.Input(
-        "after", optional=True, tooltip="Connect the sampler's latent here, so that the plan waits for the recording."
+        "after",
+        optional=True,
+        tooltip=f"The sampler's latent, where the recording is made in this graph: {what} waits for it.",
     )
 
 
-def chosen_ranges(layout: Layout, first_layer: int, last_layer: int, first_single: int, last_single: int):
-    """The ranges of double and of single blocks that the inputs of `block_ranges` stand for."""
-    last_double = layout.depth - 1 if last_layer < 0 else last_layer
-    return (first_layer, last_double), (first_single, layout.depth_single - 1 if last_single < 0 else last_single)
+def require_recorded(recording: Recording) -> None:
+    """Raises `UserError` where nothing is recorded yet."""
+    if not recording.kinds:
+        raise UserError(
+            f"Nothing is recorded in '{recording.name}' yet: run a graph with a Record node first, and where it is this graph, "
+            "connect the sampler's latent to 'after'."
+        )
 
 
-def files_written(inputs: Mapping[str, Any], own_recording: bool) -> str:
-    """When the files were written that a node reads by name, for `fingerprint_inputs`: a name out of another node is None.
+def checkpoint_time(unet_name: str | None) -> str:
+    """When a checkpoint was written, for `fingerprint_inputs`."""
+    return "" if unet_name is None or unet_name == OF_THE_PLAN else times(Path(loading.checkpoint_path(unet_name)))
 
-    `unet_name` is a checkpoint, `hidden_states` a folder of recordings, `folder` one of retrained layers, `file` a single file.
 
-    With `own_recording`, recordings are made in the same graph: what changes them reaches the node through its links, and
-    their files, written after this is asked, must not count, or every recording would make the next run plan again.
-    """
-    names = {name: value for name, value in inputs.items() if value is not None}
-    paths = [Path(loading.checkpoint_path(names["unet_name"]))] if "unet_name" in names else []
-    paths += layer_files(host.output_path(names["folder"])).values() if "folder" in names else []
-    if not own_recording:
-        paths += [host.output_path(names["hidden_states"]) / MANIFEST] if names.get("hidden_states", "").strip() else []
-        paths += [host.output_path(names["file"], ".safetensors")] if "file" in names else []
+def layer_times(folder: str | None) -> str:
+    """When the layers in a folder were written, for `fingerprint_inputs`; empty where another node names it."""
+    return "" if not folder else times(*layer_files(host.output_path(folder)).values())
+
+
+def missing_layers(folder: Path) -> list[int]:
+    """Layers that the list in a folder of retrained layers names, and whose files are not there."""
+    stats = folder / STATS
+    named = re.findall(r"^layer(\d+):", stats.read_text(encoding="utf-8"), re.MULTILINE) if stats.is_file() else []
+    return sorted({int(number) for number in named} - layer_files(folder).keys())
+
+
+def times(*paths: Path) -> str:
     return str([(path.name, path.stat().st_mtime_ns if path.exists() else None) for path in paths])
+
+
+def recorded_in(graph: Mapping[str, Any]) -> bool:
+    """Whether a graph records: what it records reaches other nodes through links alone where they wait for the sampler."""
+    return any(str(node.get("class_type", "")).startswith("FluxPokeRecord") for node in graph.values())

@@ -2,73 +2,83 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
 
 from ..analysis.report import figure_pixels
-from ..errors import UserError
 from ..files import check_replaces
-from ..pruning.budget import BudgetCurve, by_budget, check_budget, protected_sites
-from ..pruning.plan import FORMAT, PruningPlan, by_count, by_threshold, plan_figure
+from ..pruning.dense import Dense
+from ..pruning.plan import FORMAT, PruningPlan
+from ..pruning.planning import ByBudget, ByCount, ByThreshold, Request, make_plan
 from ..pruning.scores import SCORES
-from . import host
+from ..recording.recording import Recording
+from . import host, loading
+from .computing import NodeProgress, on_gpu
+from .graph import running_graph
 from .inputs import (
-    DEFAULT_FOLDER,
+    OF_THE_PLAN,
     PlanType,
     after_sampler,
     block_ranges,
     checkpoint_input,
+    checkpoint_time,
     chosen_ranges,
-    files_written,
-    recordings,
+    recorded_in,
+    recording_input,
+    require_recorded,
+    times,
 )
-from .sources import Sources
 
 #: What Load Plan reads where nothing else is asked for: the best kind of plan.
 DEFAULT_PLAN = "plan_by_budget.safetensors"
 
 
-def _plan_outputs() -> list[io.Output]:
+class PlanNode(io.ComfyNode):
+    """Made again only when what it was made from is another."""
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> str | float:
+        if "after" not in inputs and recorded_in(running_graph()):
+            return float("nan")  # it does not wait for the recording, so it reads that of the run before
+        return checkpoint_time(inputs.get("unet_name"))
+
+    @classmethod
+    def planned(cls, dense: Dense, recording: Recording, what: Request, save_as: str) -> io.NodeOutput:
+        """Makes the plan, saves it, and shows its table and picture on the node."""
+        path, node_id = host.output_path(save_as, ".safetensors"), cls.hidden.unique_id
+        check_replaces(path, FORMAT)
+        what.check(dense.layout)
+        require_recorded(recording)
+        progress = NodeProgress(node_id)
+        if isinstance(what, ByThreshold):
+            made = make_plan(dense, recording, what, "cpu", progress)
+        else:
+            made = on_gpu(lambda device: make_plan(dense, recording, what, device, progress), node_id)
+        made.plan.save(path)
+        text, image = "\n".join([*made.notes, made.plan.table()]), host.to_image(figure_pixels(made.figure()))
+        host.say(node_id, text)
+        return io.NodeOutput(made.plan, text, image, ui=ui.PreviewImage(image, cls=cls))
+
+
+def open_checkpoint(unet_name: str) -> Dense:
+    return Dense.open(loading.checkpoint_path(unet_name))
+
+
+def plan_outputs() -> list[io.Output]:
     return [
-        PlanType.Output(display_name="plan", tooltip="What to keep; nothing is cut yet."),
+        PlanType.Output(display_name="plan", tooltip="What to keep; nothing is cut yet. It knows checkpoint and recording."),
         io.String.Output(display_name="text"),
         io.Image.Output(display_name="image"),
     ]
 
 
-def _plan_path(name: str) -> Path:
-    """Where a plan is to be saved; raises `UserError`, before any work is done, where it cannot be."""
-    path = host.output_path(name, ".safetensors")
-    check_replaces(path, FORMAT)
-    return path
-
-
-def _planned(plan: PruningPlan, path: Path, node: type[io.ComfyNode], figure=None, note: str = "") -> io.NodeOutput:
-    """Saves a plan, and shows its table and picture on the node, after a `note`."""
-    if not any(plan.cut.values()):
-        raise UserError(f"Nothing is cut ({plan.made}): raise a cut or a threshold, or widen the range of layers.")
-    plan.save(path)
-    text = note + plan.table()
-    image = host.to_image(figure_pixels(figure if figure is not None else plan_figure(plan)))
-    host.say(node.hidden.unique_id, text)
-    return io.NodeOutput(plan, text, image, ui=ui.PreviewImage(image, cls=node))
-
-
-def _save_as(kind: str) -> io.Input:
+def save_as_input(kind: str) -> io.Input:
     default = f"plan_by_{kind}.safetensors"
     return io.String.Input("save_as", default=default, tooltip="The plan is also written to output/flux_poke.")
-
-
-class PlanNode(io.ComfyNode):
-    """Made anew only when what it was made from is another."""
-
-    @classmethod
-    def fingerprint_inputs(cls, **inputs: Any) -> str | float:
-        if "internals" in inputs and "after" not in inputs:
-            return float("nan")  # it does not wait for the recording, so it reads that of the run before
-        return files_written(inputs, own_recording="after" in inputs)
 
 
 class PlanByCount(PlanNode):
@@ -84,6 +94,7 @@ class PlanByCount(PlanNode):
             description="Cuts the same number of neurons from every MLP of a kind: those that matter least by the score.",
             is_output_node=True,
             inputs=[
+                recording_input(),
                 checkpoint_input(),
                 cut("img"),
                 cut("txt"),
@@ -95,24 +106,21 @@ class PlanByCount(PlanNode):
                     tooltip="frequency: as the original. fluctuation: goes with bias repair. obs: with affine, needs rows.",
                 ),
                 *block_ranges(),
-                _save_as("count"),
-                *recordings(),
+                save_as_input("count"),
                 after_sampler(),
             ],
-            outputs=_plan_outputs(),
+            outputs=plan_outputs(),
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(
-        cls, unet_name, img_cut, txt_cut, single_cut, score, first_layer, last_layer, first_single, last_single, save_as,
-        hidden_states, file, internals=None, after=None,
+        cls, recording, unet_name, img_cut, txt_cut, single_cut, score, first_layer, last_layer, first_single, last_single,
+        save_as, after=None,
     ) -> io.NodeOutput:  # fmt: skip
-        path, sources = _plan_path(save_as), Sources.of(unet_name, hidden_states, file, internals)
-        double, single = chosen_ranges(sources.dense.layout, first_layer, last_layer, first_single, last_single)
-        rankings = sources.ranked(score, cls.hidden.unique_id)
-        plan = by_count(sources.dense, rankings, score, img_cut, txt_cut, single_cut, double, single)
-        return _planned(plan, path, cls)
+        dense = open_checkpoint(unet_name)
+        ranges = chosen_ranges(dense.layout, first_layer, last_layer, first_single, last_single)
+        return cls.planned(dense, recording, ByCount(img_cut, txt_cut, single_cut, score, **ranges), save_as)
 
 
 class PlanByThreshold(PlanNode):
@@ -130,6 +138,7 @@ class PlanByThreshold(PlanNode):
             description="Keeps the neurons that fired at least so often, as the original flux-poke did.",
             is_output_node=True,
             inputs=[
+                recording_input(),
                 checkpoint_input(),
                 threshold("img"),
                 threshold("txt"),
@@ -140,23 +149,21 @@ class PlanByThreshold(PlanNode):
                     tooltip="counts: how often in all, grows with every recording. rate: share of tokens, 0 to 1.",
                 ),
                 *block_ranges(),
-                _save_as("threshold"),
-                *recordings()[1:],
+                save_as_input("threshold"),
                 after_sampler(),
             ],
-            outputs=_plan_outputs(),
+            outputs=plan_outputs(),
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(
-        cls, unet_name, img_threshold, txt_threshold, single_threshold, on, first_layer, last_layer, first_single, last_single,
-        save_as, file, internals=None, after=None,
+        cls, recording, unet_name, img_threshold, txt_threshold, single_threshold, on, first_layer, last_layer, first_single,
+        last_single, save_as, after=None,
     ) -> io.NodeOutput:  # fmt: skip
-        path, sources = _plan_path(save_as), Sources.of(unet_name, DEFAULT_FOLDER, file, internals)
-        double, single = chosen_ranges(sources.dense.layout, first_layer, last_layer, first_single, last_single)
-        limits = img_threshold, txt_threshold, single_threshold
-        return _planned(by_threshold(sources.dense, sources.internals, *limits, on, double, single), path, cls)
+        dense = open_checkpoint(unet_name)
+        ranges = chosen_ranges(dense.layout, first_layer, last_layer, first_single, last_single)
+        return cls.planned(dense, recording, ByThreshold(img_threshold, txt_threshold, single_threshold, on, **ranges), save_as)
 
 
 class PlanByBudget(PlanNode):
@@ -170,6 +177,7 @@ class PlanByBudget(PlanNode):
             "predicted error before anything is cut.",
             is_output_node=True,
             inputs=[
+                recording_input(),
                 checkpoint_input(),
                 io.Combo.Input("budget", options=["share of neurons", "gigabytes"], tooltip="What the amount is."),
                 io.Float.Input(
@@ -178,7 +186,7 @@ class PlanByBudget(PlanNode):
                     min=0.0,
                     max=1000.0,
                     step=0.01,
-                    tooltip="Share of all MLP neurons to cut (0 to 1), or GB to save at 16 bits a weight.",
+                    tooltip="Share of all MLP neurons to cut (above 0, below 1), or GB to save at 16 bits a weight (above 0).",
                 ),
                 io.Combo.Input(
                     "score",
@@ -189,29 +197,18 @@ class PlanByBudget(PlanNode):
                     "multiple", default=64, min=1, max=4096, tooltip="Widths are multiples of this, which suits the hardware."
                 ),
                 io.String.Input("protect", default="", tooltip="Layers to leave whole, such as 'double-18, single-0'."),
-                _save_as("budget"),
-                *recordings(),
+                save_as_input("budget"),
                 after_sampler(),
             ],
-            outputs=_plan_outputs(),
+            outputs=plan_outputs(),
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(
-        cls, unet_name, budget, amount, score, multiple, protect, save_as, hidden_states, file, internals=None, after=None
-    ) -> io.NodeOutput:
-        path, sources = _plan_path(save_as), Sources.of(unet_name, hidden_states, file, internals)
-        protected = protected_sites(sources.dense.layout, protect)
-        share, gigabytes = (amount, None) if budget == "share of neurons" else (None, amount)
-        check_budget(sources.dense.layout, share, gigabytes, multiple, protected)
-        rankings = sources.ranked(score, cls.hidden.unique_id)
-        amplification = sources.amplification
-        curve = BudgetCurve.of(sources.dense.layout, rankings, amplification, multiple, protected)
-        plan = by_budget(sources.dense, rankings, curve, score, share, gigabytes)
-        measured = f"{len(rankings.keys() & amplification.keys())} of {len(rankings)} MLPs"
-        note = f"An error counts alike wherever it is made: what it does to the picture is known of {measured} (probe steps).\n"
-        return _planned(plan, path, cls, curve.figure(plan), "" if curve.amplified else note)
+    def execute(cls, recording, unet_name, budget, amount, score, multiple, protect, save_as, after=None) -> io.NodeOutput:
+        amounts = {"share": amount} if budget == "share of neurons" else {"gigabytes": amount}
+        what = ByBudget(**amounts, score=score, multiple=multiple, protect=protect)
+        return cls.planned(open_checkpoint(unet_name), recording, what, save_as)
 
 
 class LoadPlan(io.ComfyNode):
@@ -221,18 +218,35 @@ class LoadPlan(io.ComfyNode):
             node_id="FluxPokeLoadPlan",
             display_name="Load Plan",
             category=host.CATEGORY,
-            description="Reads a plan that a Plan Pruning node or `flux-poke plan` wrote.",
-            inputs=[io.String.Input("file", default=DEFAULT_PLAN, tooltip="Name in output/flux_poke.")],
+            description="Reads a plan that a Plan Pruning node or `flux-poke plan` wrote. Where files moved, it is told where "
+            "checkpoint and recording are now.",
+            inputs=[
+                io.String.Input("file", default=DEFAULT_PLAN, tooltip="Name in output/flux_poke."),
+                checkpoint_input(OF_THE_PLAN, tooltip="The dense FLUX, where it is not any more where it was for the plan."),
+                recording_input("The recording, where it is not any more where it was for the plan.", optional=True),
+            ],
             outputs=[PlanType.Output(display_name="plan", tooltip="What to keep."), io.String.Output(display_name="text")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> str:
-        return files_written(inputs, own_recording=False)
+        """Another one when the plan was written anew, or when what it was made from was."""
+        path = host.output_path(inputs["file"], ".safetensors")
+        if not path.exists():
+            return ""
+        plan = PruningPlan.load(path)
+        moved = checkpoint_time(inputs.get("unet_name"))
+        recording = Recording.at(plan.recording)
+        recorded = recording.digest(*sorted(recording.kinds)) if plan.recording and recording.kinds else ""
+        return f"{times(path)} {moved or times(Path(plan.checkpoint))} {recorded}"
 
     @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
+    def execute(cls, file: str, unet_name: str, recording: Recording | None = None) -> io.NodeOutput:
         plan = PruningPlan.load(host.output_path(file, ".safetensors"))
-        host.say(cls.hidden.unique_id, plan.table())
+        if unet_name != OF_THE_PLAN:
+            plan = replace(plan, checkpoint=os.path.abspath(loading.checkpoint_path(unet_name)))
+        if recording is not None:
+            plan = replace(plan, recording=os.path.abspath(recording.folder))
+        host.say(cls.hidden.unique_id, plan.totals())
         return io.NodeOutput(plan, plan.table())

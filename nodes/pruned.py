@@ -3,31 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import folder_paths
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..errors import UserError
 from ..files import check_replaces
 from ..flux.layout import Layout
-from ..pruning.checkpoint import Pruned, save_pruned
+from ..pruning.checkpoint import Pruned, save_pruned, save_weights
 from ..pruning.dense import PRUNED_FORMAT
 from ..pruning.lora import convert_lora
 from ..pruning.plan import PruningPlan
+from ..pruning.planning import open_dense, open_recording
 from ..pruning.refit import METHODS, Fold, RepairReport
 from ..pruning.repair import Repairs
 from ..pruning.surgery import Cut
 from . import host, loading
-from .computing import StepProgress, on_gpu
-from .inputs import PlanType, checkpoint_input, files_written, recordings, weight_dtype_input
-from .sources import CPU, Sources, space_taken
+from .computing import NodeProgress, on_gpu
+from .inputs import PlanType, checkpoint_input, checkpoint_time, plan_input, weight_dtype_input
+from .models import MergedWeights
 
 #: What a pruned MODEL's attachment is called.
 PRUNED = "flux_poke.pruned"
+
+
+def repair_input(tooltip: str) -> io.Input:
+    return io.Combo.Input("repair", options=list(METHODS), default="affine", tooltip=tooltip)
+
+
+def repaired(plan: PruningPlan, method: str, node_id: str | None, fold: bool = False) -> Repairs:
+    """A plan's repairs, worked out on the GPU where they are not there yet, and kept beside the recording for the next time."""
+    dense = open_dense(plan)
+    repairs = Repairs(dense, plan, method, None if method == "none" else open_recording(plan))
+    compute(repairs, node_id, fold)
+    return repairs
+
+
+def compute(repairs: Repairs, node_id: str | None, fold: bool = False) -> None:
+    """Works out on the GPU what is not there yet, with progress on the node; Cancel stops it, there and later."""
+    progress = NodeProgress(node_id)
+
+    def work(device: torch.device) -> None:
+        repairs.device = device
+        repairs.compute(progress, fold)
+
+    if any(repairs.lacks(name, fold) for name in repairs):
+        on_gpu(work, node_id)
+
+
+def space_taken(repairs: Repairs) -> str:
+    """What is kept of all plans' repairs of a recording, in words."""
+    if repairs.folder is None:
+        return ""
+    size = 0
+    for path in repairs.folder.parent.rglob("*.safetensors"):
+        with suppress(FileNotFoundError):  # removed by somebody else in between
+            size += path.stat().st_size
+    return (
+        f"\nRepairs take {size / 1e9:.3g} GB in {repairs.folder.parent}: what is deleted there is worked out again when it is "
+        "needed"
+    )
 
 
 class LoadPrunedFlux(io.ComfyNode):
@@ -39,43 +79,46 @@ class LoadPrunedFlux(io.ComfyNode):
             category=host.CATEGORY,
             description="Loads a FLUX without the neurons that a plan cuts, and repairs the rest. The file is not changed.",
             inputs=[
-                checkpoint_input(),
-                weight_dtype_input(),
-                PlanType.Input("plan", tooltip="From a Plan Pruning node or Load Plan."),
-                io.Combo.Input(
-                    "repair",
-                    options=list(METHODS),
-                    default="affine",
-                    tooltip="none: cut alone. bias: from internals. affine: from hidden states, best by far; computed once.",
+                plan_input(),
+                repair_input(
+                    "none: cut alone. bias: from internals. affine: from rows, best by far; computed once and kept with the "
+                    "recording."
                 ),
-                *recordings(),
+                weight_dtype_input(),
             ],
             outputs=[io.Model.Output(), io.String.Output(display_name="masked_count")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **inputs: Any) -> str:
-        return files_written(inputs, own_recording="internals" in inputs)
-
-    @classmethod
-    def execute(cls, unet_name, weight_dtype, plan, repair, hidden_states, file, internals=None) -> io.NodeOutput:
-        sources = Sources.of(unet_name, hidden_states, file, internals)
-        repairs = sources.repaired(plan, repair, cls.hidden.unique_id)
-        model = loading.load_flux(Cut(sources.dense, plan, repairs), weight_dtype, sources.dense.metadata)
-        model.set_attachments(PRUNED, PrunedModel(sources.dense.layout, plan, FoldsWhenAsked(repairs), repairs.report))
-        host.say(cls.hidden.unique_id, plan.table() + space_taken(repairs))
+    def execute(cls, plan: PruningPlan, repair: str, weight_dtype: str) -> io.NodeOutput:
+        repairs = repaired(plan, repair, cls.hidden.unique_id)
+        dense = repairs.dense
+        model = loading.load_flux(Cut(dense, plan, repairs), weight_dtype, dense.metadata)
+        model.set_attachments(PRUNED, PrunedModel(dense.layout, plan, FoldsWhenAsked(repairs), repairs.reports()))
+        host.say(cls.hidden.unique_id, plan.totals() + space_taken(repairs))
         return io.NodeOutput(model, plan.masked_count)
 
 
 @dataclass(frozen=True)
 class PrunedModel:
-    """What a pruned MODEL carries with it, for LoRAs to follow."""
+    """What a pruned MODEL carries with it, for LoRAs to follow and for saving it."""
 
     layout: Layout
     plan: PruningPlan
     folds: Mapping[str, Fold]
     report: Mapping[str, RepairReport]
+
+
+def pruned_model(model: ModelPatcher) -> PrunedModel:
+    """What a pruned MODEL carries; raises `UserError` where it is not one of ours."""
+    found = model.get_attachment(PRUNED)
+    if found is None:
+        raise UserError(
+            "This model was not pruned by Flux Poke: ComfyUI's own nodes load LoRAs for it and save it. Connect the MODEL of Load "
+            "Pruned FLUX, Load Pruned Checkpoint or Load Replaced FLUX."
+        )
+    return found
 
 
 class FoldsWhenAsked(Mapping[str, Fold]):
@@ -86,10 +129,10 @@ class FoldsWhenAsked(Mapping[str, Fold]):
 
     def __getitem__(self, name: str) -> Fold:
         def work(device: torch.device) -> Fold:
-            self.repairs.device = device
+            self.repairs.device, self.repairs.progress = device, NodeProgress(in_words=False)
             return self.repairs.fold(name)
 
-        return on_gpu(work, None) if self.repairs.lacks(name, fold=True) else work(CPU)
+        return on_gpu(work, None) if self.repairs.lacks(name, fold=True) else work(torch.device("cpu"))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.repairs)
@@ -105,40 +148,45 @@ class SavePrunedFlux(io.ComfyNode):
             node_id="FluxPokeSavePrunedFlux",
             display_name="Save Pruned FLUX",
             category=host.CATEGORY,
-            description="Writes the pruned and repaired FLUX to models/diffusion_models: a file that needs no other.",
+            description="Writes the pruned and repaired FLUX to models/diffusion_models: a file that needs no other, for Load "
+            "Pruned Checkpoint. From a plan, or from a pruned MODEL as it is, with the LoRAs on it merged.",
             is_output_node=True,
             inputs=[
-                checkpoint_input(),
-                PlanType.Input("plan", tooltip="From a Plan Pruning node or Load Plan."),
-                io.Combo.Input("repair", options=list(METHODS), default="affine", tooltip="As in Load Pruned FLUX."),
+                io.MultiType.Input(
+                    "plan_or_model",
+                    [PlanType, io.Model],
+                    tooltip="A plan, which is cut and repaired; or the MODEL of Load Pruned FLUX, Load Pruned Checkpoint or "
+                    "Load LoRA (pruned FLUX), which is saved as it is: repair and fold are then not asked.",
+                ),
+                repair_input("As in Load Pruned FLUX."),
                 io.String.Input("save_as", default="flux-pruned.safetensors", tooltip="Name in models/diffusion_models."),
                 io.Boolean.Input(
                     "fold",
                     default=False,
                     tooltip="Also store what LoRAs need to follow affine repair: a larger file.",
                 ),
-                *recordings(),
             ],
             outputs=[io.String.Output(display_name="unet_name")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **inputs: Any) -> str:
-        return files_written(inputs, own_recording="internals" in inputs)
-
-    @classmethod
-    def execute(cls, unet_name, plan, repair, save_as, fold, hidden_states, file, internals=None) -> io.NodeOutput:
-        folder = loading.checkpoint_folder().resolve()
+    def execute(cls, plan_or_model: Any, repair: str, save_as: str, fold: bool) -> io.NodeOutput:
+        folder, node_id = loading.checkpoint_folder().resolve(), cls.hidden.unique_id
         path = host.inside(folder, save_as, ".safetensors")
-        if path.resolve() == Path(loading.checkpoint_path(unet_name)).resolve():
-            raise UserError(f"'{save_as}' is the dense model itself: choose another name, it is needed for other plans.")
         check_replaces(path, PRUNED_FORMAT)
-        sources = Sources.of(unet_name, hidden_states, file, internals)
-        repairs = sources.repaired(plan, repair, cls.hidden.unique_id, fold)
-        save_pruned(path, Cut(sources.dense, plan, repairs), fold, StepProgress())
+        space = ""
+        if isinstance(plan_or_model, PruningPlan):
+            plan = plan_or_model
+            repairs = repaired(plan, repair, node_id, fold)
+            save_pruned(path, Cut(repairs.dense, plan, repairs), fold, NodeProgress(node_id))
+            space = space_taken(repairs)
+        else:
+            pruned = pruned_model(plan_or_model)
+            plan = pruned.plan
+            save_weights(path, MergedWeights(plan_or_model), plan, pruned.report, NodeProgress(node_id))
         name, size = str(path.relative_to(folder)), path.stat().st_size / 1e9
-        host.say(cls.hidden.unique_id, f"{name}: {size:.3g} GB, {plan.masked_count} neurons cut{space_taken(repairs)}")
+        host.say(node_id, f"{name}: {size:.3g} GB, {plan.masked_count} neurons cut{space}")
         return io.NodeOutput(name)
 
 
@@ -150,24 +198,21 @@ class LoadPrunedCheckpoint(io.ComfyNode):
             display_name="Load Pruned Checkpoint",
             category=host.CATEGORY,
             description="Loads a file that Save Pruned FLUX, `flux-poke prune` or `flux-poke replace` wrote, nothing else.",
-            inputs=[
-                io.Combo.Input("unet_name", options=loading.checkpoint_names(), tooltip="A pruned file."),
-                weight_dtype_input(),
-            ],
+            inputs=[checkpoint_input(tooltip="A pruned file."), weight_dtype_input()],
             outputs=[io.Model.Output(), io.String.Output(display_name="masked_count")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> str:
-        return files_written(inputs, own_recording=True)
+        return checkpoint_time(inputs.get("unet_name"))
 
     @classmethod
     def execute(cls, unet_name: str, weight_dtype: str) -> io.NodeOutput:
         pruned = Pruned.open(loading.checkpoint_path(unet_name))
         model = loading.load_pruned(pruned, weight_dtype)
         model.set_attachments(PRUNED, PrunedModel(pruned.layout, pruned.plan, pruned.folds, pruned.report))
-        host.say(cls.hidden.unique_id, pruned.plan.table())
+        host.say(cls.hidden.unique_id, pruned.plan.totals())
         return io.NodeOutput(model, pruned.plan.masked_count)
 
 
@@ -190,10 +235,8 @@ class LoadPrunedLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, lora_name: str, strength: float) -> io.NodeOutput:
-        pruned = model.get_attachment(PRUNED)
-        if pruned is None:
-            raise UserError("This model was not pruned by Flux Poke: use the ordinary Load LoRA for it.")
+        pruned = pruned_model(model)
         lora = loading.read_tensors(folder_paths.get_full_path_or_raise("loras", lora_name))
-        converted = convert_lora(lora, pruned.layout, pruned.plan, pruned.folds, pruned.report, StepProgress())
+        converted = convert_lora(lora, pruned.layout, pruned.plan, pruned.folds, pruned.report, NodeProgress())
         host.say(cls.hidden.unique_id, converted.table())
         return io.NodeOutput(loading.load_lora(model, converted.tensors, strength), converted.table())

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw
 
 from ..analysis.report import figure_pixels
+from ..errors import UserError
 from ..pruning.dense import Dense
+from ..pruning.plan import PruningPlan
+from ..pruning.planning import open_dense, open_recording
+from ..recording.recording import Recording
 from ..retrain.files import draw_stats
 from ..retrain.methods import METHODS, retrain
-from ..retrain.options import Progress
+from ..retrain.options import Progress as Training
 from ..retrain.replaced import Replaced, RetrainedLayers
 from ..retrain.stats import stats_figure, stats_table
 from . import computing, host, loading
-from .inputs import DEFAULT_FOLDER, PlanType, checkpoint_input, files_written, weight_dtype_input
+from .inputs import (
+    OF_THE_PLAN,
+    PlanType,
+    checkpoint_input,
+    checkpoint_time,
+    layer_times,
+    missing_layers,
+    plan_input,
+    recording_input,
+    weight_dtype_input,
+)
 from .pruned import PRUNED, PrunedModel
-from .sources import REPAIRS, compute
 
 DEFAULT_LAYERS = "retrained_layers"
+
+
+def default_folder(plan: PruningPlan) -> str:  # until retrain has it
+    return f"{DEFAULT_LAYERS}/{plan.digest[:8]}"
 
 
 class RetrainLayers(io.ComfyNode):
@@ -35,14 +51,8 @@ class RetrainLayers(io.ComfyNode):
             "Cancel keeps those that are finished; run again, it goes on.",
             is_output_node=True,
             inputs=[
-                checkpoint_input(),
-                PlanType.Input("plan", tooltip="From a Plan Pruning node or Load Plan."),
-                io.String.Input(
-                    "hidden_states",
-                    default=DEFAULT_FOLDER,
-                    tooltip="Folder in output/flux_poke that Record Hidden States filled: block states, rows or trajectories.",
-                ),
-                io.String.Input("folder", default=DEFAULT_LAYERS, tooltip="Folder in output/flux_poke for the layers."),
+                plan_input(),
+                recording_input("What to train on, where it is not the recording that the plan was made from.", optional=True),
                 io.String.Input(
                     "layers",
                     default="all",
@@ -84,6 +94,11 @@ class RetrainLayers(io.ComfyNode):
                 ),
                 io.Int.Input("train_seed", default=0, min=0, max=2**31 - 1, tooltip="Of the held-out images and the batches."),
                 io.Boolean.Input("mixed_precision", default=False, tooltip="Products in bfloat16: faster on a GPU."),
+                io.String.Input(
+                    "folder",
+                    default="",
+                    tooltip="Folder in output/flux_poke for the layers; empty = one that is named by the plan.",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="folder", tooltip="For Load Replaced FLUX."),
@@ -94,34 +109,32 @@ class RetrainLayers(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **inputs: Any) -> str:
-        """The checkpoint's, the recording's and the layers' own times.
+    def fingerprint_inputs(cls, folder: str | None = None, **inputs: Any) -> str:
+        """Another one where layers are gone that the folder's own list names: they are made again.
 
-        What is recorded in the same graph reaches the node through the plan that waits for it, else by its time, in the next
-        run. Files that a run writes are seen by the next one, which so runs once more and finds its layers done; layers that
-        were deleted, or written by others, are made again.
+        What it is trained on reaches it through its links.
         """
-        return files_written(inputs, own_recording=False)
+        return str(missing_layers(host.output_path(folder))) if folder else ""
 
     @classmethod
     def execute(
-        cls, unet_name, plan, hidden_states, folder, layers, method, train_on, thickness, steps, learning_rate, batch,
-        save_dtype, train_seed, mixed_precision,
+        cls, plan: PruningPlan, layers, method, train_on, thickness, steps, learning_rate, batch, save_dtype, train_seed,
+        mixed_precision, folder, recording: Recording | None = None,
     ) -> io.NodeOutput:  # fmt: skip
-        dense = Dense.open(loading.checkpoint_path(unet_name))
-        source, out = host.output_path(hidden_states), host.output_path(folder)
+        name = folder.strip() or default_folder(plan)
+        dense, source, out = open_dense(plan), recording or open_recording(plan), host.output_path(name)
+        progress = computing.NodeProgress(cls.hidden.unique_id)
         with computing.training():
             stats = retrain(
-                method, dense, plan, source, out, layers, train_on, LossCurve(), host.output_path(REPAIRS),
-                partial(compute, node_id=cls.hidden.unique_id), steps=steps or None, learning_rate=learning_rate,
-                batch=batch or None, thickness=thickness, save_dtype=save_dtype, seed=train_seed,
+                method, dense, plan, source, out, layers, train_on, LossCurve(), progress, steps=steps or None,
+                learning_rate=learning_rate, batch=batch or None, thickness=thickness, save_dtype=save_dtype, seed=train_seed,
                 mixed_precision=mixed_precision, device=str(computing.training_device()),
             )  # fmt: skip
         draw_stats(out)
         text, image = stats_table(stats), host.to_image(figure_pixels(stats_figure(stats)))
         host.PictureProgress().end(host.to_pictures(image)[0])
-        host.say(cls.hidden.unique_id, text)
-        return io.NodeOutput(folder, text, image, ui=ui.PreviewImage(image, cls=cls))
+        host.say(cls.hidden.unique_id, f"{name}\n{text}")
+        return io.NodeOutput(name, text, image, ui=ui.PreviewImage(image, cls=cls))
 
 
 class LossCurve:
@@ -131,7 +144,7 @@ class LossCurve:
         self._progress = host.PictureProgress()
         self._layer, self._curve = "", [(0, 0.0)]
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: Training) -> None:
         if progress.layer != self._layer:
             self._layer, self._curve = progress.layer, []
         self._curve.append((progress.step, progress.held_out_loss))
@@ -140,7 +153,7 @@ class LossCurve:
         computing.throw_if_cancelled()
 
 
-def curve_picture(progress: Progress, curve: list[tuple[int, float]]) -> Image.Image:
+def curve_picture(progress: Training, curve: list[tuple[int, float]]) -> Image.Image:
     """Held-out loss by step, logarithmic, from the highest to the lowest so far."""
     width, height, edge = 512, 256, 24
     picture = Image.new("RGB", (width, height), "white")
@@ -172,9 +185,16 @@ class LoadReplacedFlux(io.ComfyNode):
             description="Loads a FLUX with retrained layers in place of its own, of any width. The original flux-poke's layers "
             "load too. The file is not changed.",
             inputs=[
-                checkpoint_input(),
+                checkpoint_input(OF_THE_PLAN, tooltip="The dense FLUX whose layers were retrained, or that of the plan."),
                 weight_dtype_input(),
-                io.String.Input("folder", default=DEFAULT_LAYERS, tooltip="Folder in output/flux_poke, from Retrain Layers."),
+                PlanType.Input(
+                    "plan", optional=True, tooltip="The plan of the layers: it knows its checkpoint and its folder."
+                ),
+                io.String.Input(
+                    "folder",
+                    default="",
+                    tooltip="Folder in output/flux_poke, from Retrain Layers; empty = the one that is named by the plan.",
+                ),
                 io.Int.Input("first_layer", default=0, min=0, max=255, tooltip="First layer to replace."),
                 io.Int.Input(
                     "last_layer",
@@ -190,17 +210,25 @@ class LoadReplacedFlux(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> str:
-        """A folder out of Retrain Layers has its layers' times in that node's fingerprint."""
-        return files_written(inputs, own_recording=False)
+        """A folder out of Retrain Layers is another one through its link."""
+        return f"{checkpoint_time(inputs.get('unet_name'))} {layer_times(inputs.get('folder'))}"
 
     @classmethod
-    def execute(cls, unet_name, weight_dtype, folder, first_layer, last_layer) -> io.NodeOutput:
-        dense = Dense.open(loading.checkpoint_path(unet_name))
-        layers = RetrainedLayers.open(host.output_path(folder), dense, first_layer, None if last_layer < 0 else last_layer)
+    def execute(
+        cls, unet_name: str, weight_dtype: str, folder: str, first_layer: int, last_layer: int, plan: PruningPlan | None = None
+    ) -> io.NodeOutput:
+        if plan is None and (unet_name == OF_THE_PLAN or not folder.strip()):
+            raise UserError("Which checkpoint and which layers? Connect the plan that they belong to, or choose both.")
+        if plan is not None and unet_name == OF_THE_PLAN:
+            dense = open_dense(plan)
+        else:
+            dense = Dense.open(loading.checkpoint_path(unet_name))
+        source = host.output_path(folder if plan is None or folder.strip() else default_folder(plan))
+        layers = RetrainedLayers.open(source, dense, first_layer, None if last_layer < 0 else last_layer)
         replaced = Replaced(dense, layers)
         model = loading.load_flux(replaced, weight_dtype, dense.metadata)
         folds = {name: replaced.fold(name) for name in replaced.plan.kept}
-        model.set_attachments(PRUNED, PrunedModel(dense.layout, replaced.plan, folds, replaced.report))
+        model.set_attachments(PRUNED, PrunedModel(dense.layout, replaced.plan, folds, replaced.reports()))
         masked_count = replaced.plan.masked_count
         text = f"{len(layers.layers)} layers replaced, neurons cut: {masked_count}"
         host.say(cls.hidden.unique_id, " ".join([text, layers.describe_missing(dense.layout)]).strip())

@@ -1,6 +1,6 @@
 """Watching a MODEL while it samples, without a trace in it.
 
-    watched = sampling_clone(model, lambda: Run(…))  # a SamplingWatcher for every sampling run
+    watched = sampling_clone(model, Watch(node_id, lambda: [Run(...)]))  # SamplingWatchers for every sampling run
 
 Models are watched through wrappers on a clone: hooks stand for the length of one model call, so the model that was passed in,
 and every other clone of it, is never touched.
@@ -8,122 +8,42 @@ and every other clone of it, is never touched.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
-import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..flux.fingerprint import Fingerprint, row_scale
-from ..flux.layout import Layout, canonical_key, read_layout
-from ..recording.call import TokenMask
+from ..flux.layout import Layout
+from ..recording.call import Call, TokenMask
+from . import host
 
-#: What the wrappers of this pack are filed under.
-KEY = "flux_poke"
-
-
-def flux_layout(model: ModelPatcher) -> Layout:
-    """The layout of a MODEL; raises `UserError` where it is no FLUX."""
-    weights = model.model.diffusion_model.state_dict()
-    return read_layout({key: tuple(tensor.shape) for key, tensor in weights.items()}, source="The model")
-
-
-def model_fingerprint(model: ModelPatcher) -> Fingerprint:
-    """Fingerprint of a MODEL as it was loaded, beneath any LoRA that is applied at the moment."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in model.model.diffusion_model.state_dict().items()}
-    names = {canonical_key(key): key for key in shapes}
-
-    def weight(key: str) -> Tensor:
-        name = f"diffusion_model.{names[key]}"
-        if name in model.hook_backup:
-            return model.hook_backup[name][0]
-        if name in model.backup:
-            return model.backup[name].weight
-        return comfy.utils.get_attr(model.model, name)
-
-    def row(key: str, index: int) -> Tensor:
-        stored = getattr(weight(key), "_qdata", weight(key))
-        if not stored.is_floating_point() or stored.shape != shapes[names[key]]:
-            raise UserError(f"{key} is quantised to {stored.dtype}: expected a bf16, fp16 or fp8 model.")
-        return stored[index].cpu()
-
-    def scale(key: str, index: int) -> float:
-        quantised: Any = weight(key)
-        return row_scale(quantised._params.scale, index, key) if hasattr(quantised, "_qdata") else 1.0
-
-    return Fingerprint.of({canonical_key(key): shape for key, shape in shapes.items()}, row, scale)
+#: What the wrappers of this pack are filed under, and those of TorchCompileModel.
+KEY, COMPILE_KEY = "flux_poke", "torch.compile"
+UNCOMPILED = "The model ran uncompiled: TorchCompileModel has no effect on a model that is watched."
 
 
 @dataclass(frozen=True)
-class ModelCall:
-    """One call of the diffusion model during sampling, before it happens.
+class SampledCall(Call):
+    """A call of the sampler's. `conditional` [batch] is False for rows of the negative prompt (CFG)."""
 
-    Attributes:
-        model: the transformer, with the checkpoint's module names.
-        x: latents [batch, channels, height, width], as the sampler holds them.
-        sigma: noise levels [batch].
-        sigmas: noise levels of the whole run, steps + 1 numbers: no device has to be waited for.
-        context: text [batch, words, width].
-        conditional: for each row of the batch; False for those of the negative prompt (CFG).
-        images: how many images are drawn; the batch has so many rows for each prompt.
-        references: latents of reference pictures, whose tokens follow those of the image.
-        guidance: what distilled guidance is told, where it is told anything, [1] or [batch].
-        seed: the sampler's.
-        again: makes the same call once more, unwatched; the denoised latents.
-    """
+    conditional: tuple[bool, ...] = ()
 
-    model: nn.Module
-    x: Tensor
-    sigma: Tensor
-    sigmas: tuple[float, ...]
-    context: Tensor
-    conditional: tuple[bool, ...]
-    images: int
-    references: tuple[Tensor, ...]
-    guidance: Tensor | None
-    seed: int | None
-    again: Callable[[], Tensor]
+    def counting(self, layout: Layout, ignore_padding: bool = True, positive_only: bool = True) -> SampledCall:
+        """The call, and which tokens of it count: reference tokens and padding are left out by `ignore_padding`, negative rows
+        by `positive_only`.
 
-    def velocity(self) -> Tensor:
-        """Runs the model once more on the same input: noise minus image, as x."""
-        sigma = self.sigma.view(-1, *(1,) * (self.x.ndim - 1))
-        return (self.x - self.again()) / sigma
-
-    @cached_property
-    def step(self) -> int:
-        """Which of the run's steps this is, from 0; the first who asks waits for the device."""
-        now = self.sigma.max().item()
-        return max(sum(level >= now for level in self.sigmas[:-1]) - 1, 0)
-
-    @property
-    def drawn(self) -> str:
-        """Tells the images of this run from those of others: noise and text of its first call with a positive prompt."""
-        parts = (self.x[self.positive_rows], self.context[self.positive_rows])
-        return hashlib.sha256(b"".join(part.float().cpu().numpy().tobytes() for part in parts)).hexdigest()
-
-    @property
-    def positive_rows(self) -> slice | None:
-        """The rows of the first positive prompt, one for each image; None where the call is for negative ones alone (CFG)."""
-        if True not in self.conditional:
-            return None
-        first = self.conditional.index(True)
-        return slice(first, first + self.images)
-
-    def mask(self, layout: Layout, ignore_padding: bool, positive_only: bool) -> TokenMask:
-        """Which tokens count: reference tokens and padding left out by `ignore_padding`, negative rows by `positive_only`.
-
-        FLUX.2's text is padded with zeros by the host, which is how padding is known; other families' is not marked.
+        FLUX.2's text is padded with zeros by the host, which is how padding is known; that of other families is not marked.
         """
+        assert self.context is not None
         device, batch = self.x.device, len(self.x)
         image = _image_tokens(self.x, layout.patch)
         extra = sum(_image_tokens(reference, layout.patch) for reference in self.references)
@@ -140,42 +60,66 @@ class ModelCall:
             rows = torch.tensor(self.conditional, device=device)[:, None]
             img, txt = img & rows, txt & rows
             needed = True
-        return TokenMask(img, txt) if needed else TokenMask()
+        return replace(self, mask=TokenMask(img, txt)) if needed else self
 
 
 def _image_tokens(latents: Tensor, patch: int) -> int:
     return -(-latents.shape[-2] // patch) * -(-latents.shape[-1] // patch)
 
 
-class SamplingWatcher(Protocol):
-    """What takes part in one sampling run: made when it starts, asked at every model call, told how it ended."""
+class SamplingWatcher:
+    """What takes part in one sampling run: made when it starts, told of every model call and of how it ended."""
 
-    def before(self, call: ModelCall) -> None:
-        """Asked before the model call, while nobody watches: here, and only here, `call.again` may be used."""
+    def before(self, model: nn.Module, call: SampledCall) -> None:
+        """Called before the model call, while nobody watches: here, and only here, `call.again` may be used."""
         return
 
-    def watching(self, call: ModelCall) -> AbstractContextManager[None]:
+    def watching(self, model: nn.Module, call: SampledCall) -> AbstractContextManager[None]:
         """Entered around the model call."""
+        raise NotImplementedError
 
-    def finish(self) -> None:
-        """The run ended well."""
+    def finish(self) -> str:
+        """The run ended well; returns what to say of it on the node."""
+        raise NotImplementedError
 
-    def abandon(self) -> None:
-        """The run was interrupted or failed: keep nothing."""
+    def abandon(self) -> str:
+        """The run was interrupted or failed; returns what to say of it on the node."""
+        raise NotImplementedError
 
 
-def sampling_clone(model: ModelPatcher, start: Callable[[], SamplingWatcher]) -> ModelPatcher:
-    """A clone of MODEL whose every sampling run is watched by what `start()` returns; `model` itself is left alone.
+@dataclass(frozen=True)
+class Watch:
+    """What one node does with the sampling runs of a MODEL.
+
+    `start()` makes the watchers of one run. `records` are the folders and the kinds of data that they add to: no other node
+    may add the same to the same folder, since every run would count twice.
+    """
+
+    node_id: str | None
+    start: Callable[[], Sequence[SamplingWatcher]]
+    records: frozenset[tuple[Path, str]] = frozenset()
+
+
+def sampling_clone(model: ModelPatcher, watch: Watch) -> ModelPatcher:
+    """A clone of MODEL whose every sampling run is watched; `model` itself is left alone.
 
     A MODEL that is watched already is watched by all of them, through one pair of wrappers: so none sees what another does
-    in `before`.
+    in `before`. Raises `UserError` where one of them records the same to the same folder.
     """
-    earlier = [wrapper.__self__.starts for wrapper in model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)]
-    watched = _Watched((*chain.from_iterable(earlier), start))
+    earlier = list(chain.from_iterable(one.__self__.watches for one in model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)))
+    for folder, kind in sorted(watch.records & {record for one in earlier for record in one.records}):
+        raise UserError(
+            f"The model that comes in is recorded to {folder.name} already ({kind}), and every run would count twice: "
+            "leave out one of the two Record nodes, or give one of them another name."
+        )
+    watched = _Watched((*earlier, watch))
     clone = model.clone()
-    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, watched.sampling), (WrappersMP.APPLY_MODEL, watched.model_call)):
-        clone.remove_wrappers_with_key(kind, KEY)
-        clone.add_wrapper_with_key(kind, KEY, wrapper)
+    for wrapper_kind, wrapper in (
+        (WrappersMP.OUTER_SAMPLE, watched.sampling),
+        (WrappersMP.APPLY_MODEL, watched.model_call),
+    ):
+        clone.remove_wrappers_with_key(wrapper_kind, KEY)
+        clone.add_wrapper_with_key(wrapper_kind, KEY, wrapper)
     return clone
 
 
@@ -184,31 +128,40 @@ class _Run:
     """A sampling run that is under way; its sigmas are known from the first call on."""
 
     seed: int | None
+    replaced: Mapping[str, Any]
     watchers: list[SamplingWatcher] = field(default_factory=list)
     sigmas: tuple[float, ...] = ()
 
 
 class _Watched:
-    """The wrappers of one clone: `starts` make the watchers of each sampling run."""
+    """The wrappers of one clone: `watches` make the watchers of each sampling run."""
 
-    def __init__(self, starts: tuple[Callable[[], SamplingWatcher], ...]):
-        self.starts = starts
+    def __init__(self, watches: tuple[Watch, ...]):
+        self.watches = watches
         self._running: list[_Run] = []
 
     def sampling(self, executor, *args, **kwargs):
-        run = _Run(inspect.signature(executor.original).bind(*args, **kwargs).arguments.get("seed"))
-        watchers = run.watchers
+        guider = executor.class_obj
+        seed = inspect.signature(executor.original).bind(*args, **kwargs).arguments.get("seed")
+        run = _Run(seed, _replaced(guider.model_options.get("transformer_options")))
+        note = [UNCOMPILED] if guider.model_patcher.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY) else []
+        started: list[tuple[str | None, list[SamplingWatcher]]] = []
         self._running.append(run)
         try:
-            for start in self.starts:
-                watchers.append(start())
+            for watch in self.watches:
+                started.append((watch.node_id, list(watch.start())))
+                run.watchers += started[-1][1]
             result = executor(*args, **kwargs)
-            while watchers:
-                watchers[0].finish()
-                del watchers[0]
+            for node_id, watchers in started:
+                said = []
+                while watchers:
+                    said.append(watchers[0].finish())
+                    del watchers[0]
+                host.say(node_id, "\n".join([*said, *note]))
         except BaseException:  # an interrupt is no Exception on every version of the host
-            for watcher in watchers:
-                watcher.abandon()
+            for node_id, watchers in started:
+                if watchers:
+                    host.say(node_id, "\n".join(dict.fromkeys(watcher.abandon() for watcher in watchers)))
             raise
         finally:
             self._running.pop()
@@ -218,17 +171,29 @@ class _Watched:
         if not self._running:  # a call outside of sampling, such as a test of memory
             return executor(*args, **kwargs)
         run = self._running[-1]
-        call = _model_call(executor.class_obj.diffusion_model, run, lambda: executor(*args, **kwargs), *args, **kwargs)
+        if _replaced(_options(executor, *args, **kwargs)) != run.replaced:
+            return executor(*args, **kwargs)  # a pass of guidance, with blocks skipped or attention perturbed
+        model = executor.class_obj.diffusion_model
+        call = _sampled_call(run, lambda: executor(*args, **kwargs), *args, **kwargs)
         for watcher in run.watchers:
-            watcher.before(call)
+            watcher.before(model, call)
         with ExitStack() as all_watching:
             for watcher in run.watchers:
-                all_watching.enter_context(watcher.watching(call))
+                all_watching.enter_context(watcher.watching(model, call))
             return executor(*args, **kwargs)
 
 
-def _model_call(
-    model: nn.Module,
+def _replaced(options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """What stands in the place of parts of the model. Guidance such as SkipLayerGuidanceDiT or PerturbedAttentionGuidance adds
+    to it for passes of its own, which are not what the model draws with."""
+    return (options or {}).get("patches_replace", {})
+
+
+def _options(executor, *args, **kwargs) -> Mapping[str, Any] | None:
+    return inspect.signature(executor.original).bind(*args, **kwargs).arguments.get("transformer_options")
+
+
+def _sampled_call(
     run: _Run,
     again: Callable[[], Tensor],
     x,
@@ -241,23 +206,29 @@ def _model_call(
     guidance=None,
     ref_latents=None,
     **conditions,
-) -> ModelCall:
+) -> SampledCall:
     """The arguments of BaseModel.apply_model, named."""
     options = transformer_options
     parts = options.get("cond_or_uncond") or [0]
-    images = len(x) // len(parts)
+    count = len(x) // len(parts)
+    first = parts.index(0) if 0 in parts else None
     if not run.sigmas:
         run.sigmas = tuple(options["sample_sigmas"].tolist())
-    return ModelCall(
-        model=model,
-        x=x,
-        sigma=t,
-        sigmas=run.sigmas,
+
+    def velocity() -> Tensor:
+        return (x - again()) / t.view(-1, *(1,) * (x.ndim - 1))
+
+    call = SampledCall.at(
+        x,
+        t,
+        run.sigmas,
+        images=[image if part == first else None for part in range(len(parts)) for image in range(count)],
         context=c_crossattn,
-        conditional=tuple(part == 0 for part in parts for _ in range(images)),
-        images=images,
-        references=tuple(ref_latents or ()),
         guidance=guidance,
         seed=run.seed,
-        again=again,
+        references=tuple(ref_latents or ()),
+        again=velocity,
+        conditional=tuple(part == 0 for part in parts for _ in range(count)),
     )
+    assert isinstance(call, SampledCall)
+    return call

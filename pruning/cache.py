@@ -32,7 +32,7 @@ def cache_key(*parts: str) -> str:
 
 def recorded_rows(recording: Recording) -> str:
     """Changes whenever rows are added or thinned, or amplification is measured: all that rankings and repairs are made from."""
-    return recording.states().digest
+    return recording.digest("rows", "amplification")
 
 
 def cached_header(path: Path, format: str, shapes: Shapes) -> dict[str, str] | None:

@@ -112,6 +112,36 @@ def save_pruned(path: str | os.PathLike[str], changed: Changed, fold: bool = Fal
     stream_safetensors(path, kinds, tensor, header)
 
 
+def save_weights(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    plan: PruningPlan,
+    report: Mapping[str, RepairReport],
+    progress: Progress = silent,
+) -> None:
+    """Writes a pruned model as it is in memory, with LoRAs merged say; `tensors` (canonical keys) are read one at a time.
+
+    What LoRAs need to follow affine repair is not stored. Raises `UserError` where a file at `path` is not a pruned checkpoint.
+    """
+    check_replaces(path, PRUNED_FORMAT)
+    kept = {f"{KEPT}{name}": indices.int() for name, indices in plan.kept.items()}
+    kinds = {key: kind_of(tensor) for key, tensor in (*tensors.items(), *kept.items())}
+    header = {
+        **plan.header(),
+        "format": PRUNED_FORMAT,
+        "repair": json.dumps({name: asdict(site) for name, site in report.items()}),
+    }
+    done = 0
+
+    def tensor(key: str) -> Tensor:
+        nonlocal done
+        progress(f"writing {key}", done, len(kinds))
+        done += 1
+        return kept[key] if key in kept else tensors[key]
+
+    stream_safetensors(path, kinds, tensor, header)
+
+
 def save_changed(
     path: str | os.PathLike[str],
     pruned: str | os.PathLike[str],

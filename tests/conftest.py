@@ -41,7 +41,11 @@ class Host:
 
     @property
     def internals(self) -> Path:
-        return self.output / "flux_poke" / "tiny.safetensors"
+        return self.recorded("tiny")
+
+    def recorded(self, name: str) -> Path:
+        """The internals of a recording."""
+        return self.output / "flux_poke" / name / "internals.safetensors"
 
     def start(self, *options: str) -> ComfyServer:
         arguments = ["--cpu", "--base-directory", str(self.base), "--disable-auto-launch", *self.options, *options]

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +18,10 @@ from flux_poke.pruning.checkpoint import Pruned
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.tiny.model import FOLDER, TinyFlux
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 TINY = "tiny FLUX (ships with the pack)"
-RECORDINGS = {"hidden_states": "rows", "file": "counted"}
+RECORDED = "pruned"
 ALL_LAYERS = {"first_layer": 0, "last_layer": -1, "first_single": 0, "last_single": -1}
 PROMPTS = ("a three", "the digit 8", "number five", "a handwritten one")
 
@@ -31,10 +30,21 @@ def node(kind: str, **inputs) -> dict:
     return {"class_type": kind, "inputs": inputs}
 
 
+def recording(name: str = RECORDED) -> dict:
+    return {"recording": node("FluxPokeLoadRecording", name=name)}
+
+
+def record(name: str = RECORDED, **options) -> dict:
+    """The tiny FLUX, recorded."""
+    given = {"name": name, "rows": 24, "steps": 10, "max_gb": 1.0, "probe_steps": 4}
+    return {"tiny": node("FluxPokeLoadTinyFlux"), "record": node("FluxPokeRecord", model=["tiny", 0], **{**given, **options})}
+
+
 def drawing(model: dict, seed: int = 1, prompt: str = PROMPTS[0], steps: int = 20, batch: int = 4) -> dict:
     """A graph that draws with what the nodes in `model` load; the last of them gives the MODEL."""
     source = list(model)[-1]
     return {
+        **recording(),  # does nothing where nobody asks it
         "clip": node("FluxPokeLoadTinyFlux"),
         **model,
         "text": node("CLIPTextEncode", clip=["clip", 1], text=prompt),
@@ -56,34 +66,33 @@ def pictures(client: ComfyClient, graph: dict) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def recorded(server, host) -> Path:
-    """Internals and rows of the tiny FLUX, recorded on the server; the folder they are in."""
-    model = {
-        "tiny": node("FluxPokeLoadTinyFlux"),
-        "count": node("FluxPokeRecordInternals", model=["tiny", 0], file="counted", ignore_padding=True, positive_only=False),
-        "rows": node(
-            "FluxPokeRecordHiddenStates", model=["count", 0], folder="rows", streams="all", steps=10, rows=24, max_gb=1.0,
-            when_full="thin", sigma_from=0.0, sigma_to=1.0, probe_steps=4, sample_seed=0,
-        ),
-    }  # fmt: skip
+    """Internals, rows and amplifications of the tiny FLUX, recorded on the server; output/flux_poke."""
     with ComfyClient(server.address) as client:
         for number, prompt in enumerate(PROMPTS):
-            client.run(drawing(model, seed=number, prompt=prompt, batch=8))
+            client.run(drawing(record(), seed=number, prompt=prompt, batch=8))
     return host.output / "flux_poke"
 
 
 def by_count(score: str = "fluctuation", cut: int = 128, **options) -> dict:
     inputs = {"unet_name": TINY, "img_cut": cut, "txt_cut": cut, "single_cut": cut, "score": score, "save_as": "plan"}
-    return node("FluxPokePlanByCount", **{**inputs, **ALL_LAYERS, **RECORDINGS, **options})
+    return node("FluxPokePlanByCount", recording=["recording", 0], **{**inputs, **ALL_LAYERS, **options})
 
 
 def by_budget(amount: float = 0.25, **options) -> dict:
     inputs = {"unet_name": TINY, "budget": "share of neurons", "amount": amount, "score": "obs", "multiple": 32, "protect": ""}
-    return node("FluxPokePlanByBudget", **{**inputs, "save_as": "budget", **RECORDINGS, **options})
+    return node("FluxPokePlanByBudget", recording=["recording", 0], **{**inputs, "save_as": "budget", **options})
 
 
 def load(plan: str = "plan", repair: str = "affine", weight_dtype: str = "default") -> dict:
-    inputs = {"unet_name": TINY, "weight_dtype": weight_dtype, "plan": [plan, 0], "repair": repair}
-    return node("FluxPokeLoadPrunedFlux", **inputs, **RECORDINGS)
+    return node("FluxPokeLoadPrunedFlux", plan=[plan, 0], repair=repair, weight_dtype=weight_dtype)
+
+
+def save(name: str, source: str = "plan", repair: str = "affine", fold: bool = False) -> dict:
+    return node("FluxPokeSavePrunedFlux", plan_or_model=[source, 0], repair=repair, save_as=name, fold=fold)
+
+
+def load_plan(file: str = "plan", **options) -> dict:
+    return node("FluxPokeLoadPlan", file=file, **{"unet_name": "as in the plan", **options})
 
 
 def dense() -> dict:
@@ -98,7 +107,7 @@ def test_every_kind_of_plan_draws_nearly_what_the_dense_model_draws(client: Comf
     expected = pictures(client, drawing(dense()))
     threshold = node(
         "FluxPokePlanByThreshold", unet_name=TINY, img_threshold=0.2, txt_threshold=0.1, single_threshold=0.2, on="rate",
-        save_as="threshold", file="counted", **ALL_LAYERS,
+        save_as="threshold", recording=["recording", 0], **ALL_LAYERS,
     )  # fmt: skip
     cut_blindly = difference(expected, pictures(client, drawing({"plan": by_count("frequency"), "load": load(repair="none")})))
     for plan in (by_count("obs"), threshold, by_budget()):
@@ -108,9 +117,7 @@ def test_every_kind_of_plan_draws_nearly_what_the_dense_model_draws(client: Comf
 
 
 def test_the_host_draws_what_the_reference_transformer_draws_with_the_same_cut(client: ComfyClient, recorded: Path):
-    found = pictures(client, drawing({"plan": by_budget(), "load": load(), "save pruned": node(
-        "FluxPokeSavePrunedFlux", unet_name=TINY, plan=["plan", 0], repair="affine", save_as="saved", fold=False, **RECORDINGS
-    )} | {"again": load()}))  # fmt: skip
+    found = pictures(client, drawing({"plan": by_budget(), "save pruned": save("saved"), "load": load()}))
     pruned = Pruned.open(recorded.parents[1] / "models" / "diffusion_models" / "saved.safetensors")
     tiny = TinyFlux.load()
     tiny.flux = Flux.load(pruned.tensors, torch.float32)
@@ -121,11 +128,11 @@ def test_the_host_draws_what_the_reference_transformer_draws_with_the_same_cut(c
 
 def test_a_plan_that_was_saved_cuts_the_same_without_planning_again(client: ComfyClient, recorded: Path):
     planned = pictures(client, drawing({"plan": by_count(cut=100), "load": load(repair="none")}))
-    read = {"plan": node("FluxPokeLoadPlan", file="plan"), "load": load(repair="none")}
+    read = {"plan": load_plan(), "load": load(repair="none")}
     assert np.array_equal(planned, pictures(client, drawing(read)))
     assert "load" not in client.run(drawing(read)).executed  # whereas a node that plans does so on every run
     with pytest.raises(UserError, match=r"There is no plan .*nowhere\.safetensors: make one"):
-        client.run({"plan": node("FluxPokeLoadPlan", file="nowhere"), "show": node("PreviewAny", source=["plan", 1])})
+        client.run({"plan": load_plan("nowhere"), "show": node("PreviewAny", source=["plan", 1])})
 
 
 def test_the_masked_count_says_how_many_neurons_go(client: ComfyClient, recorded: Path):
@@ -139,82 +146,71 @@ def test_the_masked_count_says_how_many_neurons_go(client: ComfyClient, recorded
 def test_a_saved_model_draws_the_same_after_a_restart_with_nothing_else_at_hand(
     client: ComfyClient, host, recorded: Path, tmp_path: Path
 ):
-    save = node(
-        "FluxPokeSavePrunedFlux", unet_name=TINY, plan=["plan", 0], repair="affine", save_as="alone", fold=False, **RECORDINGS
-    )
-    expected = pictures(client, drawing({"plan": by_budget(), "save pruned": save, "load": load()}))
+    expected = pictures(client, drawing({"plan": by_budget(), "save pruned": save("alone"), "load": load()}))
     alone = {"load": node("FluxPokeLoadPrunedCheckpoint", unet_name="alone.safetensors", weight_dtype="default")}
     with host.start("--output-directory", str(tmp_path)) as other, ComfyClient(other.address) as fresh:
         assert np.array_equal(expected, pictures(fresh, drawing(alone)))
 
 
 def test_a_name_with_a_folder_is_what_the_loader_calls_the_file(client: ComfyClient, recorded: Path):
-    save = node(
-        "FluxPokeSavePrunedFlux", unet_name=TINY, plan=["plan", 0], repair="none", save_as="small/half", fold=False,
-        **RECORDINGS,
-    )  # fmt: skip
-    graph = {"plan": by_count(), "save": save, "show": node("PreviewAny", source=["save", 0])}
+    graph = recording() | {"plan": by_count(), "save": save("small/half", repair="none")}
+    graph["show"] = node("PreviewAny", source=["save", 0])
     (name,) = client.run(graph).outputs["show"]["text"]
     assert name == os.path.join("small", "half.safetensors")
     client.run(drawing({"load": node("FluxPokeLoadPrunedCheckpoint", unet_name=name, weight_dtype="default")}, steps=1))
 
 
-def test_a_plan_and_its_model_are_made_anew_only_when_there_is_something_new(client: ComfyClient, host):
-    """Recorded and drawn in one graph, with two samplers."""
-    recording: dict[str, Any] = {"hidden_states": "grows", "file": "grows"}
-    record = {
-        "tiny": node("FluxPokeLoadTinyFlux"),
-        "count": node("FluxPokeRecordInternals", model=["tiny", 0], file="grows", ignore_padding=True, positive_only=False),
-        "rows": node(
-            "FluxPokeRecordHiddenStates", model=["count", 0], folder="grows", streams="all", steps=10, rows=24, max_gb=1.0,
-            when_full="thin", sigma_from=0.0, sigma_to=1.0, probe_steps=1, sample_seed=0,
-        ),
-    }  # fmt: skip
+def test_a_plan_and_its_model_are_made_again_only_when_there_is_something_new(client: ComfyClient, host):
+    """Recorded and drawn in one graph, with two samplers; then from the recording alone."""
+    recorded = record("grows", probe_steps=1)
 
     def ran(graph: dict) -> set[str]:
         return {"plan", "load"} & set(client.run(graph).executed)
 
     def both(first: int, second: int, **options) -> dict:
-        graph = drawing(record, seed=first, batch=8)
+        graph = drawing(recorded, seed=first, batch=8)
         graph["before"] = graph.pop("sample")
         del graph["decode"], graph["save"]
-        plan = by_count("obs", **recording, internals=["count", 1], **options)
-        cut = node(
-            "FluxPokeLoadPrunedFlux", unet_name=TINY, weight_dtype="default", plan=["plan", 0], repair="affine", **recording,
-            internals=["count", 1],
-        )  # fmt: skip
-        return {**graph, **drawing({"plan": plan, "load": cut}, seed=second, steps=1)}
+        plan = by_count("obs", **{"recording": ["record", 1], **options})
+        return {**graph, **drawing({"plan": plan, "load": load()}, seed=second, steps=1)}
 
     for seed in range(3):
-        client.run(drawing(record, seed=seed, prompt=PROMPTS[seed], batch=8))
-    assert ran(both(3, 1, after=["before", 0])) == {"plan", "load"}
-    assert ran(both(3, 2, after=["before", 0])) == set()
-    assert ran(both(4, 2, after=["before", 0])) == {"plan", "load"}
+        client.run(drawing(recorded, seed=seed, prompt=PROMPTS[seed], batch=8))
+    waits = {"after": ["before", 0]}
+    assert ran(both(3, 1, **waits)) == {"plan", "load"}
+    assert ran(both(3, 2, **waits)) == set()
+    assert ran(both(4, 2, **waits)) == {"plan", "load"}
+    assert ran(both(4, 3)) == {"plan", "load"}
+    assert ran(both(4, 4)) == {"plan", "load"}, "without `after` it is not known whether more was recorded"
 
-    alone = {"plan": by_count("obs", **recording), "load": load()}
-    alone["load"]["inputs"] |= recording
-    assert ran(drawing(alone, seed=1, steps=1)) == {"plan", "load"}
-    assert ran(drawing(alone, seed=2, steps=1)) == set()
-    client.run(drawing(record, seed=9, batch=8))
-    assert ran(drawing(alone, seed=3, steps=1)) == {"plan", "load"}
+    def alone(seed: int) -> dict:
+        return drawing({"plan": by_count("obs"), "load": load()}, seed=seed, steps=1) | recording("grows")
+
+    assert ran(alone(1)) == {"plan", "load"}
+    assert ran(alone(2)) == set()
+    client.run(drawing(recorded, seed=9, batch=8))
+    assert ran(alone(3)) == {"plan", "load"}
 
 
 def test_cancel_stops_a_ranking_and_the_next_run_goes_on_from_there(client: ComfyClient, recorded: Path):
-    rows = Path(shutil.copytree(recorded / "rows", recorded / "cancelled_rows", ignore=shutil.ignore_patterns("rankings")))
-    plan = {"plan": by_count("obs", hidden_states="cancelled_rows")}
+    copy = Path(shutil.copytree(recorded / RECORDED, recorded / "cancelled", ignore=shutil.ignore_patterns("cache")))
+    plan = recording("cancelled") | {"plan": by_count("obs")}
     prompt_id = client.queue(plan)
 
-    def stop(node: str, step: int, _: int) -> None:
+    def rankings() -> list[Path]:
+        return list((copy / "cache" / "rankings").rglob("*.safetensors"))
+
+    def stop(node: str, step: float, _: float) -> None:
         if node == "plan" and step >= 2:
             client.interrupt(prompt_id)
 
     with pytest.raises(Interrupted):
         client.wait(prompt_id, stop)
-    times = {path: path.stat().st_mtime_ns for path in (rows / "rankings").glob("*.safetensors")}
-    assert 2 <= len(times) < 8
+    times = {path: path.stat().st_mtime_ns for path in rankings()}
+    assert 1 <= len(times) < 8
     client.run(plan)
     assert {path: path.stat().st_mtime_ns for path in times} == times
-    assert len(list((rows / "rankings").glob("*.safetensors"))) == 8
+    assert len(rankings()) == 8
 
 
 @pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2"])
@@ -245,7 +241,7 @@ def test_a_lora_of_the_dense_model_acts_on_the_pruned_one(client: ComfyClient, h
 
 
 def test_the_plan_shows_its_table_and_its_picture_before_anything_is_cut(client: ComfyClient, recorded: Path):
-    result = client.run({"plan": by_budget(0.5)})
+    result = client.run(recording() | {"plan": by_budget(0.5)})
     assert "predicted relative velocity error" in result.texts["plan"]
     (picture,) = result.files("images", "plan")
     assert Image.open(io.BytesIO(client.fetch(picture))).size[0] >= 600
@@ -254,59 +250,147 @@ def test_the_plan_shows_its_table_and_its_picture_before_anything_is_cut(client:
 @pytest.mark.parametrize(
     ("plan", "sentence"),
     [
-        (by_count(cut=512), "cut 0 to 511"),
-        (by_count(last_layer=7), "blocks are 0 to 1"),
-        (by_count("obs", hidden_states="nowhere"), "holds no hidden states"),
-        (by_budget(file="counted", amount=0.999), "may go"),
+        (by_count("obs", cut=512), "cut 0 to 511"),
+        (by_count("obs", last_layer=7), "blocks are 0 to 1"),
+        (by_budget(amount=0.999), "may go"),
+        (by_budget(amount=1.0), "between 0 and 1, both excluded"),
+        (by_budget(amount=0.0), "between 0 and 1, both excluded"),
         (by_budget(protect="double-18"), "no MLP called"),
-        (by_count(cut=0), "Nothing is cut"),
+        (by_count("obs", cut=0), "Nothing would be cut"),
     ],
-    ids=["all neurons", "layers", "rows", "budget", "protect", "nothing"],
+    ids=["all neurons", "layers", "budget", "all", "none", "protect", "nothing"],
 )
-def test_what_cannot_be_planned_is_said_in_a_sentence(client: ComfyClient, recorded: Path, plan: dict, sentence: str):
+def test_what_cannot_be_planned_is_said_in_a_sentence_before_neurons_are_ranked(
+    client: ComfyClient, recorded: Path, plan: dict, sentence: str
+):
+    bare = recorded / "unranked"
+    shutil.copytree(recorded / RECORDED, bare, ignore=shutil.ignore_patterns("cache"), dirs_exist_ok=True)
     with pytest.raises(UserError, match=sentence):
-        client.run({"plan": plan})
+        client.run(recording("unranked") | {"plan": plan})
+    assert not (bare / "cache").exists()
 
 
 def test_too_few_rows_say_how_many_are_needed(client: ComfyClient, recorded: Path):
-    model = {
-        "tiny": node("FluxPokeLoadTinyFlux"),
-        "rows": node(
-            "FluxPokeRecordHiddenStates", model=["tiny", 0], folder="few", streams="all", steps=1, rows=2, max_gb=1.0,
-            when_full="stop", sigma_from=0.0, sigma_to=1.0, probe_steps=0, sample_seed=0,
-        ),
-    }  # fmt: skip
-    client.run(drawing(model))
+    client.run(drawing(record("few", rows=2, steps=1, probe_steps=0)))
     with pytest.raises(UserError, match=r"holds 8 rows of single-0, too few .* at least 640 are needed"):
-        client.run({"plan": by_count("obs", hidden_states="few")})
+        client.run(recording("few") | {"plan": by_count("obs")})
 
 
-def test_a_plan_for_another_model_is_refused(client: ComfyClient, host, recorded: Path):
-    from safetensors.torch import load_file
+def test_a_recording_without_rows_is_named_where_rows_are_needed(client: ComfyClient, recorded: Path):
+    counted = {
+        "tiny": node("FluxPokeLoadTinyFlux"),
+        "count": node("FluxPokeRecordInternals", model=["tiny", 0], name="counted", ignore_padding=True, positive_only=False),
+    }
+    client.run(drawing(counted))
+    with pytest.raises(UserError, match="counted"):
+        client.run(recording("counted") | {"plan": by_count("obs")})
 
-    tuned = {key: tensor * 1.01 for key, tensor in load_file(FOLDER / "flux.safetensors").items()}
-    save_file(tuned, host.base / "models" / "diffusion_models" / "tuned.safetensors")
-    graph = {"plan": by_count(), "load": node(
-        "FluxPokeLoadPrunedFlux", unet_name="tuned.safetensors", weight_dtype="default", plan=["plan", 0], repair="none",
-        **RECORDINGS,
-    )}  # fmt: skip
+
+@pytest.fixture
+def tuned(host) -> str:
+    """Another model of the same shape, in models/diffusion_models."""
+    tensors = {key: tensor * 1.01 for key, tensor in load_file(FOLDER / "flux.safetensors").items()}
+    save_file(tensors, host.base / "models" / "diffusion_models" / "tuned.safetensors")
+    return "tuned.safetensors"
+
+
+def test_a_plan_for_another_model_is_refused(client: ComfyClient, recorded: Path, tuned: str):
+    client.run(recording() | {"plan": by_count()})
+    graph = {"plan": load_plan(unet_name=tuned), "load": load(repair="none")}
     graph["show"] = node("PreviewAny", source=["load", 1])
     with pytest.raises(UserError, match="plan was made for another model"):
         client.run(graph)
+    with pytest.raises(UserError, match="recorded on another model"):
+        client.run(recording() | {"plan": by_count(unet_name=tuned)})
+
+
+def test_a_plan_is_loaded_where_its_files_are_now(client: ComfyClient, host, recorded: Path):
+    models = host.base / "models" / "diffusion_models"
+    shutil.copy(FOLDER / "flux.safetensors", models / "moves.safetensors")
+    shutil.copytree(recorded / RECORDED, recorded / "moves")
+    graph = recording("moves") | {"plan": by_count("obs", unet_name="moves.safetensors", save_as="moved plan")}
+    expected = pictures(client, drawing(graph | {"load": load()}))
+    (models / "moves.safetensors").rename(models / "moved.safetensors")
+    (recorded / "moves").rename(recorded / "moved")
+    alone = {"plan": load_plan("moved plan"), "load": load()}
+    with pytest.raises(UserError, match=r"moves\.safetensors is not there"):
+        client.run(drawing(alone))
+    alone["plan"] = load_plan("moved plan", unet_name="moved.safetensors")
+    with pytest.raises(UserError, match="moves is not there"):
+        client.run(drawing(alone))
+    alone = recording("moved") | alone
+    alone["plan"] = load_plan("moved plan", unet_name="moved.safetensors", recording=["recording", 0])
+    assert np.array_equal(expected, pictures(client, drawing(alone) | recording("moved")))
+
+
+def test_loaders_show_one_line_of_totals(client: ComfyClient, recorded: Path):
+    graph = drawing({"plan": by_count(), "save pruned": save("totals", repair="none"), "load": load(repair="bias")}, steps=1)
+    result = client.run(graph)
+    read = client.run(
+        {
+            "plan": load_plan(),
+            "alone": node("FluxPokeLoadPrunedCheckpoint", unet_name="totals.safetensors", weight_dtype="default"),
+            "show": node("PreviewAny", source=["alone", 1]),
+            "text": node("PreviewAny", source=["plan", 1]),
+        }
+    )
+    for text in (result.texts["load"], read.texts["plan"], read.texts["alone"]):
+        assert "neurons kept" in text
+        assert "\n" not in text.strip()
+    assert len(read.outputs["text"]["text"][0].splitlines()) == 8 + 2
+
+
+def test_a_pruned_model_is_saved_as_it_is_with_its_lora_and_draws_the_same(client: ComfyClient, host, recorded: Path):
+    lora = {
+        "diffusion_model.double_blocks.1.img_mlp.0.lora_up.weight": torch.randn(512, 4) * 0.2,
+        "diffusion_model.double_blocks.1.img_mlp.0.lora_down.weight": torch.randn(4, 128) * 0.2,
+    }
+    save_file(lora, host.base / "models" / "loras" / "merged.safetensors")
+    styled = {
+        "plan": by_count("obs"), "load": load(),
+        "lora": node("FluxPokeLoadPrunedLora", model=["load", 0], lora_name="merged.safetensors", strength=1.0),
+    }  # fmt: skip
+    plain = pictures(client, drawing({"plan": by_count("obs"), "load": load()}))
+    expected = pictures(client, drawing(styled) | {"save model": save("merged", "lora")})
+    assert difference(expected, plain) > 1
+    alone = {"load": node("FluxPokeLoadPrunedCheckpoint", unet_name="merged.safetensors", weight_dtype="default")}
+    assert difference(expected, pictures(client, drawing(alone))) < 0.1
+    assert Pruned.open(host.base / "models" / "diffusion_models" / "merged.safetensors").plan.cut["single-0"] == 128
+
+
+def test_a_model_that_is_not_pruned_is_not_saved(client: ComfyClient, recorded: Path):
+    with pytest.raises(UserError, match="was not pruned by Flux Poke"):
+        client.run(dense() | {"save": save("dense", "tiny")})
+
+
+@pytest.mark.parametrize("kind", ["ModelSave", "CheckpointSave"])
+def test_what_the_hosts_own_nodes_save_of_a_pruned_model_is_refused_with_what_to_do(client: ComfyClient, host, kind: str):
+    graph = drawing({"plan": by_count(), "load": load(repair="none")}, steps=1)
+    inputs = {"model": ["load", 0], "filename_prefix": kind}
+    if kind == "CheckpointSave":
+        inputs |= {"clip": ["clip", 1], "vae": ["clip", 2]}
+    client.run(graph | {"keep": node(kind, **inputs)})
+    (file,) = host.output.glob(f"{kind}_*.safetensors")
+    shutil.copy(file, host.base / "models" / "diffusion_models" / f"{kind}.safetensors")
+    alone = {"load": node("FluxPokeLoadPrunedCheckpoint", unet_name=f"{kind}.safetensors", weight_dtype="default")}
+    with pytest.raises(UserError, match="Save Pruned FLUX"):
+        client.run(drawing(alone))
+    with pytest.raises(UserError, match="Save Pruned FLUX"):
+        client.run(recording() | {"plan": by_count(unet_name=f"{kind}.safetensors")})
 
 
 def test_a_model_that_is_no_flux_is_refused(client: ComfyClient, host, recorded: Path):
     save_file({"conv_in.weight": torch.zeros(4, 4)}, host.base / "models" / "diffusion_models" / "other.safetensors")
     with pytest.raises(UserError, match="not a FLUX checkpoint"):
-        client.run({"plan": by_count(unet_name="other.safetensors")})
+        client.run(recording() | {"plan": by_count(unet_name="other.safetensors")})
 
 
 def test_the_shipped_workflow_prunes_in_one_go(client: ComfyClient, host, workflow):
     result = client.run(workflow("prune_and_compare_tiny"))
-    order = [result.executed.index(number) for number in ("7", "8", "9", "12", "15")]  # record, plan, load, draw, compare
+    order = [result.executed.index(number) for number in ("6", "7", "8", "11", "14")]  # record, plan, load, draw, compare
     assert order == sorted(order)
     plan = PruningPlan.load(host.output / "flux_poke" / "prune_tiny_plan.safetensors")
     assert plan.neurons == (2048, 4096)
     assert plan.velocity_error is not None
-    (compared,) = re.findall(r"PSNR ([\d.]+) dB", result.texts["15"])
+    (compared,) = re.findall(r"PSNR ([\d.]+) dB", result.texts["14"])
     assert float(compared) > 30

@@ -1,4 +1,4 @@
-"""Record Internals on a real server: what it counts, what it leaves alone, and what it says."""
+"""Recording on a real server: what it counts, what it leaves alone, and what it says."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import requests
 import torch
 from flux_poke.errors import UserError
 from flux_poke.flux.fingerprint import Fingerprint
 from flux_poke.headless.client import ComfyClient, Interrupted, Result
 from flux_poke.recording.internals import Internals
+from flux_poke.recording.recording import Recording
 from flux_poke.tiny.model import TinyFlux
 from PIL import Image
 
@@ -21,11 +23,11 @@ PROMPT = "a handwritten three"
 
 @pytest.fixture
 def recording(workflow):
-    """The shipped graph, recording to a file of its own."""
+    """The shipped graph, with a recording of its own."""
 
-    def make(file: str, seed: int = 1, **sampler) -> dict:
+    def make(name: str, seed: int = 1, **sampler) -> dict:
         graph = workflow("try_it_tiny")
-        graph["2"]["inputs"]["file"] = file
+        graph["2"]["inputs"]["name"] = name
         graph["6"]["inputs"] |= {"seed": seed, **sampler}
         return graph
 
@@ -76,7 +78,7 @@ def counted_by_hand(seeds: tuple[int, ...], batch: int = 4, steps: int = 20) -> 
 
 
 def test_two_runs_count_what_an_independent_computation_counts(client: ComfyClient, host, recording):
-    path = host.output / "flux_poke" / "counts.safetensors"
+    path = host.recorded("counts")
     client.run(recording("counts", seed=1))
     once = Internals.load(path)
     client.run(recording("counts", seed=2))
@@ -97,7 +99,7 @@ def test_two_runs_count_what_an_independent_computation_counts(client: ComfyClie
 
 def test_a_recording_knows_its_model_and_its_graph(client: ComfyClient, host, recording):
     client.run(recording("known"), extra={"extra_pnginfo": {"workflow": {"nodes": []}}})
-    internals = Internals.load(host.output / "flux_poke" / "known.safetensors")
+    internals = Internals.load(host.recorded("known"))
     tiny = TinyFlux.load(dtype=torch.float32)
     assert internals.family == "flux1"
     assert internals.fingerprint.matches(Fingerprint.of_tensors(tiny.flux.state_dict()))
@@ -117,7 +119,7 @@ def test_pictures_are_the_same_with_and_without_recording(client: ComfyClient, r
 def test_an_interrupted_run_adds_nothing_and_leaves_a_model_that_samples(
     client: ComfyClient, host, recording, without_recording
 ):
-    path = host.output / "flux_poke" / "interrupted.safetensors"
+    path = host.recorded("interrupted")
     before = pictures(client, client.run(recording("interrupted", seed=3)))
     content = path.read_bytes()
 
@@ -145,9 +147,8 @@ def test_only_the_positive_rows_count_on_request(client: ComfyClient, host, reco
     positive["2"]["inputs"]["positive_only"] = True
     client.run(both)
     client.run(positive)
-    folder = host.output / "flux_poke"
-    all_rows = Internals.load(folder / "both.safetensors").sites["double-img-0"]
-    half = Internals.load(folder / "positive.safetensors").sites["double-img-0"]
+    all_rows = Internals.load(host.recorded("both")).sites["double-img-0"]
+    half = Internals.load(host.recorded("positive")).sites["double-img-0"]
     assert all_rows.tokens == 2 * half.tokens == 2 * 20 * 4 * 16
     assert 0 < half.fires.sum() < all_rows.fires.sum()
 
@@ -191,8 +192,9 @@ def test_a_file_that_cannot_be_added_to_is_named_before_sampling(
     client: ComfyClient, host, name: str, make: Callable[[bytes], bytes], sentence: str, recording
 ):
     client.run(recording("whole"))
-    path = host.output / "flux_poke" / f"{name}.safetensors"
-    path.write_bytes(make((host.output / "flux_poke" / "whole.safetensors").read_bytes()))
+    path = host.recorded(name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(make(host.recorded("whole").read_bytes()))
     content = path.read_bytes()
     with pytest.raises(UserError, match=sentence) as error:
         client.run(recording(name))
@@ -203,7 +205,7 @@ def test_a_file_that_cannot_be_added_to_is_named_before_sampling(
 
 def test_a_read_only_file_is_left_as_it_is(client: ComfyClient, host, recording):
     client.run(recording("locked"))
-    path = host.output / "flux_poke" / "locked.safetensors"
+    path = host.recorded("locked")
     path.chmod(0o444)
     content = path.read_bytes()
     with pytest.raises(UserError, match="read-only"):
@@ -213,7 +215,7 @@ def test_a_read_only_file_is_left_as_it_is(client: ComfyClient, host, recording)
 
 def test_another_models_recording_is_refused(client: ComfyClient, host, recording):
     client.run(recording("mine"))
-    path = host.output / "flux_poke" / "mine.safetensors"
+    path = host.recorded("mine")
     internals = Internals.load(path)
     tuned = {key: tensor * 1.01 for key, tensor in TinyFlux.load().flux.state_dict().items()}
     other = Internals.new("flux1", Fingerprint.of_tensors(tuned), internals.sites, steps=20)
@@ -224,18 +226,75 @@ def test_another_models_recording_is_refused(client: ComfyClient, host, recordin
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "a/../../outside", ""])
-def test_a_name_that_leaves_the_output_folder_is_refused(client: ComfyClient, name: str, recording):
-    with pytest.raises(UserError, match="no name inside"):
+@pytest.mark.parametrize(
+    "name",
+    ["../outside", "/tmp/outside", "a/../../outside", "", "..", ".hidden", "nul\0", "line\n", "x" * 300, "a/" * 600 + "a"],
+    ids=["up", "absolute", "in and up", "empty", "dots", "hidden", "NUL", "newline", "long", "deep"],
+)
+def test_a_name_that_is_not_one_in_the_output_folder_is_refused(client: ComfyClient, name: str, recording):
+    with pytest.raises(UserError, match="is not a name inside"):
         client.run(recording(name))
 
 
-def test_a_model_that_is_no_flux_is_refused(client: ComfyClient, host, recording):
-    graph = recording("no_flux")
-    graph["9"]["inputs"]["file"] = "missing"
-    del graph["9"]["inputs"]["internals"], graph["9"]["inputs"]["after"]
-    with pytest.raises(UserError, match="not there yet: run a graph with Record Internals first"):
-        client.run({"9": graph["9"]})
+def test_a_report_of_what_is_not_recorded_yet_says_what_to_do(client: ComfyClient, recording):
+    graph = recording("not yet")
+    del graph["9"]["inputs"]["after"], graph["6"], graph["7"], graph["8"], graph["10"]
+    with pytest.raises(UserError, match="Nothing is recorded in 'not yet' yet: run a graph with a Record node first"):
+        client.run(graph)
+
+
+def test_a_recording_that_is_there_is_in_the_list_and_goes_on_from_its_node(client: ComfyClient, server, host, recording):
+    client.run(recording("portraits/one"))
+    listed = requests.get(f"http://{server.address}/object_info/FluxPokeLoadRecording", timeout=60).json()
+    options = listed["FluxPokeLoadRecording"]["input"]["required"]["name"]
+    assert "portraits/one" in (options[1]["options"] if options[0] == "COMBO" else options[0])
+    graph = recording("unused", seed=2)
+    graph["20"] = {"class_type": "FluxPokeLoadRecording", "inputs": {"name": "portraits/one"}}
+    graph["2"]["inputs"]["recording"] = ["20", 0]
+    assert "one: 2 runs" in client.run(graph).texts["2"]
+    assert not host.recorded("unused").exists()
+
+
+@pytest.mark.parametrize("second", ["FluxPokeRecordInternals", "FluxPokeRecord"])
+def test_two_nodes_that_would_count_every_run_twice_are_refused(client: ComfyClient, recording, second: str):
+    graph = recording("twice")
+    inputs = {"model": ["2", 0], "recording": ["2", 1], "name": "", "ignore_padding": True, "positive_only": False}
+    if second == "FluxPokeRecord":
+        inputs = {"model": ["2", 0], "name": "twice", "rows": 8, "steps": 0, "max_gb": 1.0, "probe_steps": 0}
+    graph["20"] = {"class_type": second, "inputs": inputs}
+    graph["6"]["inputs"]["model"] = ["20", 0]
+    with pytest.raises(UserError, match=r"recorded to twice already \(internals\), and every run would count twice"):
+        client.run(graph)
+
+
+def test_one_node_records_all_that_pruning_needs_in_one_run(client: ComfyClient, host, recording):
+    graph = recording("whole run")
+    graph["2"] = {
+        "class_type": "FluxPokeRecord",
+        "inputs": {"model": ["1", 0], "name": "whole run", "rows": 8, "steps": 2, "max_gb": 1.0, "probe_steps": 1},
+    }
+    result = client.run(graph)
+    assert Recording.open(host.recorded("whole run").parent).kinds == {"internals", "rows", "amplification"}
+    assert "whole run: 1 run, 20 model calls." in result.texts["2"]
+    assert "4 images" in result.texts["2"]
+
+
+def test_where_no_step_lies_in_the_range_that_is_said(client: ComfyClient, recording):
+    graph = recording("between")
+    graph["2"] = {
+        "class_type": "FluxPokeRecord",
+        "inputs": {
+            "model": ["1", 0], "name": "between", "rows": 8, "steps": 2, "max_gb": 1.0, "probe_steps": 0, "options": ["20", 0],
+        },
+    }  # fmt: skip
+    graph["20"] = {
+        "class_type": "FluxPokeRecordOptions",
+        "inputs": {
+            "streams": "all", "sigma_from": 0.001, "sigma_to": 0.002, "when_full": "thin", "ignore_padding": True,
+            "positive_only": False, "sample_seed": 0,
+        },
+    }  # fmt: skip
+    assert "No step of this run has a noise level from 0.001 to 0.002" in client.run(graph).texts["2"]
 
 
 def test_prompts_and_counter_go_on_from_run_to_run(client: ComfyClient, host):

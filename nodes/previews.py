@@ -1,10 +1,8 @@
-"""Tap Blocks, Decode Block Previews and Animate Block Previews."""
+"""Decode Block Previews and Animate Block Previews."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,126 +11,11 @@ from comfy_execution.graph import ExecutionBlocker
 from PIL import Image
 
 from ..analysis.animation import FORMATS, captioned_frames, choose_frames, write_animation
-from ..analysis.generation import Generation, find_previews, generation_files, write_generations
-from ..analysis.lens import Lens
+from ..analysis.generation import find_previews, generation_files, write_generations
 from ..analysis.sheets import stacked
-from ..analysis.taps import BlockTaps, StepChoice, TapRecorder
-from ..flux.blocks import choose_blocks
-from ..flux.layout import FAMILY_NAMES, Layout
-from ..recording.call import Moment
 from . import host
-from .watching import ModelCall, SamplingWatcher, flux_layout, sampling_clone
-
-BlockTapsType = io.Custom("BLOCK_TAPS")
-
-#: Inputs of loaders that say what is drawn with.
-MODEL_NAMES = ("unet_name", "ckpt_name", "model_name")
-
-
-@dataclass
-class TappedRun:
-    """What goes from Tap Blocks to Decode Block Previews: predictions, and how they came about, of the latest sampling run."""
-
-    taps: BlockTaps
-    layout: Layout
-    timesteps: tuple[float, ...] = field(default=(), init=False)
-    guidance: float | None = field(default=None, init=False)
-    seed: int | None = field(default=None, init=False)
-
-    def generation(self, hidden: Any, prompt: str | None, final: Image.Image) -> Generation:
-        """How `final` came about; model and prompt are read from the graph, unless a prompt is given."""
-        return Generation(
-            model=host.graph_value(hidden, MODEL_NAMES, FAMILY_NAMES[self.layout.family]),
-            prompt=host.graph_value(hidden, host.TEXTS) if prompt is None else prompt,
-            width=final.width,
-            height=final.height,
-            seed=self.seed,
-            timesteps=self.timesteps,
-            guidance=self.guidance if self.layout.guidance else None,
-        )
-
-
-class TapBlocks(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FluxPokeTapBlocks",
-            display_name="Tap Blocks",
-            category=host.CATEGORY,
-            description="Keeps what the image would be if the model ended after each block, at each step. "
-            "What is drawn is the same with and without.",
-            inputs=[
-                io.Model.Input("model", tooltip="The FLUX to watch: FLUX.1, FLUX.2 or Chroma. It is not changed."),
-                io.String.Input("blocks", default="all", tooltip='"all", or a list such as "double, single 0, single 30-37".'),
-                io.String.Input(
-                    "at_steps", default="all", tooltip='"all", "every 5", or a list such as "0, 4, 10-12"; the first step is 0.'
-                ),
-                io.String.Input(
-                    "lens",
-                    default="",
-                    tooltip="A tuned lens in output/flux_poke, from `flux-poke lens fit`; empty = tokens as they are.",
-                ),
-                io.Float.Input(
-                    "memory_gb",
-                    default=1.0,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.5,
-                    tooltip="Predictions beyond this wait on disk. At 1024x1024, one block at one step takes 0.0005 GB.",
-                ),
-            ],
-            outputs=[
-                io.Model.Output(display_name="model", tooltip="The same model, watched: connect it to the sampler."),
-                BlockTapsType.Output(display_name="block_taps", tooltip="For Decode Block Previews."),
-            ],
-            hidden=[io.Hidden.unique_id],
-        )
-
-    @classmethod
-    def execute(cls, model, blocks: str, at_steps: str, lens: str, memory_gb: float) -> io.NodeOutput:
-        layout = flux_layout(model)
-        tuned = Lens.load(host.output_path(lens, ".safetensors")) if lens.strip() else None
-        if tuned is not None:
-            tuned.check_fits(layout)
-        recorder = TapRecorder(layout, choose_blocks(blocks, layout), StepChoice.parse(at_steps), tuned)
-        taps = BlockTaps(
-            denoise=model.get_model_object("model_sampling").calculate_denoised,
-            to_autoencoder=model.get_model_object("latent_format").process_out,
-            memory_limit=int(memory_gb * 1e9),
-            folder=host.temporary_folder(),
-        )
-        tapped, node_id = TappedRun(taps, layout), cls.hidden.unique_id
-        return io.NodeOutput(sampling_clone(model, lambda: TappingRun(recorder, tapped, node_id)), tapped)
-
-
-class TappingRun(SamplingWatcher):
-    """One sampling run being tapped."""
-
-    def __init__(self, recorder: TapRecorder, tapped: TappedRun, node_id: str | None):
-        self.recorder, self.tapped, self.node_id = recorder, tapped, node_id
-        tapped.taps.clear()
-        tapped.timesteps = ()
-
-    @contextmanager
-    def watching(self, call: ModelCall):
-        rows, tapped = call.positive_rows, self.tapped
-        if rows is None:
-            yield
-            return
-        if not tapped.timesteps:
-            guidance = None if call.guidance is None else call.guidance.flatten()[0].item()
-            tapped.timesteps, tapped.guidance, tapped.seed = call.sigmas, guidance, call.seed
-        moment = Moment(call.step, call.x, call.sigma, call.sigmas[call.step + 1], rows)
-        with self.recorder.watching(call.model, moment, tapped.taps):
-            yield
-
-    def finish(self) -> None:
-        taps, steps = self.tapped.taps, max(0, len(self.tapped.timesteps) - 1)
-        host.say(self.node_id, f"{len(taps)} block predictions at {len(taps.steps)} of {steps} steps")
-
-    def abandon(self) -> None:
-        self.tapped.taps.clear()
-        host.say(self.node_id, "The run did not finish: no block predictions are kept.")
+from .computing import NodeProgress
+from .taps import BlockTapsType, TappedModel
 
 
 class DecodeBlockPreviews(io.ComfyNode):
@@ -199,23 +82,23 @@ class DecodeBlockPreviews(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, block_taps: TappedRun, vae, after, view, captions, decode, metadata, largest: int, prompt: str | None = None
+        cls, block_taps: TappedModel, vae, after, view, captions, decode, metadata, largest: int, prompt: str | None = None
     ) -> io.NodeOutput:
-        decoder = host.decoder(vae)
+        run, decoder = block_taps.run_of(cls.hidden, "after"), host.decoder(vae)
         finals = host.to_pictures(decoder(after["samples"]).movedim(1, -1))
         bar = host.PictureProgress()
         previews: list[Image.Image] = []
 
         def show(picture: Image.Image) -> None:
-            bar(len(previews) + 1, len(block_taps.taps) * len(finals), picture)
+            bar(len(previews) + 1, len(run.taps) * len(finals), picture)
             smaller = picture.copy()
             smaller.thumbnail((largest, largest), Image.Resampling.LANCZOS)
             previews.append(smaller)
 
         folders = write_generations(
             host.output_folder(),
-            [block_taps.generation(cls.hidden, prompt, final) for final in finals],
-            block_taps.taps,
+            [run.generation(cls.hidden, prompt, final) for final in finals],
+            run.taps,
             decoder if decode else None,
             finals,
             view=view,
@@ -224,22 +107,25 @@ class DecodeBlockPreviews(io.ComfyNode):
             show=show,
         )
         names = [folder.name for folder in folders]
-        host.say(cls.hidden.unique_id, f"{len(block_taps.taps)} predictions in flux_poke/{', '.join(names)}")
+        host.say(cls.hidden.unique_id, f"{len(run.taps)} predictions in flux_poke/{', '.join(names)}")
         shown = "sheet.png" if decode else "contributions.png"
         ui = {
             "images": [host.output_file(folder / shown) for folder in folders],
             "flux_poke": [_for_capture(folder, generation_files(folder)) for folder in folders],
         }
 
+        def opened(name: str) -> list[Image.Image]:
+            return [host.open_picture(folder / name) for folder in folders]
+
         def drawn(name: str):
-            return host.to_images([Image.open(folder / name) for folder in folders])
+            return host.to_images(opened(name))
 
         chart = drawn("contributions.png")
         if not decode:
             nothing = ExecutionBlocker(None)
             return io.NodeOutput(nothing, nothing, nothing, chart, [nothing], ui=ui)
         in_order = [preview for number in range(len(folders)) for preview in previews[number :: len(folders)]]
-        bar.end(stacked([Image.open(folder / shown) for folder in folders]))
+        bar.end(stacked(opened(shown)))
         return io.NodeOutput(host.to_images(in_order), drawn("sheet.png"), drawn("differences.png"), chart, names, ui=ui)
 
 
@@ -288,8 +174,8 @@ class AnimateBlockPreviews(io.ComfyNode):
         path = host.output_path(folder) / f"blocks.{format}"
         kind = None if block_type == "all" else block_type
         frames = choose_frames(find_previews(path.parent), order, kind, max_blocks or None)
-        bar = host.count_progress()
-        write_animation(path, captioned_frames(frames, font_size, lambda _, done, of: bar(int(done), int(of), None)), fps)
+        progress = NodeProgress(cls.hidden.unique_id, in_words=False)
+        write_animation(path, captioned_frames(frames, font_size, progress), fps)
         file = host.output_file(path)
         name = f"{file['subfolder']}/{path.name}"
         host.say(cls.hidden.unique_id, f"{len(frames)} frames in {name}")

@@ -1,0 +1,156 @@
+"""What the recording nodes do with one sampling run each: the library's recorders, and words on the node when it ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from ..flux.fingerprint import Fingerprint
+from ..flux.layout import Layout
+from ..recording.amplification import AmplificationProbe, probed_steps
+from ..recording.internals import Internals, add_to_file, check_file
+from ..recording.lens_rows import LensRecorder
+from ..recording.neurons import InternalsRecorder
+from ..recording.recording import Recording
+from ..recording.rows import RowRecorder
+from ..recording.states import StateRecorder
+from ..recording.store import HiddenStates
+from . import computing
+from .graph import prompt_below, running_graph
+from .watching import SampledCall, SamplingWatcher
+
+LEFT_OUT = "The run did not finish: what it recorded was left out."
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a recording node records, and of which model."""
+
+    recording: Recording
+    layout: Layout
+    fingerprint: Fingerprint
+
+    def store(self) -> HiddenStates:
+        """Raises `UserError` where the folder holds another model's."""
+        return HiddenStates.for_model(self.recording.states_folder, self.layout.family, self.fingerprint)
+
+    def check(self) -> None:
+        """Raises `UserError` where what is recorded could not be added to what is there."""
+        check_file(self.recording.internals_file, self.fingerprint)
+
+
+def joined(*sentences: str) -> str:
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+class InternalsRun(SamplingWatcher):
+    """One sampling run whose neurons are counted."""
+
+    def __init__(self, target: Recorded, graph: dict[str, str], ignore_padding: bool = True, positive_only: bool = False):
+        target.check()  # before the work, not after it
+        self.target, self.graph = target, graph
+        self.ignore_padding, self.positive_only = ignore_padding, positive_only
+        self.recorder = InternalsRecorder(target.layout.sites)
+
+    def watching(self, model: nn.Module, call: SampledCall):
+        return self.recorder.watching(model, call.counting(self.target.layout, self.ignore_padding, self.positive_only))
+
+    def finish(self) -> str:
+        recorded, name = self.recorder.results(), self.target.recording.name
+        if not recorded:
+            return self.recorder.note or "The sampler made no step: nothing was recorded."
+        new = Internals.new(
+            self.target.layout.family, self.target.fingerprint, recorded, self.recorder.calls, workflow=self.graph
+        )
+        total = add_to_file(self.target.recording.internals_file, new)
+        text = f"{name}: {total.runs} run{'s' if total.runs > 1 else ''}, {total.steps} model calls."
+        return joined(text, self.recorder.note)
+
+    def abandon(self) -> str:
+        return LEFT_OUT
+
+
+class StoreRun(SamplingWatcher):
+    """One sampling run that is recorded to the store: lens rows, block states or trajectories."""
+
+    def __init__(self, recorder: LensRecorder | StateRecorder | RowRecorder, node_id: str | None = None):
+        self.recorder, self.node_id = recorder, node_id
+        self.run = recorder.begin()
+
+    def watching(self, model: nn.Module, call: SampledCall):
+        if self.run.drawing is None and self.node_id is not None:
+            prompt = prompt_below(running_graph(), self.node_id)
+            call = replace(call, prompts=(prompt,) * call.count)
+        return self.run.watching(model, call)
+
+    def finish(self) -> str:
+        if self.run.drawing is None:
+            return "The sampler made no step: nothing was recorded."
+        self.run.finish()
+        return joined(self.said(), self.run.note)
+
+    def said(self) -> str:
+        """What is there by now."""
+        store, kind = self.recorder.store, self.run.kind
+        size = f"{store.bytes(kind) / 1e9:.3g} GB"
+        if kind == "lens":
+            return f"{store.image_count(kind)} images, {size} of lens rows."
+        kept = sum(len(shard.captures) for shard in store.manifest.shards if shard.kind == kind)
+        return f"{kept} {'block states' if kind == 'blocks' else kind}, {size}."
+
+    def abandon(self) -> str:
+        if self.run.kind == "lens":
+            return LEFT_OUT
+        return "The run did not finish: what it recorded up to there stays, each step is whole."
+
+
+class RowsRun(StoreRun):
+    """One sampling run whose rows are recorded, and the amplifications that are not measured yet."""
+
+    recorder: RowRecorder
+
+    def __init__(self, recorder: RowRecorder, layout: Layout, probe_steps: int, node_id: str | None):
+        super().__init__(recorder)
+        self.layout, self.showing = layout, node_id
+        measured = recorder.store.amplification
+        self.probe = AmplificationProbe([site for site in recorder.sites if site.name not in measured])
+        self.probe_steps = probe_steps if self.probe.sites else 0
+        self.probed: set[int] = set()
+
+    def before(self, model: nn.Module, call: SampledCall) -> None:
+        """Measures at the first call of a probed step; samplers of higher order and several prompts call more than once."""
+        steps = probed_steps(len(call.sigmas) - 1, self.probe_steps)
+        if call.step in steps - self.probed and call.rows:
+            self.probed.add(call.step)
+            self._probe(model, call, f"step {len(self.probed)} of {len(steps)}, once only")
+
+    def _probe(self, model: nn.Module, call: SampledCall, which: str) -> None:
+        assert call.again is not None
+        calls, again = len(self.probe.sites) + 1, call.again
+        progress, done = computing.NodeProgress(self.showing), 0
+
+        def velocity() -> torch.Tensor:
+            nonlocal done
+            progress(f"measuring what an error in each MLP does to the picture, {which}", done, calls)
+            done += 1
+            return again()
+
+        self.probe.measure(model, call.sigma_now, velocity)
+
+    def watching(self, model: nn.Module, call: SampledCall):
+        return super().watching(model, call.counting(self.layout))
+
+    def said(self) -> str:
+        store = self.recorder.store
+        store.add_amplification(self.probe.results())
+        site, size = store.scarcest(self.recorder.sites), store.bytes("rows") / 1e9
+        count, needed = store.count(site.name), site.regressors
+        text = f"{store.image_count('rows')} images, {size:.3g} GB of rows: {count:,} of each MLP, {needed:,} are needed."
+        if self.recorder.full and 0 < count < needed:
+            text += f" They would take about {size * needed / count:.3g} GB: raise max_gb."
+        return text
+
+    def abandon(self) -> str:
+        return LEFT_OUT

@@ -60,6 +60,11 @@ def internals_title(internals: Internals) -> str:
     """One line: family, neurons, runs, steps."""
     neurons = sum(len(site.fires) for site in internals.sites.values())
     runs = f"{internals.runs:,} run{'' if internals.runs == 1 else 's'}"
+    if internals.fingerprint is None:
+        return (
+            f"Counts of the original flux-poke: {neurons:,} neurons in {len(internals.sites)} MLPs; model and tokens are not "
+            "known, rates are relative to the busiest neuron"
+        )
     return (
         f"{FAMILY_NAMES[internals.family]}: {neurons:,} neurons in {len(internals.sites)} MLPs, "
         f"{runs}, {internals.steps:,} model calls, last {internals.updated}"

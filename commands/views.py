@@ -75,7 +75,7 @@ def fit(
 
     check_replaces(out, FORMAT)
     with progress_bar() as update:
-        lens = fit_lens(LensRows(rows), device=device, progress=lambda done, of: update(f"block {done} of {of}", done / of))
+        lens = fit_lens(LensRows(rows), device=device, progress=update)
     lens.save(out)
     found = [[block.title, lens.raw_errors[block], lens.errors[block]] for block in sorted(lens.errors)]
     table(("block", "error_without", "error_with_lens"), found)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..flux.fingerprint import Fingerprint
-from .internals import Internals
+from .internals import Internals, check_file
 from .manifest import MANIFEST, Manifest, record_first
 from .store import HiddenStates
 
@@ -123,23 +123,36 @@ class Recording:
 
     def require(self, fingerprint: Fingerprint, what: str) -> None:
         """Raises `UserError` where something was recorded of another model than the one with `fingerprint`, called `what`."""
-        if self.kinds and not self.fingerprint().matches(fingerprint):
+        found = self.fingerprint() if self.kinds else None
+        if found is not None and not found.matches(fingerprint):
             raise UserError(
-                f"{self.folder} was recorded on another model than {what}: {self.fingerprint().difference(fingerprint)}. "
+                f"{self.folder} was recorded on another model than {what}: {found.difference(fingerprint)}. "
                 "Choose the recording that belongs to it, or a new folder."
             )
 
-    def fingerprint(self) -> Fingerprint:
-        """Of the model that was recorded; raises `UserError` where nothing was, or internals and states are of two models."""
-        found = []
+    def check_writable(self, fingerprint: Fingerprint, what: str) -> None:
+        """Raises `UserError` where nothing of the model with `fingerprint`, called `what`, could be recorded here: checked before
+        the work."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is a file: expected a folder to record to. Choose another name.")
+        check_file(self.internals_file, fingerprint)
+        self.require(fingerprint, what)
+
+    def fingerprint(self) -> Fingerprint | None:
+        """Of the model that was recorded, None where that is not known (the original's counts).
+
+        Raises `UserError` where nothing was recorded, or internals and states are of two models.
+        """
+        found: list[Fingerprint | None] = []
         if self.internals_file.is_file():
             found.append(self.internals().fingerprint)
         if self._has_states:
             found.append(self.states().manifest.fingerprint)
         if not found:
             raise UserError(f"{self.folder} holds no recording: record first.")
-        if not found[0].matches(found[-1]):
+        known = [fingerprint for fingerprint in found if fingerprint is not None]
+        if known and not known[0].matches(known[-1]):
             raise UserError(
-                f"{self.folder} holds recordings of two models: {found[0].difference(found[-1])}. Record into another folder."
+                f"{self.folder} holds recordings of two models: {known[0].difference(known[-1])}. Record into another folder."
             )
-        return found[-1]
+        return known[-1] if known else None

@@ -1,4 +1,4 @@
-"""analysis/internals.py: exact addition in any order, refusals, and files that survive other processes and kills."""
+"""recording/internals.py: exact addition in any order, refusals, and files that survive other processes and kills."""
 
 import itertools
 import os
@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from flux_poke.analysis.report import internals_title
 from flux_poke.errors import UserError
 from flux_poke.flux.fingerprint import Fingerprint
 from flux_poke.recording.internals import FORMAT, Internals, add_to_file, check_file, merge_files, site_order
+from flux_poke.recording.recording import Recording
 from flux_poke.recording.statistics import SiteInternals
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -171,6 +173,12 @@ def damaged(path: Path, name: str) -> None:
         save_file(tensors | {"single-0.sum": torch.zeros(3, dtype=torch.float64)}, path, metadata)
     elif name == "floats for counts":
         save_file(tensors | {"single-0": tensors["single-0"].float()}, path, metadata)
+    elif name == "sums that are not finite":
+        save_file(tensors | {"single-0.sum": tensors["single-0.sum"] * float("nan")}, path, metadata)
+    elif name == "sums of squares below 0":
+        save_file(tensors | {"single-0.sum_sq": -1 - tensors["single-0.sum_sq"]}, path, metadata)
+    elif name == "runs below 0":
+        save_file(tensors, path, metadata | {"runs": "-1"})
     elif name == "more fires than tokens":
         save_file(tensors | {"single-0": tensors["single-0"] + 10_000}, path, metadata)
     else:
@@ -196,6 +204,9 @@ def damaged(path: Path, name: str) -> None:
         ("widths that differ", "is a damaged internals file"),
         ("floats for counts", "is a damaged internals file"),
         ("more fires than tokens", "is a damaged internals file"),
+        ("sums that are not finite", "is a damaged internals file"),
+        ("sums of squares below 0", "is a damaged internals file"),
+        ("runs below 0", "is a damaged internals file"),
     ],
 )
 def test_a_damaged_or_foreign_file_is_named_in_one_sentence_and_stays_as_it_is(tmp_path, damage, sentence):
@@ -209,6 +220,58 @@ def test_a_damaged_or_foreign_file_is_named_in_one_sentence_and_stays_as_it_is(t
         assert str(path) in str(raised.value)
         assert "\n" not in str(raised.value)
     assert path.read_bytes() == before
+
+
+@pytest.fixture
+def originals(tmp_path) -> Path:
+    """A file as the original flux-poke writes it: counts alone, no header."""
+    path = tmp_path / "counts.safetensors"
+    save_file({name: site.fires for name, site in recording().sites.items()}, path)
+    return path
+
+
+def test_the_originals_counts_are_read_and_say_that_their_model_is_not_known(originals):
+    found = Internals.load(originals)
+    assert found.fingerprint is None
+    assert {name: site.fires.tolist() for name, site in found.sites.items()} == {
+        name: site.fires.tolist() for name, site in recording().sites.items()
+    }
+    busiest = max(int(site.fires.max()) for name, site in found.sites.items() if name.startswith("double-img"))
+    assert found.sites["double-img-0"].tokens == busiest
+    assert "model and tokens are not known" in internals_title(found)
+    assert Recording.open(originals).internals().sites.keys() == found.sites.keys()
+    assert Recording.open(originals).fingerprint() is None
+
+
+def test_the_originals_counts_fit_a_model_by_their_widths_and_are_enough_for_counts_alone(originals):
+    found = Internals.load(originals)
+    found.require(MODEL, WIDTHS, "this one")
+    with pytest.raises(UserError, match="single-0 has 50 neurons in them, 51 there"):
+        found.require(MODEL, {**WIDTHS, "single-0": 51}, "this one")
+    with pytest.raises(UserError, match="do not tell enough for the score fluctuation"):
+        found.require_sums("the score fluctuation")
+
+
+def test_nothing_is_added_to_the_originals_counts(originals, tmp_path):
+    before = originals.read_bytes()
+    recording().save(tmp_path / "ours.safetensors")
+    for use in (
+        lambda: check_file(originals, MODEL),
+        lambda: add_to_file(originals, recording()),
+        lambda: merge_files(originals, [tmp_path / "ours.safetensors", originals]),
+        lambda: merge_files(tmp_path / "new.safetensors", [originals, tmp_path / "ours.safetensors"]),
+    ):
+        with pytest.raises(UserError, match="counts of the original flux-poke, which do not say of which model"):
+            use()
+    assert originals.read_bytes() == before
+    assert not (tmp_path / "new.safetensors").exists()
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor([1.0]), torch.tensor([[1]]), torch.tensor([-1])])
+def test_what_only_looks_like_the_originals_counts_is_damaged(tmp_path, wrong):
+    save_file({"double-img-0": wrong}, tmp_path / "counts.safetensors")
+    with pytest.raises(UserError, match="is a damaged internals file"):
+        Internals.load(tmp_path / "counts.safetensors")
 
 
 def test_a_missing_file_is_named(tmp_path):

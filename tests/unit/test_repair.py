@@ -118,9 +118,9 @@ def test_a_ranking_by_rows_is_kept_beside_them_until_rows_are_added(recorded, tm
         assert torch.equal(again[name].order, ranking.order)
         assert torch.equal(again[name].error, ranking.error)
         assert again[name].energy == ranking.energy
-    before = store.digest
+    before = store.digest("rows")
     store.append("rows", {"double-img-0.x": torch.zeros(1, 128), "double-img-0.image": torch.zeros(1)})
-    assert store.digest != before
+    assert store.digest("rows") != before
 
 
 def test_a_cancelled_repair_goes_on_where_it_was(recorded, tmp_path):

@@ -75,14 +75,9 @@ def fit(
     from ..recording.recording import Recording
 
     check_replaces(out, FORMAT)
-<<<<<<< HEAD
-    with progress_bar() as update:
-        lens = fit_lens(LensRows(rows), device=device, progress=update)
-=======
     rows = LensRows(Recording.open(recording).states_folder)
     with progress_bar() as progress:
         lens = fit_lens(rows, device=device, progress=progress)
->>>>>>> we
     lens.save(out)
     found = [[block.title, lens.raw_errors[block], lens.errors[block]] for block in sorted(lens.errors)]
     table(("block", "error_without", "error_with_lens"), found)

@@ -1,4 +1,4 @@
-"""The blocks of a FLUX by name and place.
+"""The blocks of a FLUX by name and index.
 
 blocks = blocks_of(layout)                       # double-0 ... double-18, single-0 ... single-37
 chosen = choose_blocks("double, single 30-37", layout)
@@ -13,14 +13,14 @@ from typing import Literal
 from ..errors import UserError
 from .layout import Layout, Site
 
-Kind = Literal["double", "single"]
+BlockKind = Literal["double", "single"]
 
 
 @dataclass(frozen=True, order=True)
 class Block:
     """One block; the order of blocks is the order they run in."""
 
-    kind: Kind
+    kind: BlockKind
     index: int
 
     @classmethod
@@ -48,14 +48,14 @@ class Block:
 
 
 def blocks_of(layout: Layout) -> tuple[Block, ...]:
-    """All blocks, as they run; the place of a block is its number in here."""
+    """All blocks, as they run; the index of a block is its place in here."""
     doubles = (Block("double", index) for index in range(layout.depth))
     return (*doubles, *(Block("single", index) for index in range(layout.depth_single)))
 
 
-def sites_at(layout: Layout, place: int) -> tuple[Site, ...]:
-    """The MLPs of the block at a place."""
-    path = blocks_of(layout)[place].path
+def sites_at(layout: Layout, block_index: int) -> tuple[Site, ...]:
+    """The MLPs of a block, by its index among all blocks."""
+    path = blocks_of(layout)[block_index].path
     return tuple(site for site in layout.sites if site.block == path)
 
 

@@ -36,7 +36,7 @@ from .neurons import InternalsRecorder
 from .recording import Recording
 from .rows import RowChoice, RowRecorder, estimated_bytes
 from .run import Run
-from .states import StateChoice, StateRecorder, estimated_state_bytes, places_around
+from .states import StateChoice, StateRecorder, estimated_state_bytes, indices_around
 from .store import HiddenStates
 
 #: At how many steps of the first batch the amplification of every MLP is measured.
@@ -72,9 +72,9 @@ class Wanted:
             found["lens"] = 2 * estimated_lens_bytes(layout, self.lens, steps, images)  # it runs in float32
         for kind, choice in (("blocks", self.blocks), ("trajectories", self.trajectories)):
             if choice:
-                places = places_around(choose_blocks(self.blocks_of_states, layout), layout)
+                indices = indices_around(choose_blocks(self.blocks_of_states, layout), layout)
                 calls = images * choice.count(steps)
-                found[kind] = estimated_state_bytes(kind, layout, places, choice, calls, tokens, PADDED)  # type: ignore
+                found[kind] = estimated_state_bytes(kind, layout, indices, choice, calls, tokens, PADDED)  # type: ignore
         return found
 
 
@@ -96,7 +96,7 @@ def record(
     tiny = TinyFlux.load(checkpoint)
     layout = tiny.flux.layout
     fingerprint = Fingerprint.of_checkpoint(Checkpoint(checkpoint))
-    recording.check_writable(fingerprint, str(checkpoint))
+    recording.check_writable(fingerprint, str(checkpoint), wanted.internals)
     recorders = _recorders(recording, layout, fingerprint, wanted)
     probe = _probe(recorders, layout)
     noise, sigmas = tiny.noise(len(prompts), seed), FluxTimer(steps).sigmas()
@@ -176,8 +176,8 @@ def _recorders(
     if wanted.lens:
         found.append(LensRecorder(layout, store, wanted.lens, limit))
     if wanted.blocks:
-        places = places_around(choose_blocks(wanted.blocks_of_states, layout), layout)
-        found.append(StateRecorder("blocks", store, wanted.blocks, limit, places))
+        indices = indices_around(choose_blocks(wanted.blocks_of_states, layout), layout)
+        found.append(StateRecorder("blocks", store, wanted.blocks, limit, indices))
     if wanted.trajectories:
         found.append(StateRecorder("trajectories", store, wanted.trajectories, limit))
     return found

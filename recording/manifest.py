@@ -106,7 +106,7 @@ class Drawing(NamedTuple):
     name: str
     times: Mapping[str, int]
 
-    def lot(self, kind: Kind) -> str:
+    def key(self, kind: Kind) -> str:
         """What the steps and tokens of a kind are drawn by: others each time."""
         times = self.times.get(kind, 0)
         return f"{self.first} {times}" if times else f"{self.first}"

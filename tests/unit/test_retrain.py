@@ -62,7 +62,7 @@ class Recorded:
         context = torch.randn(12, 20, layout.context, generator=generator)
         vector = torch.randn(12, layout.vector, generator=generator) if layout.vector else None
         points, _ = trajectory(self.flux, noise, SIGMAS, context, vector)
-        blocks = StateRecorder("blocks", store, StateChoice(4, dtype=torch.float32), places=range(5))
+        blocks = StateRecorder("blocks", store, StateChoice(4, dtype=torch.float32), indices=range(5))
         rows = RowRecorder(layout.sites, store, RowChoice(rows=36, steps=4))
         with blocks.run() as run, rows.run() as row_run:
             for step, point in enumerate(points):

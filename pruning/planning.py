@@ -26,10 +26,11 @@ from ..errors import UserError
 from ..flux.layout import Layout, Site, select_sites
 from ..progress import Progress, silent
 from ..recording.recording import Recording
-from .budget import BudgetCurve, protected_sites
+from .budget import Amplification, BudgetCurve, amplifications, protected_sites
+from .curves import Ranking
 from .dense import Dense
 from .plan import PruningPlan, from_rankings, plan_figure
-from .scores import SCORES, Ranking, rank, require_internals
+from .scores import SCORES, rank, require_internals
 
 #: First and last block of a range, both in it; None = all of them.
 Layers = tuple[int, int] | None
@@ -168,8 +169,8 @@ class ByBudget:
 
     def plan(self, dense: Dense, recording: Recording, device: torch.device | str, progress: Progress) -> Planned:
         layout = dense.layout
-        rankings = rank(self.score, dense, recording, None, device, progress)
-        amplification = recording.states().amplification if "amplification" in recording.kinds else {}
+        amplification = amplifications(recording.states()) if "amplification" in recording.kinds else {}
+        rankings = rank(self.score, dense, recording, None, device, progress, measured=True)
         curve = self._curve(layout, rankings, amplification)
         amount, of, words = self._amount(layout)
         cuts, error = curve.cuts(amount, of)
@@ -186,7 +187,9 @@ class ByBudget:
         )
         return Planned(plan, (note,), curve)
 
-    def _curve(self, layout: Layout, rankings: Mapping[str, Ranking], amplification: Mapping[str, float]) -> BudgetCurve:
+    def _curve(
+        self, layout: Layout, rankings: Mapping[str, Ranking], amplification: Mapping[str, Amplification]
+    ) -> BudgetCurve:
         return BudgetCurve.of(layout, rankings, amplification, self.multiple, protected_sites(layout, self.protect))
 
     def _amount(self, layout: Layout) -> tuple[float, Literal["neurons", "parameters"], str]:

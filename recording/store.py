@@ -166,18 +166,22 @@ class HiddenStates:
     @property
     def amplification(self) -> dict[str, float]:
         """Mean amplification by site, of those where it was measured: over the noise levels of all sites together, so that
-        sites whose runs had other levels compare."""
+        sites whose runs had other levels compare. The lowest level, which stands for the last step alone, counts half."""
         measured = self.manifest.amplification
         sigma = np.array(sorted({level for levels in measured.values() for level in levels}))
-        return {name: float(_at(levels, sigma).mean()) for name, levels in measured.items() if levels}
+        weights = np.where(np.arange(len(sigma)) == 0, 0.5, 1.0)
+        return {name: float(np.average(_at(levels, sigma), weights=weights)) for name, levels in measured.items() if levels}
 
     def importance(self, site: str, sigma: Tensor) -> Tensor:
         """How much an error at a site counts at these noise levels [n]: its amplification there, relative to its mean;
-        1 where it was not measured, or is 0 throughout."""
+        1 where it was not measured, or is 0 throughout. The last step counts as the one measured before it, since its few rows
+        would outweigh all others."""
         mean = self.amplification.get(site, 0.0)
         if not mean > 0:
             return torch.ones_like(sigma)
-        return torch.from_numpy(_at(self.manifest.amplification[site], sigma.numpy()) / mean).to(sigma)
+        measured = self.manifest.amplification[site]
+        levels = {level: measured[level] for level in sorted(measured)[1:]} or measured
+        return torch.from_numpy(_at(levels, sigma.numpy()) / mean).to(sigma)
 
     def digest(self, *kinds: str) -> str:
         """Hexadecimal; another one whenever something of these kinds is recorded or thinned ("rows", "lens", "blocks",

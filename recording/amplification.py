@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ..flux.layout import Site
-from .hooks import hooks_heard
+from .hooks import force_eager
 
 #: Sums of measurements and their numbers, by site and sigma.
 Measured = dict[str, dict[float, tuple[float, int]]]
@@ -52,8 +52,13 @@ class AmplificationProbe:
         self._generator = torch.Generator().manual_seed(seed)
         self._measured: Measured = {}
 
+    @property
+    def calls(self) -> int:
+        """How many model calls one measurement takes."""
+        return 1 + 3 * len(self.sites)
+
     @torch.no_grad()
-    @hooks_heard()
+    @force_eager()
     def measure(self, model: nn.Module, sigma: float, velocity: Callable[[], Tensor]) -> None:
         """`velocity()` runs `model` at noise level `sigma`: once as it is, and then with one error at one site.
 

@@ -28,8 +28,8 @@ from ..flux.weights import SiteWeights, down_energy
 from ..progress import Progress, part, silent
 from ..recording.internals import Internals
 from ..recording.recording import Recording
-from ..recording.statistics import SiteInternals
 from ..recording.split import held_out
+from ..recording.statistics import SiteInternals
 from ..recording.store import HiddenStates
 from .cache import cache_key, read_cached, recorded_rows, write_cached
 from .curves import Ranking, measure_affine, measure_cut, ridge_for

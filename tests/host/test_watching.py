@@ -228,7 +228,7 @@ def test_passes_of_guidance_are_left_out_of_everything_that_is_recorded(load, gu
     from flux_poke.recording.block_states import BlockStates
     from flux_poke.recording.lens_rows import LensRecorder, LensRows
     from flux_poke.recording.rows import RowChoice
-    from flux_poke.recording.states import StateChoice, StateRecorder, places_around
+    from flux_poke.recording.states import StateChoice, StateRecorder, indices_around
 
     def recorded(name: str, kind: str | None):
         model = load(FLUX1)
@@ -236,9 +236,9 @@ def test_passes_of_guidance_are_left_out_of_everything_that_is_recorded(load, gu
         store = where.store()
         _, start_rows = rows(model, name=name)
         lens = LensRecorder(where.layout, store, RowChoice(4, STEPS))
-        places = places_around(choose_blocks("all", where.layout), where.layout)
+        indices = indices_around(choose_blocks("all", where.layout), where.layout)
         states = [
-            StateRecorder("blocks", store, StateChoice(STEPS), places=places),
+            StateRecorder("blocks", store, StateChoice(STEPS), indices=indices),
             StateRecorder("trajectories", store, StateChoice(STEPS)),
         ]
         start = [lambda: InternalsRun(where, {}), start_rows, *(lambda one=one: StoreRun(one) for one in (lens, *states))]

@@ -61,7 +61,7 @@ def target(model, name: str, recording: Recording | None) -> Recorded:
     if recording is None:
         recording = Recording.at(host.output_path(name))
     if recording.folder.exists() and not recording.folder.is_dir():
-        raise UserError(f"'{recording.name}' is a file in {recording.folder.parent}: choose another name for the recording.")
+        raise UserError(f"{host.name_of(recording.folder)} is a file: choose another name for the recording.")
     found = Recorded(recording, flux_layout(model), model_fingerprint(model))
     found.check()
     return found
@@ -97,8 +97,8 @@ class Record(RecordNode):
                     min=0,
                     max=1000,
                     tooltip="At how many steps of the first run it is measured what an error in each MLP does to the picture, "
-                    "which weighs errors in plans by budget. Each takes one more model call for every MLP (77 for FLUX.1); "
-                    "0 = never.",
+                    "which weighs errors in plans by budget; the last step is always among them. Each takes three more model "
+                    "calls for every MLP (229 for FLUX.1); 0 = never.",
                 ),
                 RecordOptionsType.Input("options", optional=True, tooltip="From Record Options: what else may be chosen."),
             ],

@@ -251,7 +251,7 @@ def test_a_recording_that_is_there_is_in_the_list_and_goes_on_from_its_node(clie
     graph = recording("unused", seed=2)
     graph["20"] = {"class_type": "FluxPokeLoadRecording", "inputs": {"name": "portraits/one"}}
     graph["2"]["inputs"]["recording"] = ["20", 0]
-    assert "one: 2 runs" in client.run(graph).texts["2"]
+    assert "portraits/one: 2 runs, 40 model calls" in client.run(graph).texts["2"]
     assert not host.recorded("unused").exists()
 
 

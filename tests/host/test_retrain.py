@@ -106,7 +106,7 @@ def recorded(server, host) -> Path:
 
 
 def test_recorded_states_are_what_the_hosts_blocks_read_and_gave(recorded):
-    states = BlockStates.open(recorded / "states")
+    states = BlockStates.open(recorded / "states" / "hidden_states")
     assert states.indices == list(range(7))
     assert len(states) == 4 * 8 * 6
     assert len(states.image.unique()) == 32
@@ -293,7 +293,7 @@ def test_one_workflow_retrains_in_one_go_and_another_runs_with_its_layers(server
         assert retrained > cut_only + 3
         again = client.run(workflow("run_with_replaced_layers_tiny"))
         assert again.outputs["13"]["text"] == ["img512_txt512_single1024"]
-        assert f"PSNR {retrained} dB" in again.texts["10"]
+        assert f"PSNR {retrained:.2f} dB" in again.texts["10"]
         assert len(again.files("images", "12")) == 4
 
 
@@ -313,8 +313,8 @@ def test_all_in_one_runs_what_is_chosen_and_nothing_else(server, workflow):
             return {graph[number]["class_type"] for number in result.executed}, drawn
 
         others = {"FluxPokeRecord", "FluxPokeLoadPrunedFlux", "FluxPokeLoadReplacedFlux"}
-        for use, missing in (("pruned", "There is no plan"), ("replaced", "holds no retrained layers")):
-            with pytest.raises(UserError, match=missing):
+        for use in ("pruned", "replaced"):
+            with pytest.raises(UserError, match="There is no plan"):
                 draw(use)
         ran, normal = draw("normal")
         assert not ran & others

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -134,6 +134,28 @@ def tensors() -> Callable[..., dict[str, Tensor]]:
     return flux_tensors
 
 
+@contextmanager
+def skipped(model: Flux, index: int) -> Iterator[None]:
+    """Double block `index` stands where it did and does not run, as under guidance by skipped layers on a host."""
+    block = model.double_blocks[index]
+    kind = type(block)
+
+    class Passed(kind):  # type: ignore[misc, valid-type]
+        def __call__(self, *args, img, txt, **kwargs):
+            return img, txt
+
+    block.__class__ = Passed
+    try:
+        yield
+    finally:
+        block.__class__ = kind
+
+
+@pytest.fixture
+def skipping() -> Callable[[Flux, int], AbstractContextManager[None]]:
+    return skipped
+
+
 @pytest.fixture
 def inputs() -> Callable[..., dict[str, Tensor]]:
     return flux_inputs
@@ -177,7 +199,7 @@ class Recorded:
         points, _ = trajectory(self.flux, noise, SIGMAS, context, vector)
         choice = StateChoice(4, dtype=torch.float32)
         recorders = (
-            StateRecorder("blocks", store, choice, places=range(5)),
+            StateRecorder("blocks", store, choice, indices=range(5)),
             RowRecorder(layout.sites, store, RowChoice(rows=36, steps=4)),
             StateRecorder("trajectories", store, choice),
         )

@@ -271,22 +271,23 @@ def test_amplifications_add_up_by_noise_level(store):
     store.add_amplification({"single-0": {1.0: (1.0, 2)}})
     found = HiddenStates.open(store.folder)
     assert found.manifest.amplification == {"single-0": {1.0: (4.0, 4), 0.5: (4.0, 1)}}
-    assert found.amplification == {"single-0": 2.5}
+    assert found.amplification == {"single-0": pytest.approx((0.5 * 4 + 1) / 1.5)}  # the lowest level counts half
 
 
 def test_amplifications_measured_at_other_noise_levels_compare(store):
-    """Both are 1 + 4 sigma; each alone has another mean."""
+    """Both are 1 + 4 sigma: 1, 2 and 5 at all levels; each alone has another mean."""
     store.add_amplification(
         {"single-0": {0.0: (1.0, 1), 1.0: (10.0, 2)}, "single-1": {0.0: (1.0, 1), 0.25: (2.0, 1), 1.0: (5.0, 1)}}
     )
-    assert store.amplification == pytest.approx({"single-0": 8 / 3, "single-1": 8 / 3})
+    assert store.amplification == pytest.approx({"single-0": 7.5 / 2.5, "single-1": 7.5 / 2.5})
 
 
 def test_rows_count_by_the_amplification_at_their_noise_level(store):
     sigma = torch.tensor([1.0, 0.75, 0.5, 0.1])
     assert store.importance("single-0", sigma).tolist() == [1, 1, 1, 1]
-    store.add_amplification({"single-0": {1.0: (1.0, 1), 0.5: (9.0, 3)}})
-    torch.testing.assert_close(store.importance("single-0", sigma), torch.tensor([1.0, 2.0, 3.0, 3.0]) / 2)
+    store.add_amplification({"single-0": {1.0: (1.0, 1), 0.5: (9.0, 3), 0.1: (9.0, 1)}})
+    mean = (1 + 3 + 0.5 * 9) / 2.5
+    torch.testing.assert_close(store.importance("single-0", sigma), torch.tensor([1.0, 2.0, 3.0, 3.0]) / mean)
     assert store.importance("single-1", sigma).tolist() == [1, 1, 1, 1]
 
 
@@ -375,6 +376,32 @@ def test_rows_that_are_not_finite_are_refused_where_they_are_read(store, flux, i
     with pytest.raises(UserError, match=r"rows-00000\.safetensors is damaged: 1 numbers of single-0\.x are not finite"):
         everything(store, "single-0")
     assert len(everything(store, "single-1")) == 8
+
+
+@pytest.mark.parametrize("damage", ["sigma is missing", "a part is shorter"])
+def test_a_shard_that_lacks_something_is_named(store, flux, inputs, damage):
+    draw(flux, RowRecorder(flux.layout.sites, store, RowChoice(rows=4)), inputs)
+    path = store.folder / store.manifest.shards[0].file
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    sigma = tensors.pop("single-0.sigma")
+    if damage == "a part is shorter":
+        tensors["single-0.sigma"] = sigma[1:].clone()
+    save_file(tensors, path, metadata)
+    with pytest.raises(UserError, match=r"rows-00000\.safetensors is damaged at single-0"):
+        everything(store, "single-0")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"file": "../x.safetensors"}, {"kind": "cows"}, {"file": "lens-00000.safetensors"}, {"id": None}]
+)
+def test_a_manifest_names_files_of_its_own_folder_alone(store, flux, inputs, wrong):
+    draw(flux, RowRecorder(flux.layout.sites, store, RowChoice(rows=4)), inputs)
+    manifest = json.loads((store.folder / MANIFEST).read_text())
+    manifest["shards"][0] |= wrong
+    (store.folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        HiddenStates.open(store.folder)
 
 
 @pytest.mark.parametrize("wrong", [{0.5: [float("nan"), 1]}, {0.5: [-1.0, 1]}, {0.5: [1.0, 0]}, {-0.5: [1.0, 1]}, {0.5: 1.0}])

@@ -19,30 +19,10 @@ from collections.abc import Callable
 import torch
 from flux_poke.analysis.taps import BlockTaps, TapRecorder
 from flux_poke.flux.blocks import blocks_of, choose_blocks
-from flux_poke.flux.layout import Layout, Site, Stream
+from flux_poke.flux.layout import Layout
 from flux_poke.flux.model import Flux
 from flux_poke.recording.call import Call
 from torch import nn
-
-
-def layout_of(hidden: int, depth: int, depth_single: int) -> Layout:
-    """FLUX.1-dev's layout at the given sizes."""
-
-    def site(stream: Stream, index: int) -> Site:
-        if stream == "single":
-            block = f"single_blocks.{index}"
-            paths = (f"{block}.linear1", f"{block}.mlp_act", f"{block}.linear2")
-            return Site(f"single-{index}", stream, index, *paths, 3 * hidden, hidden, 4 * hidden, False, True)
-        mlp = f"double_blocks.{index}.{stream}_mlp"
-        return Site(
-            f"double-{stream}-{index}", stream, index, f"{mlp}.0", f"{mlp}.1", f"{mlp}.2", 0, 0, 4 * hidden, False, True
-        )
-
-    doubles = (site(stream, index) for index in range(depth) for stream in ("img", "txt"))
-    return Layout(
-        family="flux1", prefix="", hidden=hidden, in_channels=64, out_channels=64, context=4096, vector=768, guidance=True,
-        depth=depth, depth_single=depth_single, sites=(*doubles, *(site("single", index) for index in range(depth_single))),
-    )  # fmt: skip
 
 
 class Through(nn.Module):
@@ -84,7 +64,7 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     hidden, depth, depth_single, side, words = (3072, 19, 38, 128, 512) if options.full else (512, 4, 8, 64, 128)
 
-    layout = layout_of(hidden, depth, depth_single)
+    layout = Layout.of("flux1", hidden, depth, depth_single, guidance=True)
     torch.set_default_dtype(dtype)
     with device:
         flux = Flux(layout).eval().requires_grad_(False)

@@ -43,19 +43,6 @@ class Only(nn.Module):
         self.single_blocks = blocks.single_blocks if kind == "single" else nn.ModuleList()
 
 
-def flux_dev_layout() -> Layout:
-    """FLUX.1-dev with one block of each kind."""
-    width = 4 * HIDDEN
-
-    def mlp(stream):
-        path = f"double_blocks.0.{stream}_mlp"
-        return Site(f"double-{stream}-0", stream, 0, f"{path}.0", f"{path}.1", f"{path}.2", 0, 0, width, False, True)
-
-    paths = ("single_blocks.0.linear1", "single_blocks.0.mlp_act", "single_blocks.0.linear2")
-    single = Site("single-0", "single", 0, *paths, 3 * HIDDEN, HIDDEN, width, False, True)
-    return Layout("flux1", "", HIDDEN, 64, 64, 4096, 768, True, 1, 1, (mlp("img"), mlp("txt"), single))
-
-
 @contextmanager
 def counted_as_the_original(model: Blocks, sites: tuple[Site, ...]):
     """Counts on the CPU after every MLP, which waits for the device each time."""
@@ -80,7 +67,7 @@ def main() -> None:
     device, dtype = torch.device(given.device), getattr(torch, given.dtype)
 
     torch.manual_seed(0)
-    layout = flux_dev_layout()
+    layout = Layout.of("flux1", HIDDEN, 1, 1, guidance=True)
     blocks = Blocks(layout).to(device, dtype).requires_grad_(False)
     with torch.device("meta"):
         whole = Flux(layout)

@@ -110,7 +110,7 @@ class BlockStates:
         vec, pe = [], []
         for sample in samples.tolist():
             file, row = self._of[sample]
-            vec.append(file[f"{place}-vec" if f"{place}-vec" in file else "vec"][row : row + 1])
+            vec.append(file.row(f"{place}-vec" if f"{place}-vec" in file else "vec", row))
             positions = file[f"{place}-pe" if f"{place}-pe" in file else "pe"][:]
             pe.append(positions.reshape(-1, 1, *positions.shape[-4:])[:1])
         return State(img, txt, *(torch.cat(part).to(device).float() for part in (vec, pe)))
@@ -123,7 +123,7 @@ class BlockStates:
                 f"or leaves block {place - 1}): record more blocks, or choose other layers."
             )
         places = [self._of[sample] for sample in samples.tolist()]
-        img, txt = (torch.cat([file[f"{place}-{name}"][row : row + 1] for file, row in places]) for name in ("img", "txt"))
+        img, txt = (torch.cat([file.row(f"{place}-{name}", row) for file, row in places]) for name in ("img", "txt"))
         return img.to(device).float(), txt.to(device).float()
 
 

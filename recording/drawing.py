@@ -29,7 +29,7 @@ from ..tiny.model import LATENT_SIDE, TinyFlux
 from ..tiny.words import PADDED
 from .amplification import AmplificationProbe, probed_steps
 from .call import Call
-from .internals import Internals, add_to_file, check_file
+from .internals import Internals, add_to_file
 from .lens_rows import LensRecorder, estimated_lens_bytes
 from .manifest import Kind, Limit
 from .neurons import InternalsRecorder
@@ -96,9 +96,7 @@ def record(
     tiny = TinyFlux.load(checkpoint)
     layout = tiny.flux.layout
     fingerprint = Fingerprint.of_checkpoint(Checkpoint(checkpoint))
-    recording.require(fingerprint, str(checkpoint))
-    if wanted.internals:
-        check_file(recording.internals_file, fingerprint)
+    recording.check_writable(fingerprint, str(checkpoint))
     recorders = _recorders(recording, layout, fingerprint, wanted)
     probe = _probe(recorders, layout)
     noise, sigmas = tiny.noise(len(prompts), seed), FluxTimer(steps).sigmas()

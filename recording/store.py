@@ -283,6 +283,7 @@ class ShardSlices(Mapping[str, Any]):
 
     def __init__(self, path: Path):
         self.path = path
+        self._finite: set[tuple[str, int]] = set()
 
     @cached_property
     def _file(self):
@@ -291,6 +292,14 @@ class ShardSlices(Mapping[str, Any]):
     @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(self._file.keys())
+
+    def row(self, name: str, row: int) -> Tensor:
+        """One row [1, ...]; raises `UserError` where it holds a number that is not finite, which the first look at it tells."""
+        found = self[name][row : row + 1]
+        if (name, row) not in self._finite:
+            require_finite(found, self.path, name)
+            self._finite.add((name, row))
+        return found
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self[name].get_shape())

@@ -134,6 +134,8 @@ class Trajectories:
         found: dict[str, list[Tensor]] = {"vector": [], "guidance": []}
         for sample in samples.tolist():
             number, row = self._place[sample]
-            for name, values in self.parts[number].items():
-                found.setdefault(name, []).append(values[row : row + 1])
+            part = self.parts[number]
+            for name in part:
+                one = part.row(name, row) if isinstance(part, ShardSlices) else part[name][row : row + 1]
+                found.setdefault(name, []).append(one)
         return Point(**{name: torch.cat(rows).to(device).float() if rows else None for name, rows in found.items()})  # type: ignore[arg-type]

@@ -225,3 +225,66 @@ def test_images_are_told_apart_by_noise_and_text(store, flux, inputs):
         assert run.drawing is not None
         found.append((run.drawing.first, "recorded before" in run.note))
     assert found == [(0, False), (0, False), (2, False), (4, False), (0, True)]
+
+
+@pytest.mark.parametrize("kind", ["blocks", "trajectories"])
+def test_a_call_that_skips_a_block_is_not_kept_and_said_to_be_left_out(kind, store, flux, inputs, skipping):
+    given = inputs(flux)
+    call = Call.at(given["x"], given["sigma"], SIGMAS, 0)
+    for places in ({0, 4}, {3}):
+        before = len(store.manifest.shards)
+        recorder = StateRecorder(kind, store, StateChoice(4), places=places)
+        with recorder.run() as run, torch.no_grad():
+            for index in (0, 1):
+                with run.watching(flux, call), skipping(flux, index):
+                    flux(**given)
+            with run.watching(flux, call):
+                flux(**given)
+        assert run.note.startswith("2 model calls that skip blocks")
+        assert len(store.manifest.shards) == before + 1
+
+
+@pytest.mark.parametrize("kind", ["blocks", "trajectories"])
+def test_a_call_whose_numbers_are_not_finite_is_not_kept(kind, store, flux, inputs):
+    recorder = StateRecorder(kind, store, StateChoice(4), places={0, 4})
+    given = {**inputs(flux), "context": torch.full((2, 5, 32), float("nan"))}
+    with recorder.run() as run, torch.no_grad(), run.watching(flux, Call.at(given["x"], given["sigma"], SIGMAS, 0)):
+        flux(**given)
+    assert "recorded numbers are not finite" in run.note
+    assert not store.manifest.shards
+    assert store.image_count() == 0
+
+
+def test_two_recordings_of_equal_shape_have_two_digests(flux, inputs, tmp_path):
+    digests = set()
+    for name in "ab":
+        store = store_of(flux, tmp_path / name)
+        for kind in ("blocks", "trajectories"):
+            draw(flux, StateRecorder(kind, store, EXACT, places={0, 1}), inputs)
+        digests |= {BlockStates.open(store.folder).digest, Trajectories.open(store).digest}
+    assert len(digests) == 4
+
+
+def test_states_have_another_digest_once_more_are_recorded(store, flux, inputs):
+    for kind in ("blocks", "trajectories"):
+        draw(flux, StateRecorder(kind, store, EXACT, places={0, 1}), inputs)
+    before = BlockStates.open(store.folder).digest, Trajectories.open(store).digest
+    draw(flux, StateRecorder("trajectories", store, StateChoice(1)), inputs)
+    assert BlockStates.open(store.folder).digest == before[0]
+    assert Trajectories.open(store).digest != before[1]
+
+
+@pytest.mark.parametrize("kind", ["blocks", "trajectories"])
+def test_states_that_are_not_finite_are_refused_where_they_are_read(kind, store, flux, inputs):
+    draw(flux, StateRecorder(kind, store, EXACT, places={0, 1}), inputs)
+    path = store.folder / store.manifest.shards[0].file
+    tensors = load_file(path)
+    tensors["1-img" if kind == "blocks" else "velocity"][1] = float("inf")
+    save_file(tensors, path)
+    read = {
+        "blocks": lambda sample: BlockStates.open(store.folder).batch(torch.tensor([sample]), 1),
+        "trajectories": lambda sample: Trajectories.open(store).batch(torch.tensor([sample])),
+    }[kind]
+    read(0)
+    with pytest.raises(UserError, match=rf"{path.name} is damaged: \d+ numbers of"):
+        read(1)

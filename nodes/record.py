@@ -10,7 +10,7 @@ from ..flux.layout import select_sites
 from ..recording.lens_rows import LensRecorder
 from ..recording.recording import Recording
 from ..recording.rows import RowChoice, RowRecorder, estimated_bytes
-from ..recording.states import StateChoice, StateKind, StateRecorder, estimated_state_bytes, places_around
+from ..recording.states import StateChoice, StateKind, StateRecorder, estimated_state_bytes, indices_around
 from ..recording.store import Limit
 from . import host
 from .inputs import model_input, recording_input, recording_output, watched_output
@@ -183,7 +183,7 @@ class RecordBlockStates(RecordNode):
     @classmethod
     def execute(cls, model, name, blocks, steps, max_gb, sigma_from, sigma_to, sample_seed, recording=None) -> io.NodeOutput:
         where = target(model, name, recording)
-        places = places_around(choose_blocks(blocks, where.layout), where.layout)
+        places = indices_around(choose_blocks(blocks, where.layout), where.layout)
         choice = StateChoice(steps or None, (sigma_from, sigma_to), sample_seed)
         return cls.watched(model, where, record_states(cls, where, "blocks", places, choice, max_gb), "block states")
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from ..errors import UserError
 from ..files import write_safetensors
-from ..flux.autoencoder import CHANNELS, Autoencoder
+from ..flux.autoencoder import Autoencoder
 from ..flux.checkpoint import open_safetensors
 from ..flux.layout import Layout
 from ..flux.model import Flux

@@ -22,7 +22,7 @@ from flux_poke.pruning.planning import ByBudget, ByCount, make_plan
 from flux_poke.pruning.repair import Repairs
 from flux_poke.pruning.scores import REPAIR_OF
 from flux_poke.pruning.surgery import Cut
-from flux_poke.recording.drawing import RowsTo, record_prompts
+from flux_poke.recording.drawing import Wanted, record
 from flux_poke.recording.recording import Recording
 from flux_poke.recording.rows import RowChoice
 from flux_poke.recording.trajectories import relative_error, trajectory, velocity_error
@@ -46,8 +46,8 @@ def main() -> None:
         folder = options.recording or Path(temporary) / "recording"
         if not folder.exists():
             prompts = [prompt(number, 0) for number in range(RECORDED)]
-            rows = RowsTo(folder / "hidden_states", RowChoice(rows=24, steps=8))
-            record_prompts(options.checkpoint, prompts, folder / "internals.safetensors", seed=10_000, batch=40, rows=rows)
+            wanted = Wanted(internals=True, rows=RowChoice(rows=24, steps=8))
+            record(options.checkpoint, prompts, Recording.at(folder), wanted, seed=10_000, batch=40)
         measure(options.checkpoint, Recording.open(folder), options.multiple, options.scores)
 
 
@@ -63,7 +63,9 @@ def measure(checkpoint: Path, recording: Recording, multiple: int, scores: list[
         _, found = trajectory(changed, noise, sigmas, *texts)
         return velocity_error(changed, points), relative_error(latents, found)
 
-    print("| score, repair | cut | predicted | measured | ratio | latents | by count: velocity | latents |\n" + "|---" * 8 + "|")
+    print(
+        "| score, repair | cut | predicted | measured | ratio | latents | by count: velocity | latents |\n" + "|---" * 8 + "|"
+    )
     for score in scores:
         for share in SHARES:
             planned = make_plan(dense, recording, ByBudget(share=share, score=score, multiple=multiple))

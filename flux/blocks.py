@@ -1,7 +1,9 @@
 """The blocks of a FLUX by name and index.
 
-blocks = blocks_of(layout)                       # double-0 ... double-18, single-0 ... single-37
-chosen = choose_blocks("double, single 30-37", layout)
+    blocks = blocks_of(layout)                       # double-0 ... double-18, single-0 ... single-37
+    chosen = choose_blocks("double, single 30-37", layout)
+
+A block's index among all of them counts the single blocks on from the double ones.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ class Block:
 
     @classmethod
     def named(cls, name: str) -> Block:
-        """The block called `name`, as "double-3"; raises `ValueError` where this is no name of a block."""
+        """The block called `name`, as "double-3"; raises `ValueError` where that is not the name of a block."""
         kind, _, index = name.partition("-")
         if kind == "double":
             return cls("double", int(index))
         if kind == "single":
             return cls("single", int(index))
-        raise ValueError(f"no block: {name}")
+        raise ValueError(f"not a block: {name}")
 
     @property
     def name(self) -> str:
@@ -62,7 +64,7 @@ def sites_at(layout: Layout, block_index: int) -> tuple[Site, ...]:
 def choose_blocks(text: str, layout: Layout) -> tuple[Block, ...]:
     """The blocks that `text` names: "all", or a list such as "double, single 0, single 30-37".
 
-    Raises `UserError` where the text is no such list or names a block that the model does not have.
+    Raises `UserError` where the text is not such a list, or names a block that the model does not have.
     """
     if text.strip().lower() == "all":
         return blocks_of(layout)

@@ -1,12 +1,12 @@
 """What cutting the first k neurons of a ranking really costs, for every k: measured on rows, with the repair that follows.
 
     ranking = measure_affine(ranking, weights, fitted, held_out, ridge)     # what affine repair leaves
-    ranking = measure_cut(ranking, weights, moments, mean)                  # what repairing the bias leaves (mean None: nothing)
+    ranking = measure_cut(ranking, weights, moments, mean)                  # what repairing the bias leaves, or nothing (None)
 
 A score's own error curve is right in shape at best: one by neuron as if each were alone says several times too little where
 neurons go together, and one by regression is of the rows it was fitted to. So errors are measured at a few widths, and the
-curve is scaled to meet them. Where no bias is repaired, the part of the error that is the mean's (`Ranking.shift`) stands apart,
-since it counts differently in what comes after (`budget.py`).
+curve is scaled to meet them. Where no bias is repaired, the part of the error that is the mean's (`Ranking.shift`) stands
+apart, since it counts differently in what comes after (`budget.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How much an error at one MLP's output moves the final velocity.
 
     probe = AmplificationProbe(layout.sites)
-    probe.measure(model, sigma, lambda: point.run(model))    # at as many points of dense trajectories as one likes
+    probe.measure(model, sigma, lambda: point.run(model))    # at any number of points of dense trajectories
     store.add_amplification(probe.results())
 
 A site's amplification is |change of the velocity|^2 / |velocity|^2, divided by the energy (mean |error|^2 per token) of an

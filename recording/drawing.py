@@ -99,7 +99,7 @@ def record(
     recording.check_writable(fingerprint, str(checkpoint), wanted.internals)
     recorders = _recorders(recording, layout, fingerprint, wanted)
     probe = _probe(recorders, layout)
-    noise, sigmas = tiny.noise(len(prompts), seed), FluxTimer(steps).sigmas()
+    sigmas = FluxTimer(steps).sigmas()
     what, notes = f"drawing and recording {len(prompts)} prompts", dict[str, None]()
     for start in range(0, len(prompts), batch):
         texts = tuple(prompts[start : start + batch])
@@ -109,7 +109,7 @@ def record(
             run.probe = probe
         runs: list[Run] = [recorder.begin() for recorder in recorders]
         neurons = InternalsRecorder(layout.sites if wanted.internals else ())
-        run.draw(noise[start : start + batch], [neurons, *runs])
+        run.draw([neurons, *runs])
         for finished in runs:
             finished.finish()
         if run.probe is not None:
@@ -139,7 +139,7 @@ class _Drawn:
     probe: AmplificationProbe | None = None
 
     @torch.no_grad()
-    def draw(self, noise: Tensor, watchers: Sequence[_Watching]) -> None:
+    def draw(self, watchers: Sequence[_Watching]) -> None:
         flux, steps = self.tiny.flux, len(self.sigmas) - 1
         context, vector = self.tiny.words(self.prompts)
         probed = probed_steps(steps, PROBED_STEPS)
@@ -160,7 +160,7 @@ class _Drawn:
                     watching.enter_context(watcher.watching(flux, call))
                 return model()
 
-        euler(velocity, noise, self.sigmas)
+        euler(velocity, self.tiny.noise(len(self.prompts), self.seeds[0]), self.sigmas)
 
 
 def _recorders(

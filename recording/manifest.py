@@ -13,11 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from ..errors import UserError
 from ..flux.fingerprint import Fingerprint
@@ -92,9 +93,11 @@ class Shard:
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Shard:
-        """Raises `KeyError` or `TypeError` where `found` is not a shard."""
+        """Raises `KeyError`, `TypeError` or `ValueError` where `found` is not a shard."""
+        if found["kind"] not in get_args(Kind) or not re.fullmatch(rf"{found['kind']}-\d{{5,}}\.safetensors", found["file"]):
+            raise ValueError(f"{found['file']} of kind {found['kind']} is not a shard")
         captures = tuple(Capture(**capture) for capture in found["captures"])
-        return cls(**{**found, "captures": captures, "id": str(found["id"])})
+        return cls(**{**found, "captures": captures, "id": bytes.fromhex(found["id"]).hex()})
 
 
 class Drawing(NamedTuple):

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import UserError
@@ -235,6 +236,10 @@ class HiddenStates:
             found = {name: file.get_tensor(f"{site}.{name}") for name in names if f"{site}.{name}" in there}
         for name, tensor in found.items():
             require_finite(tensor, path, f"{site}.{name}")
+        missing = sorted({*names} - {"attn"} - found.keys())
+        if missing or len({len(tensor) for tensor in found.values()}) != 1:
+            what = f"it lacks {missing[0]}" if missing else "its parts differ in length"
+            raise UserError(f"{path} is damaged at {site}: {what}. Record again into a new folder.")
         return found
 
     def _write_shard(self, shard: Shard, tensors: Mapping[str, Tensor]) -> Shard:
@@ -305,7 +310,10 @@ class ShardSlices(Mapping[str, Any]):
         return tuple(self[name].get_shape())
 
     def __getitem__(self, name: str) -> Any:
-        return self._file.get_slice(name)
+        try:
+            return self._file.get_slice(name)
+        except SafetensorError as error:
+            raise UserError(f"{self.path} is damaged: {name} is not in it. Record again into a new folder.") from error
 
     def __contains__(self, name: object) -> bool:
         return name in self.names

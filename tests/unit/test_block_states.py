@@ -1,6 +1,7 @@
 """Block states and trajectories (states.py, block_states.py): they are what the model saw and gave."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -110,7 +111,8 @@ def test_prompts_and_seed_are_those_that_the_first_call_tells(store, flux, input
     given = inputs(flux)
     recorder = StateRecorder("trajectories", store, StateChoice(4))
     with recorder.run() as run, torch.no_grad():
-        for step, told in enumerate(({"prompts": ("a", "b"), "seed": 7}, {}, {})):
+        first: dict[str, Any] = {"prompts": ("a", "b"), "seed": 7}
+        for step, told in enumerate((first, {}, {})):
             with run.watching(flux, Call.at(given["x"], given["sigma"], SIGMAS, step, **told)):
                 flux(**given)
     captures = [capture for shard in store.manifest.shards for capture in shard.captures]

@@ -47,60 +47,27 @@ from torch.utils.flop_counter import FlopCounterMode
 CUTS = (0.25, 0.5, 0.75)
 
 
-def in_turns(
-    calls: dict[str, Callable[[], object]], repeats: int, synchronize: Callable[[], object], clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Seconds of every call by `clock`, `repeats` times, one after the other; a first round is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            begun = clock()
-            call()
-            synchronize()
-            if turn:
-                seconds[name].append(clock() - begun)
-    return seconds
-
-
-def ratio(seconds: Sequence[float], dense: Sequence[float]) -> float:
-    return statistics.median(a / b for a, b in zip(seconds, dense, strict=True))
-
-
 def narrowed(layout: Layout, cut: float) -> Layout:
     return replace(layout, sites=tuple(replace(site, width=round(site.width * (1 - cut))) for site in layout.sites))
 
 
 @torch.no_grad()
 def measure_blocks(device: torch.device, dtype: torch.dtype, repeats: int) -> None:
-    layout = flux_dev_layout()
-    with torch.device("meta"):
-        pe_of = Flux(layout).positions
-    pe = pe_of(TEXT, 32, IMAGE // 32, device)
-    img, txt = (torch.randn(1, n, HIDDEN, device=device, dtype=dtype) for n in (IMAGE, TEXT))
-    vec, both = torch.randn(1, HIDDEN, device=device, dtype=dtype), torch.cat((txt, img), dim=1)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    blocks = {cut: Blocks(narrowed(layout, cut)).to(device, dtype) for cut in (0.0, *CUTS)}
+    layouts = {cut: narrowed(flux_dev_layout(), cut) for cut in (0.0, *CUTS)}
+    blocks = {cut: Blocks(layout).to(device, dtype) for cut, layout in layouts.items()}
+    calls = {cut: block_calls(pair, layouts[cut], device, dtype) for cut, pair in blocks.items()}
     print("block    cut   time ratio   ideal   share of ideal saving   memory ratio")
     for kind in ("double", "single"):
-
-        def call(cut: float, kind: str = kind) -> object:
-            if kind == "double":
-                return blocks[cut].double_blocks[0](img=img, txt=txt, vec=vec, pe=pe)
-            return blocks[cut].single_blocks[0](both, vec=vec, pe=pe)
-
         operations, memory = {}, {}
         for cut, pair in blocks.items():
             with FlopCounterMode(display=False) as counter:
-                call(cut)
+                calls[cut][kind]()
             operations[cut] = counter.get_total_flops()
-            part = pair.double_blocks if kind == "double" else pair.single_blocks
-            memory[cut] = sum(weight.numel() for weight in part.parameters())
-        calls: dict[str, Callable[[], object]] = {str(cut): partial(call, cut) for cut in blocks}
-        seconds = in_turns(calls, repeats, synchronize, time.perf_counter if device.type == "cuda" else time.process_time)
+            memory[cut] = sum(weight.numel() for weight in pair.get_submodule(f"{kind}_blocks").parameters())
+        seconds = in_turns({str(cut): calls[cut][kind] for cut in blocks}, repeats, device)
         for cut in CUTS:
             found, ideal = ratio(seconds[str(cut)], seconds["0.0"]), operations[cut] / operations[0.0]
-            share = (1 - found) / (1 - ideal)
-            saved = memory[cut] / memory[0.0]
+            share, saved = (1 - found) / (1 - ideal), memory[cut] / memory[0.0]
             print(f"{kind:<8}{cut:>4.0%}{found:>13.3f}{ideal:>8.3f}{share:>24.1%}{saved:>15.3f}")
 
 

@@ -87,7 +87,7 @@ def main() -> None:
         torch.set_num_threads(1)
 
     torch.manual_seed(0)
-    layout = flux_dev_layout()
+    layout = Layout.of("flux1", HIDDEN, 1, 1, guidance=True)
     blocks = Blocks(layout).to(device, dtype).requires_grad_(False)
     call = Call.at(torch.zeros(1, 1), torch.ones(1), (1.0, 0.0))
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, {given.dtype}, torch {torch.__version__}")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from flux_poke.flux.model import Flux, attention, modulate, sinusoids
+from flux_poke.flux.model import Flux, attention, modulate, timestep_embedding
 from flux_poke.recording.call import Call, TokenMask
 from flux_poke.recording.neurons import InternalsRecorder, merge
 from torch import Tensor
@@ -31,9 +31,9 @@ def by_hand(model: Any, x, sigma, context, vector=None, guidance=None) -> dict[s
     gated, p, (height, width) = layout.family == "flux2", layout.patch, x.shape[-2:]
     patches = x.unflatten(2, (-1, p)).unflatten(4, (-1, p)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     img, txt = model.img_in(patches), model.txt_in(context)
-    vec = model.time_in(sinusoids(sigma, 256))
+    vec = model.time_in(timestep_embedding(sigma, 256))
     if guidance is not None:
-        vec = vec + model.guidance_in(sinusoids(guidance, 256))
+        vec = vec + model.guidance_in(timestep_embedding(guidance, 256))
     if vector is not None:
         vec = vec + model.vector_in(vector)
     words = txt.shape[1]

@@ -23,6 +23,8 @@ from torch import nn
 from turns import in_turns, ratio
 
 HIDDEN, IMAGE, TEXT = 3072, 1024, 256
+#: FLUX.1-dev with one block of each kind.
+LAYOUT = Layout.of("flux1", HIDDEN, 1, 1, guidance=True)
 
 
 class Blocks(nn.Module):
@@ -58,17 +60,12 @@ def counted_as_the_original(model: Blocks, sites: Sequence[Site]) -> Iterator[No
         yield
 
 
-def flux_dev_layout() -> Layout:
-    """FLUX.1-dev with one block of each kind."""
-    return Layout.of("flux1", HIDDEN, 1, 1, guidance=True)
-
-
-def block_calls(blocks: Blocks, layout: Layout, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+def block_calls(blocks: Blocks, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """A call of each block on random tokens, by its kind."""
     img, txt = (torch.randn(1, count, HIDDEN, device=device, dtype=dtype) for count in (IMAGE, TEXT))
     vec, both = torch.randn(1, HIDDEN, device=device, dtype=dtype), torch.cat((txt, img), dim=1)
     with torch.device("meta"):
-        whole = Flux(layout)
+        whole = Flux(LAYOUT)
     pe = whole.positions(TEXT, 32, IMAGE // 32, device)
     return {
         "double": lambda: blocks.double_blocks[0](img=img, txt=txt, vec=vec, pe=pe),
@@ -87,12 +84,11 @@ def main() -> None:
         torch.set_num_threads(1)
 
     torch.manual_seed(0)
-    layout = Layout.of("flux1", HIDDEN, 1, 1, guidance=True)
-    blocks = Blocks(layout).to(device, dtype).requires_grad_(False)
+    blocks = Blocks(LAYOUT).to(device, dtype).requires_grad_(False)
     call = Call.at(torch.zeros(1, 1), torch.ones(1), (1.0, 0.0))
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, {given.dtype}, torch {torch.__version__}")
-    for kind, run in block_calls(blocks, layout, device, dtype).items():
-        sites = [site for site in layout.sites if site.name.startswith(kind)]
+    for kind, run in block_calls(blocks, device, dtype).items():
+        sites = [site for site in LAYOUT.sites if site.name.startswith(kind)]
         only, recorder = Only(blocks, kind), InternalsRecorder(sites)
 
         def recorded(run=run, only=only, recorder=recorder) -> None:

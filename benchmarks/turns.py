@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
+Name = TypeVar("Name", bound=Hashable)
+
 
 def in_turns(
-    calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, warm_up: int = 1
-) -> dict[str, list[float]]:
+    calls: Mapping[Name, Callable[[], object]], repeats: int, device: torch.device, warm_up: int = 1
+) -> dict[Name, list[float]]:
     """Seconds of every call, `repeats` times, one call after the other; `warm_up` rounds before that are not counted.
 
     On a GPU they are the clock's, with what the device does; on a CPU the processor's.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[Name, list[float]] = {name: [] for name in calls}
     for turn in range(warm_up + repeats):
         for name, call in calls.items():
             begun = now(device)

@@ -22,19 +22,18 @@ from typing import Any
 import torch
 from flux_poke.flux.blocks import blocks_of
 from flux_poke.pruning.dense import Dense
-from flux_poke.pruning.plan import PruningPlan, by_count
-from flux_poke.pruning.scores import rank
+from flux_poke.pruning.plan import PruningPlan
+from flux_poke.pruning.planning import ByCount, make_plan
 from flux_poke.pruning.surgery import Cut
 from flux_poke.recording.block_states import BlockStates
 from flux_poke.recording.drawing import Wanted, record
 from flux_poke.recording.recording import Recording
 from flux_poke.recording.states import StateChoice
-from flux_poke.retrain.blocks import BlockProblem, Chain
+from flux_poke.retrain.blocks import BlockProblem, Chain, mlp_parameters
 from flux_poke.retrain.layers import retrain_layers
-from flux_poke.retrain.loop import Loss, batch, held_out_loss
 from flux_poke.retrain.options import Options
+from flux_poke.retrain.problem import Loss, batch, held_out_loss
 from flux_poke.retrain.replaced import Replaced, RetrainedLayers
-from flux_poke.retrain.trainable import mlp_parameters
 from flux_poke.tiny.model import FOLDER
 from flux_poke.tiny.words import digit_prompts
 from torch.nn import functional as F
@@ -124,11 +123,10 @@ def main() -> None:
         noise = 10_000 * given.seed
         recording = Recording.at(folder)
         record(checkpoint, prompts, recording, Wanted(internals=True), noise, batch=30)
-        internals = recording.internals()
         choice = StateChoice(given.steps_each, seed=given.seed)
         record(checkpoint, prompts, recording, Wanted(blocks=choice), noise, batch=10)
         half = dense.layout.sites[0].width // 2
-        plan = by_count(dense, rank("frequency", dense, internals), "frequency", half, half, half)
+        plan = make_plan(dense, recording, ByCount(half, half, half, "frequency")).plan
         states = BlockStates.open(recording.states_folder)
         print(f"torch {torch.__version__}, {given.threads} threads; {len(states)} states of {given.images} images")
         if given.only != "pairs":

@@ -14,11 +14,10 @@ from ..pruning.dense import Dense
 from ..pruning.plan import PruningPlan
 from ..pruning.planning import open_dense, open_recording
 from ..recording.recording import Recording
-from ..retrain.files import draw_stats
-from ..retrain.methods import METHODS, retrain
-from ..retrain.options import Progress as Training
+from ..retrain.files import default_folder, draw_stats, stats_figure, stats_table
+from ..retrain.layers import METHODS, retrain
+from ..retrain.options import TrainingStatus as Training
 from ..retrain.replaced import Replaced, RetrainedLayers
-from ..retrain.stats import stats_figure, stats_table
 from . import computing, host, loading
 from .inputs import (
     OF_THE_PLAN,
@@ -32,12 +31,6 @@ from .inputs import (
     weight_dtype_input,
 )
 from .pruned import PRUNED, PrunedModel
-
-DEFAULT_LAYERS = "retrained_layers"
-
-
-def default_folder(plan: PruningPlan) -> str:  # until retrain has it
-    return f"{DEFAULT_LAYERS}/{plan.digest[:8]}"
 
 
 class RetrainLayers(io.ComfyNode):
@@ -228,7 +221,7 @@ class LoadReplacedFlux(io.ComfyNode):
         replaced = Replaced(dense, layers)
         model = loading.load_flux(replaced, weight_dtype, dense.metadata)
         folds = {name: replaced.fold(name) for name in replaced.plan.kept}
-        model.set_attachments(PRUNED, PrunedModel(dense.layout, replaced.plan, folds, replaced.reports()))
+        model.set_attachments(PRUNED, PrunedModel(dense.layout, replaced.plan, folds, replaced.work_out()))
         masked_count = replaced.plan.masked_count
         text = f"{len(layers.layers)} layers replaced, neurons cut: {masked_count}"
         host.say(cls.hidden.unique_id, " ".join([text, layers.describe_missing(dense.layout)]).strip())

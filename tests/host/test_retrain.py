@@ -85,7 +85,7 @@ def retrain(folder: str = "layers", name: str = "states", **options) -> dict:
     return {**load_recording(name), "plan": plan(), "retrain": node("FluxPokeRetrainLayers", **{**given, **options})}
 
 
-def replaced(folder: str = "layers", last: int = -1, **options) -> dict:
+def replaced(folder: str | list = "layers", last: int = -1, **options) -> dict:
     inputs = {"unet_name": TINY, "weight_dtype": "default", "folder": folder, "first_layer": 0, "last_layer": last}
     return {"replaced": node("FluxPokeLoadReplacedFlux", **{**inputs, **options})}
 

@@ -378,7 +378,7 @@ def test_compare_refuses_a_file_before_anything_else_and_equal_images_are_alike_
     other.write_text('{"of": "others"}')
     for name, sentence in (("alike.txt", "csv"), ("theirs.json", "theirs.json")):
         compare["file"], compare["variant"] = name, ["3", 0]  # which does not fit the reference, and is not reached
-        graph["3"] = {**image, "inputs": {**image["inputs"], "width": 64}}
+        graph["3"] = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 32, "batch_size": 1, "color": 0}}
         with pytest.raises(UserError, match=sentence):
             client.run(graph)
     assert other.read_text() == '{"of": "others"}'

@@ -52,6 +52,11 @@ class AmplificationProbe:
         self._generator = torch.Generator().manual_seed(seed)
         self._measured: Measured = {}
 
+    @property
+    def calls(self) -> int:
+        """How many model calls one measurement takes."""
+        return 1 + 3 * len(self.sites)
+
     @torch.no_grad()
     @force_eager()
     def measure(self, model: nn.Module, sigma: float, velocity: Callable[[], Tensor]) -> None:

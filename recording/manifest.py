@@ -35,9 +35,13 @@ TITLES = {
 }  # fmt: skip
 
 
+#: The nodes that record them, where it is not Record itself.
+NODES = {"lens": "Record Lens Rows", "blocks": "Record Block States", "trajectories": "Record Trajectories"}
+
+
 def record_first(kind: str) -> str:
     """How to get what is missing, in a sentence."""
-    return f"Record it first (Record with {TITLES[kind]}, or `uv run flux-poke record --what {kind}`)."
+    return f"Record it first ({NODES.get(kind, 'Record')}, or `uv run flux-poke record --what {kind}`)."
 
 
 def new_id() -> str:

@@ -128,7 +128,7 @@ class RowsRun(StoreRun):
 
     def _probe(self, model: nn.Module, call: SampledCall, which: str) -> None:
         assert call.again is not None
-        calls, again = len(self.probe.sites) + 1, call.again
+        calls, again = self.probe.calls, call.again
         progress, done = computing.NodeProgress(self.showing), 0
 
         def velocity() -> torch.Tensor:

@@ -96,7 +96,7 @@ class LensRun(Run):
     def _tokens(self, call: Call) -> Tensor:
         patch = self.recorder.layout.patch
         available = -(-call.x.shape[-2] // patch) * -(-call.x.shape[-1] // patch)
-        seed = hashlib.sha256(f"{self.recorder.choice.seed} {self.lot} {call.step} lens".encode()).digest()
+        seed = hashlib.sha256(f"{self.recorder.choice.seed} {self.key} {call.step} lens".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "big"))
         return torch.randperm(available, generator=generator)[: self.recorder.choice.rows].sort().values
 

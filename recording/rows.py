@@ -192,7 +192,7 @@ class _Draw:
     def _draw(self, stream: str, batch: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [images, rows] on the device; which of them count, and their image's number [images * rows], on the CPU."""
         run, call = self.run, self.call
-        seed = hashlib.sha256(f"{run.recorder.choice.seed} {run.lot} {call.step} {stream}".encode()).digest()
+        seed = hashlib.sha256(f"{run.recorder.choice.seed} {run.key} {call.step} {stream}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "big"))
         order = torch.rand(batch, tokens, generator=generator).to(device)
         allowed = call.mask.rows(stream, batch, tokens)

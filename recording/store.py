@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import UserError
@@ -166,18 +167,22 @@ class HiddenStates:
     @property
     def amplification(self) -> dict[str, float]:
         """Mean amplification by site, of those where it was measured: over the noise levels of all sites together, so that
-        sites whose runs had other levels compare."""
+        sites whose runs had other levels compare. The lowest level, which stands for the last step alone, counts half."""
         measured = self.manifest.amplification
         sigma = np.array(sorted({level for levels in measured.values() for level in levels}))
-        return {name: float(_at(levels, sigma).mean()) for name, levels in measured.items() if levels}
+        weights = np.where(np.arange(len(sigma)) == 0, 0.5, 1.0)
+        return {name: float(np.average(_at(levels, sigma), weights=weights)) for name, levels in measured.items() if levels}
 
     def importance(self, site: str, sigma: Tensor) -> Tensor:
         """How much an error at a site counts at these noise levels [n]: its amplification there, relative to its mean;
-        1 where it was not measured, or is 0 throughout."""
+        1 where it was not measured, or is 0 throughout. The last step counts as the one measured before it, since its few rows
+        would outweigh all others."""
         mean = self.amplification.get(site, 0.0)
         if not mean > 0:
             return torch.ones_like(sigma)
-        return torch.from_numpy(_at(self.manifest.amplification[site], sigma.numpy()) / mean).to(sigma)
+        measured = self.manifest.amplification[site]
+        levels = {level: measured[level] for level in sorted(measured)[1:]} or measured
+        return torch.from_numpy(_at(levels, sigma.numpy()) / mean).to(sigma)
 
     def digest(self, *kinds: str) -> str:
         """Hexadecimal; another one whenever something of these kinds is recorded or thinned ("rows", "lens", "blocks",
@@ -231,6 +236,10 @@ class HiddenStates:
             found = {name: file.get_tensor(f"{site}.{name}") for name in names if f"{site}.{name}" in there}
         for name, tensor in found.items():
             require_finite(tensor, path, f"{site}.{name}")
+        missing = sorted({*names} - {"attn"} - found.keys())
+        if missing or len({len(tensor) for tensor in found.values()}) != 1:
+            what = f"it lacks {missing[0]}" if missing else "its parts differ in length"
+            raise UserError(f"{path} is damaged at {site}: {what}. Record again into a new folder.")
         return found
 
     def _write_shard(self, shard: Shard, tensors: Mapping[str, Tensor]) -> Shard:
@@ -279,6 +288,7 @@ class ShardSlices(Mapping[str, Any]):
 
     def __init__(self, path: Path):
         self.path = path
+        self._finite: set[tuple[str, int]] = set()
 
     @cached_property
     def _file(self):
@@ -288,11 +298,22 @@ class ShardSlices(Mapping[str, Any]):
     def names(self) -> tuple[str, ...]:
         return tuple(self._file.keys())
 
+    def row(self, name: str, row: int) -> Tensor:
+        """One row [1, ...]; raises `UserError` where it holds a number that is not finite, which the first look at it tells."""
+        found = self[name][row : row + 1]
+        if (name, row) not in self._finite:
+            require_finite(found, self.path, name)
+            self._finite.add((name, row))
+        return found
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self[name].get_shape())
 
     def __getitem__(self, name: str) -> Any:
-        return self._file.get_slice(name)
+        try:
+            return self._file.get_slice(name)
+        except SafetensorError as error:
+            raise UserError(f"{self.path} is damaged: {name} is not in it. Record again into a new folder.") from error
 
     def __contains__(self, name: object) -> bool:
         return name in self.names

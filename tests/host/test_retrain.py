@@ -101,7 +101,7 @@ def recorded(server, host) -> Path:
 
 def test_recorded_states_are_what_the_hosts_blocks_read_and_gave(recorded):
     states = BlockStates.open(recorded / "states")
-    assert states.places == list(range(7))
+    assert states.indices == list(range(7))
     assert len(states) == 4 * 8 * 6
     assert len(states.image.unique()) == 32
     checkpoint = TinyFlux.load().flux.state_dict()

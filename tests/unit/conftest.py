@@ -177,7 +177,7 @@ class Recorded:
         points, _ = trajectory(self.flux, noise, SIGMAS, context, vector)
         choice = StateChoice(4, dtype=torch.float32)
         recorders = (
-            StateRecorder("blocks", store, choice, places=range(5)),
+            StateRecorder("blocks", store, choice, indices=range(5)),
             RowRecorder(layout.sites, store, RowChoice(rows=36, steps=4)),
             StateRecorder("trajectories", store, choice),
         )

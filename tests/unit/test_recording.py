@@ -1,5 +1,6 @@
 """recording/neurons.py against activations computed by hand, without hooks, block by block."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -211,3 +212,44 @@ def test_recordings_of_one_mlp_add_up(model, inputs):
     assert torch.equal(total.fires, both.fires)
     assert total.tokens == both.tokens == a.tokens + b.tokens
     torch.testing.assert_close(total.sum_sq, both.sum_sq)
+
+
+def test_a_call_that_skips_a_block_does_not_count_and_is_said_to_be_left_out(model, inputs, skipping):
+    given = inputs(model)
+    recorder = InternalsRecorder(model.layout.sites)
+    with recorder.watching(model, call_of(given)):
+        model(**given)
+    with recorder.watching(model, call_of(given)), skipping(model, 1):
+        model(**given)
+    check(recorder, by_hand(model, **given))
+    assert recorder.calls == 1
+    assert recorder.note.startswith("1 model call that skips blocks")
+
+
+def test_a_call_that_was_interrupted_does_not_count(model, inputs):
+    given = inputs(model)
+    recorder = InternalsRecorder(model.layout.sites)
+    with recorder.watching(model, call_of(given)):
+        model(**given)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.single_blocks[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), recorder.watching(model, call_of(given)):
+        model(**given)
+    handle.remove()
+    check(recorder, by_hand(model, **given))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_run_whose_activations_are_not_finite_is_left_out_with_the_count(model, inputs, wrong):
+    given = inputs(model)
+    recorder = InternalsRecorder(model.layout.sites)
+    with recorder.watching(model, call_of(given)):
+        model(**given)
+    given["context"] = torch.full_like(given["context"], wrong)
+    with recorder.watching(model, call_of(given)):
+        model(**given)
+    assert recorder.results() == {}
+    assert re.search(r"The activations of \d of 6 MLPs are not finite \(first double-\w+-\d: \d+ neurons\)", recorder.note)

@@ -158,7 +158,7 @@ def test_a_scale_that_does_not_fit_its_weight_is_refused_in_a_sentence(recorded,
     retrain_layers(recorded.dense, recorded.plan, recorded.states, "0", tmp_path, options)
     changed(tmp_path / "0.safetensors", tmp_path / "0.safetensors", {"img_mlp.0.scale_weight": torch.ones(7)})
     replaced = Replaced(recorded.dense, RetrainedLayers.open(tmp_path, recorded.dense))
-    with pytest.raises(UserError, match="the scale of img_mlp.0.weight does not fit it"):
+    with pytest.raises(UserError, match=r"the scale of img_mlp\.0\.weight does not fit it"):
         replaced["double_blocks.0.img_mlp.0.weight"]
 
 

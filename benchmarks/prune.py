@@ -27,12 +27,13 @@ from flux_poke.flux.layout import Layout
 from flux_poke.flux.model import Flux
 from flux_poke.flux.weights import SiteWeights
 from flux_poke.pruning.checkpoint import Pruned, save_pruned
+from flux_poke.pruning.curves import GRID, measure_affine, ridge_for
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.moments import gather
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.refit import affine, choose
 from flux_poke.pruning.repair import save_repaired
-from flux_poke.pruning.scores import measured, obs
+from flux_poke.pruning.scores import obs
 from flux_poke.pruning.surgery import Cut
 from flux_poke.recording.store import Rows
 from record import HIDDEN, LAYOUT, Blocks, block_calls
@@ -109,8 +110,8 @@ def measure_site(device: torch.device, rows: int) -> None:
         ranking = obs(moments, weights.down)
     with timed("plan and repair: moments of the rows held out"):
         held_out = gather(weights, some(count))
-    with timed("plan: errors on held-out rows at 4 widths"):
-        measured(ranking, weights, moments, held_out)
+    with timed(f"plan: errors on held-out rows at {len(GRID)} widths"):
+        measure_affine(ranking, weights, moments, held_out, ridge_for(width, moments.rows))
     kept = ranking.order[width // 2 :].sort().values
     with timed("repair: choice of the ridge, half of the neurons cut"):
         report = choose(weights, kept, moments, held_out)

@@ -24,7 +24,8 @@ from torch import Tensor
 from ..errors import UserError
 from ..flux.fingerprint import Fingerprint
 from .manifest import record_first
-from .store import MANIFEST, HiddenStates, ShardSlices
+from .shards import ShardSlices
+from .store import MANIFEST, HiddenStates
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ Steps and tokens are drawn by a seed and the numbers of the images, so that a re
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 
@@ -56,14 +55,23 @@ class StepDraw:
         return frozenset(random.Random(f"{self.seed} {key}").sample(known, min(len(known), self.count(len(sigmas) - 1))))
 
 
-class Recorder(Protocol):
-    """What a run belongs to: where it records to, which steps, and whether there is no room left."""
+class Recorder:
+    """Records into `store` what `choice` says, over any number of runs, until there is no room left (`full`)."""
 
     store: HiddenStates
-    full: bool
+    choice: StepDraw
+    full = False
 
-    @property
-    def choice(self) -> StepDraw: ...
+    def begin(self) -> Run:
+        """A run of the sampler: `finish` it when it ended well."""
+        raise NotImplementedError
+
+    @contextmanager
+    def run(self) -> Iterator[Run]:
+        """As `begin`; the run is finished when the `with` ends well."""
+        run = self.begin()
+        yield run
+        run.finish()
 
 
 class Run:

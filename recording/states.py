@@ -33,7 +33,7 @@ from ..flux.layout import Layout
 from .call import Call
 from .hooks import watching_blocks
 from .manifest import Capture, Limit
-from .run import Run, StepDraw
+from .run import Recorder, Run, StepDraw
 from .store import HiddenStates
 
 StateKind = Literal["blocks", "trajectories"]
@@ -70,8 +70,10 @@ def estimated_state_bytes(
     return calls * size * (latents + words * layout.context + (layout.vector or 0) + 2)
 
 
-class StateRecorder:
+class StateRecorder(Recorder):
     """Records model calls into `store`, over any number of runs, until `limit` says stop (`full`)."""
+
+    choice: StateChoice
 
     def __init__(
         self,
@@ -85,17 +87,9 @@ class StateRecorder:
             raise UserError("No block is to be recorded: choose at least one.")
         self.kind, self.store, self.choice, self.limit = kind, store, choice or StateChoice(), limit
         self.indices = frozenset(indices)
-        self.full = False
-
-    @contextmanager
-    def run(self) -> Iterator[StateRun]:
-        """One sampling run."""
-        run = self.begin()
-        yield run
-        run.finish()
 
     def begin(self) -> StateRun:
-        """As `run`, where the end is known elsewhere; what was recorded stays, also where the run does not end well."""
+        """A run of the sampler; what was recorded stays, also where it does not end well."""
         return StateRun(self)
 
 

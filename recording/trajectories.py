@@ -23,7 +23,8 @@ from torch import Tensor
 from ..errors import UserError
 from ..flux.sampling import euler
 from .manifest import record_first
-from .store import HiddenStates, ShardSlices
+from .shards import ShardSlices
+from .store import HiddenStates
 
 #: velocity = model(x, sigma, context, vector, guidance); `flux.model.Flux` is one.
 Model = Callable[..., Tensor]

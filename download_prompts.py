@@ -5,7 +5,7 @@
     flux-poke download-prompts --limit 0                          # all there are: hours
 
 Reads the Hugging Face datasets server page by page (https://huggingface.co/docs/dataset-viewer/rows). What came so far
-stands beside the output as `NAME.txt.partial`, and how far it is in `NAME.txt.progress`: after an interrupt the same
+is beside the output as `NAME.txt.partial`, and how far it is in `NAME.txt.progress`: after an interrupt the same
 command goes on from there. The output itself appears when it is complete.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__" and not __package__:  # run as a file: the folder it stands in, whatever its name, is the package
+if __name__ == "__main__" and not __package__:  # run as a file: its folder, whatever its name, is the package
     import importlib.util
 
     _spec = importlib.util.spec_from_file_location("flux_poke", Path(__file__).resolve().with_name("__init__.py"))

@@ -37,7 +37,7 @@ class Training:
     optimizer: Annotated[Literal["adamw", "adafactor"], typer.Option(help="adafactor takes less memory.")] = "adamw"
     recompute: Annotated[bool, typer.Option(help="distill: gradient checkpointing, slower in less memory.")] = False
     tensorboard: Annotated[Path | None, typer.Option(help="Folder for event files.")] = None
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, …")] = "cpu"
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu"
 
 
 @spread

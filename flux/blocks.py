@@ -25,7 +25,7 @@ class Block:
 
     @classmethod
     def named(cls, name: str) -> Block:
-        """The block called `name`, as "double-3"; raises `ValueError` where this is no name of a block."""
+        """The block called `name`, as "double-3"; raises `ValueError` where there is no such block."""
         kind, _, index = name.partition("-")
         if kind == "double":
             return cls("double", int(index))
@@ -62,7 +62,7 @@ def sites_at(layout: Layout, place: int) -> tuple[Site, ...]:
 def choose_blocks(text: str, layout: Layout) -> tuple[Block, ...]:
     """The blocks that `text` names: "all", or a list such as "double, single 0, single 30-37".
 
-    Raises `UserError` where the text is no such list or names a block that the model does not have.
+    Raises `UserError` where the text is not such a list or names a block that the model does not have.
     """
     if text.strip().lower() == "all":
         return blocks_of(layout)

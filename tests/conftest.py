@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -52,10 +54,31 @@ class Host:
         return ComfyServer(self.comfyui, arguments, log=self.base / "comfyui.log", environment={"OMP_NUM_THREADS": "1"})
 
 
-@pytest.fixture(scope="session")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+def require_comfyui() -> None:
+    """Skips the test, saying what to type, where there is no ComfyUI or what it needs is not installed beside this package."""
     if not (COMFYUI / "main.py").is_file():
         pytest.skip(f"no ComfyUI at {COMFYUI} (set COMFYUI_PATH)")
+    if missing := missing_requirements(COMFYUI / "requirements.txt"):
+        pytest.skip(f"{COMFYUI} needs {', '.join(missing)}: uv pip install -r {COMFYUI / 'requirements.txt'}")
+
+
+def missing_requirements(file: Path) -> list[str]:
+    """The packages of a requirements file, up to its first comment, that are not installed."""
+    missing = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        if line.startswith("#"):  # what follows is not essential
+            break
+        if name := re.split(r"[^\w.-]", line.strip())[0]:
+            try:
+                metadata.distribution(name)
+            except metadata.PackageNotFoundError:
+                missing.append(name)
+    return missing
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    require_comfyui()
     return Host(COMFYUI, tmp_path_factory.mktemp("comfyui") / "base")
 
 
@@ -74,8 +97,7 @@ def client(server: ComfyServer) -> Iterator[ComfyClient]:
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """ComfyUI as a library, on the CPU; its folder is on `sys.path` for the length of the test alone."""
-    if not (COMFYUI / "main.py").is_file():
-        pytest.skip(f"no ComfyUI at {COMFYUI} (set COMFYUI_PATH)")
+    require_comfyui()
     # The repository's own folder `nodes` would hide ComfyUI's nodes.py.
     monkeypatch.setattr(sys, "path", [str(COMFYUI), *(entry for entry in sys.path if entry not in ("", os.getcwd()))])
     monkeypatch.setattr(sys, "argv", sys.argv[:1])

@@ -35,7 +35,7 @@ def internals(dense) -> Internals:
 
 
 def curves(dense, slopes):
-    """Rankings 0, 1, 2, … whose error grows as slope · cut²."""
+    """Rankings 0, 1, 2, ... whose error grows as slope * cut^2."""
     cut = torch.arange(513, dtype=torch.float64)
     return {
         site.name: Ranking(torch.arange(site.width), slope * cut**2)
@@ -197,7 +197,7 @@ def test_what_cannot_be_planned_is_said_in_a_sentence(dense, internals, tensors,
     with pytest.raises(UserError, match="between 0 and 1"):
         by_budget(dense, smooth, curve, "obs", share=50)
     save_file({"a": torch.zeros(1)}, tmp_path / "no.safetensors")
-    with pytest.raises(UserError, match="is no pruning plan"):
+    with pytest.raises(UserError, match="is not a pruning plan"):
         PruningPlan.load(tmp_path / "no.safetensors")
     with pytest.raises(UserError, match="not a FLUX checkpoint"):
         Dense.open(tmp_path / "no.safetensors")

@@ -1,7 +1,7 @@
 """One budget for all MLPs: how much to save, spread so that the model's output suffers least.
 
     protected = protected_sites(layout, "double-18")
-    curve = BudgetCurve.of(layout, rankings, store.amplification, multiple=64, protected=protected)
+    curve = BudgetCurve.of(layout, rankings, amplifications(store), multiple=64, protected=protected)
     cuts, error = curve.cuts(0.5 * layout.neurons, "neurons")        # by site, how many go; what that costs
     curve.figure(plan)                               # memory saved against predicted error, before anything is cut
 
@@ -13,6 +13,7 @@ is not convex, its convex hull is followed (the Lagrange relaxation of the choic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,11 +22,48 @@ from typing import Literal
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from ..errors import UserError
 from ..flux.layout import Layout, Site
+from ..recording.amplification import RELATIVE_NOISE, REMOVED, SHIFTED
+from ..recording.store import HiddenStates
+from .curves import Ranking
 from .plan import PruningPlan
-from .scores import Ranking
+
+
+@dataclass(frozen=True)
+class Amplification:
+    """How much an error at one site moves the velocity, by its kind (`recording/amplification.py`); None = not measured."""
+
+    noise: float
+    removed: float | None = None
+    shifted: float | None = None
+
+    def velocity_error(self, ranking: Ranking) -> Tensor:
+        """Predicted relative squared error of the velocity after cutting the first k, float64 [width + 1].
+
+        What is small moves it as noise does, and what is lost altogether as `removed`; in between, the amplification is
+        interpolated on logarithmic scales of the error relative to the output. Both may be apart: the text of a small model
+        matters ten times more when it is gone than noise on it does.
+        """
+        assert ranking.error is not None
+        shift = torch.zeros_like(ranking.error) if ranking.shift is None else ranking.shift
+        small, own = RELATIVE_NOISE**2, ranking.error - shift
+        share = ((own / ranking.energy).clamp(small, 1).log() / math.log(small)).double()  # 1 = as noise, 0 = all
+        removed = self.noise if self.removed is None else self.removed
+        moved = own * self.noise**share * removed ** (1 - share)
+        return (moved + shift * (removed if self.shifted is None else self.shifted)).cummax(0).values
+
+
+def amplifications(store: HiddenStates) -> dict[str, Amplification]:
+    """By site, what was measured of it."""
+    found = store.amplification
+    return {
+        name: Amplification(value, found.get(name + REMOVED), found.get(name + SHIFTED))
+        for name, value in found.items()
+        if not name.endswith((REMOVED, SHIFTED))
+    }
 
 
 @dataclass(frozen=True)
@@ -54,7 +92,7 @@ class BudgetCurve:
         cls,
         layout: Layout,
         rankings: Mapping[str, Ranking],
-        amplification: Mapping[str, float] | None = None,
+        amplification: Mapping[str, Amplification] | None = None,
         multiple: int = 64,
         protected: Collection[str] = (),
     ) -> BudgetCurve:
@@ -77,8 +115,9 @@ class BudgetCurve:
                     "A budget weighs predicted errors against each other, and the score frequency predicts none: choose obs "
                     "(with rows), fluctuation or magnitude."
                 )
-            factor = amplification[site.name] if amplified and amplification else 1.0
-            steps += _steps(site, layout, error * factor, multiple)
+            if amplified and amplification:
+                error = amplification[site.name].velocity_error(rankings[site.name])
+            steps += _steps(site, layout, error, multiple)
         steps.sort(key=lambda step: step.price)  # stable: of equal ones, the earlier site
         return cls(tuple(steps), amplified)
 

@@ -1,6 +1,7 @@
 """A pruned checkpoint: one file that needs no other, and tells what was done to it.
 
     save_pruned("flux1-dev-8b.safetensors", cut)     # or a model with retrained layers in it
+    save_weights("with-lora.safetensors", tensors, plan, report)     # what is pruned already
     pruned = Pruned.open("flux1-dev-8b.safetensors")
     model = Flux.load(pruned.tensors)
     pruned.plan.table(), pruned.report
@@ -13,10 +14,11 @@ header held.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +26,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import check_replaces, kind_of, stream_safetensors, write_safetensors
+from ..files import check_replaces, kind_of, stream_safetensors
 from ..flux.checkpoint import Checkpoint, open_safetensors, require_format
-from ..flux.layout import FAMILY_NAMES, Layout, Site, canonical_key
+from ..flux.layout import FAMILY_NAMES, Layout, Site, canonical_key, read_layout
 from ..progress import Progress, part, silent
 from .dense import KEPT, PRUNED_FORMAT, Dense
 from .plan import PruningPlan
@@ -53,15 +55,19 @@ class Pruned:
     def open(cls, path: str | os.PathLike[str]) -> Pruned:
         """Reads the header; raises `UserError` where the file is damaged or no pruned checkpoint."""
         with open_safetensors(path) as file:
-            advice = "Dense checkpoints load in the ordinary loader."
+            advice = (
+                "Dense checkpoints load in the ordinary loader. A pruned MODEL is saved with Save Pruned FLUX: ModelSave and "
+                "CheckpointSave leave out its plan."
+            )
             header = require_format(file.metadata(), path, PRUNED_FORMAT, "pruned checkpoint", advice)
             try:
                 kept = {key.removeprefix(KEPT): file.get_tensor(key) for key in file.keys() if key.startswith(KEPT)}
                 plan = PruningPlan.from_header(header, kept)
                 report = {name: RepairReport(**site) for name, site in json.loads(header["repair"]).items()}
-            except (KeyError, ValueError, TypeError) as error:
+            except (KeyError, ValueError, TypeError, AttributeError) as error:
                 raise UserError(f"{path} is a damaged pruned checkpoint ({error}): copy it again or make it again.") from error
         checkpoint = Checkpoint(path)
+        _require_widths(checkpoint.layout, plan, str(path))
         return cls(
             path=Path(path),
             tensors=_Only(checkpoint, [key for key in checkpoint if not key.startswith("flux_poke.")]),
@@ -76,40 +82,24 @@ class Pruned:
 def save_pruned(path: str | os.PathLike[str], changed: Changed, fold: bool = False, progress: Progress = silent) -> None:
     """Writes a cut or replaced checkpoint as a whole, one tensor in memory at a time.
 
-    Args:
-        fold: also write what exact conversion of LoRAs needs after affine repair: [cut, kept] numbers in bf16 per MLP, on
-        disk only. progress: told after every tensor; an exception from it leaves no file.
-
-    Raises `UserError`, before anything is computed, where a file at `path` is no pruned checkpoint.
+    `fold`: also write what exact conversion of LoRAs needs after affine repair: [cut, kept] numbers in bf16 per MLP, on disk
+    only. Raises `UserError`, before anything is computed, where a file at `path` is not a pruned checkpoint, and without a file
+    being left where a tensor holds a number that is not finite.
     """
     check_replaces(path, PRUNED_FORMAT)
     report = changed.work_out(part(progress, 0, 2), fold)
     kinds = {key: changed.kind(key) for key in changed}
-    extra: dict[str, Callable[[], Tensor]] = {}
+    folds: dict[str, Callable[[], Tensor]] = {}
     for name, kept in changed.plan.kept.items():
-        extra[f"{KEPT}{name}"] = kept.int
-        kinds[f"{KEPT}{name}"] = kind_of(kept.int())
         for what, kind in _fold_kinds(changed.dense.layout.site(name), len(kept), report[name].method, fold).items():
-            extra[f"{FOLD}{name}.{what}"] = partial(_fold_part, changed, name, what)
+            folds[f"{FOLD}{name}.{what}"] = partial(_fold_part, changed, name, what)
             kinds[f"{FOLD}{name}.{what}"] = kind
-    repaired = {name: asdict(site) for name, site in report.items()}
-    header = {
-        **_passed_on(changed.dense),
-        **changed.plan.header(),
-        "format": PRUNED_FORMAT,
-        "repair": json.dumps(repaired),
-    }
-    done = 0
 
     def tensor(key: str) -> Tensor:
-        nonlocal done
         changed.dense.release()
-        value = extra[key]() if key in extra else changed[key]
-        done += 1
-        progress(f"writing {key}", len(kinds) + done, 2 * len(kinds))
-        return value
+        return folds[key]() if key in folds else changed[key]
 
-    stream_safetensors(path, kinds, tensor, header)
+    _write(path, kinds, tensor, changed.plan, report, _passed_on(changed.dense), part(progress, 1, 2))
 
 
 def save_weights(
@@ -118,28 +108,18 @@ def save_weights(
     plan: PruningPlan,
     report: Mapping[str, RepairReport],
     progress: Progress = silent,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a pruned model as it is in memory, with LoRAs merged say; `tensors` (canonical keys) are read one at a time.
+    """Writes tensors that are pruned already (canonical keys) as a pruned checkpoint: those of a model with LoRAs merged into
+    them, or retrained; they are read one at a time. What conversion of LoRAs would need is not in it.
 
-    What LoRAs need to follow affine repair is not stored. Raises `UserError` where a file at `path` is not a pruned checkpoint.
+    `report` tells what the kept neurons of each site were repaired with, `metadata` is passed on. Raises `UserError`, leaving
+    no file, where `plan` is not what was cut of them, or a tensor holds a number that is not finite.
     """
     check_replaces(path, PRUNED_FORMAT)
-    kept = {f"{KEPT}{name}": indices.int() for name, indices in plan.kept.items()}
-    kinds = {key: kind_of(tensor) for key, tensor in (*tensors.items(), *kept.items())}
-    header = {
-        **plan.header(),
-        "format": PRUNED_FORMAT,
-        "repair": json.dumps({name: asdict(site) for name, site in report.items()}),
-    }
-    done = 0
-
-    def tensor(key: str) -> Tensor:
-        nonlocal done
-        progress(f"writing {key}", done, len(kinds))
-        done += 1
-        return kept[key] if key in kept else tensors[key]
-
-    stream_safetensors(path, kinds, tensor, header)
+    kinds = {key: kind_of(tensor) for key, tensor in tensors.items()}
+    _require_widths(read_layout({key: shape for key, (_, shape) in kinds.items()}, "The model"), plan, "The model")
+    _write(path, kinds, tensors.__getitem__, plan, report, metadata or {}, progress)
 
 
 def save_changed(
@@ -152,14 +132,60 @@ def save_changed(
 
     `report` tells of the sites they belong to.
     """
-    with open_safetensors(pruned) as file:
-        unknown = sorted(tensors.keys() - set(file.keys()))
-        if unknown:
-            raise UserError(f"{pruned} has no {unknown[0]}: these tensors belong to another model.")
-        whole = {key: tensors[key] if key in tensors else file.get_tensor(key) for key in file.keys()}
-        header = file.metadata()
-        told = {**json.loads(header["repair"]), **{name: asdict(site) for name, site in report.items()}}
-        write_safetensors(path, whole, {**header, "repair": json.dumps(told)})
+    found = Pruned.open(pruned)
+    unknown = sorted(tensors.keys() - found.tensors.keys())
+    if unknown:
+        raise UserError(f"{pruned} has no {unknown[0]}: these tensors belong to another model.")
+    save_weights(path, {**found.tensors, **tensors}, found.plan, {**found.report, **report}, metadata=found.metadata)
+
+
+def _write(
+    path: str | os.PathLike[str],
+    kinds: Mapping[str, tuple[str, tuple[int, ...]]],
+    tensor: Callable[[str], Tensor],
+    plan: PruningPlan,
+    report: Mapping[str, RepairReport],
+    metadata: Mapping[str, str],
+    progress: Progress,
+) -> None:
+    """A pruned checkpoint of the tensors in `kinds` and the kept indices, one tensor in memory at a time.
+
+    The file may be passed on: of the dense model and the recording it names the files, not where they lie.
+    """
+    kept = {f"{KEPT}{name}": indices.int() for name, indices in plan.kept.items()}
+    plan = replace(plan, checkpoint=Path(plan.checkpoint).name, recording=Path(plan.recording).name)
+    repaired = json.dumps({name: asdict(site) for name, site in report.items()})
+    header = {**metadata, **plan.header(), "format": PRUNED_FORMAT, "repair": repaired}
+    written = itertools.count(1)
+
+    def next_tensor(key: str) -> Tensor:
+        value = kept[key] if key in kept else _require_finite(tensor(key), key)
+        progress(f"writing {key}", next(written), len(kinds) + len(kept))
+        return value
+
+    stream_safetensors(path, {**kinds, **{key: kind_of(indices) for key, indices in kept.items()}}, next_tensor, header)
+
+
+def _require_finite(tensor: Tensor, key: str) -> Tensor:
+    """`tensor`; raises `UserError` where it holds a number that is not finite. Numbers of 8 bits are not looked at."""
+    if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not torch.isfinite(tensor).all():
+        raise UserError(
+            f"{key} holds numbers that are not finite, with which every picture is black: look at the model, the recording or "
+            "the LoRA that it was made with."
+        )
+    return tensor
+
+
+def _require_widths(layout: Layout, plan: PruningPlan, source: str) -> None:
+    """Raises `UserError` where the MLPs of a pruned model are not as wide as `plan` leaves them."""
+    for site in layout.sites:
+        width = plan.widths.get(site.name, 0)
+        expected = plan.unknown.get(site.name, len(plan.kept.get(site.name, range(width))))
+        if site.width != expected:
+            raise UserError(
+                f"{source} has {site.width:,} neurons in {site.name}, and its plan leaves {expected:,}: they do not belong "
+                "together."
+            )
 
 
 def inspect(path: str | os.PathLike[str]) -> str:
@@ -192,7 +218,7 @@ class _Only(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         if key not in self.names:
             raise KeyError(key)
-        return self.checkpoint[key]
+        return _require_finite(self.checkpoint[key], key)
 
     def __iter__(self):
         return iter(self.names)

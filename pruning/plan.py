@@ -31,8 +31,8 @@ from ..files import write_safetensors
 from ..flux.checkpoint import open_safetensors, require_format
 from ..flux.fingerprint import Fingerprint
 from ..recording.internals import site_order
+from .curves import Ranking, predicted_errors
 from .dense import Dense
-from .scores import Ranking, predicted_errors
 
 FORMAT = "flux-poke plan 1"
 _SITE = re.compile(r"(double-(img|txt)|single)-\d{1,4}")

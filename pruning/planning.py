@@ -26,10 +26,11 @@ from ..errors import UserError
 from ..flux.layout import Layout, Site, select_sites
 from ..progress import Progress, silent
 from ..recording.recording import Recording
-from .budget import BudgetCurve, protected_sites
+from .budget import Amplification, BudgetCurve, amplifications, protected_sites
+from .curves import Ranking
 from .dense import Dense
 from .plan import PruningPlan, from_rankings, plan_figure
-from .scores import SCORES, Ranking, rank, require_internals
+from .scores import SCORES, rank, require_internals
 
 #: First and last block of a range, both in it; None = all of them.
 Layers = tuple[int, int] | None
@@ -168,8 +169,16 @@ class ByBudget:
 
     def plan(self, dense: Dense, recording: Recording, device: torch.device | str, progress: Progress) -> Planned:
         layout = dense.layout
-        rankings = rank(self.score, dense, recording, None, device, progress)
-        amplification = recording.states().amplification if "amplification" in recording.kinds else {}
+        amplification = amplifications(recording.states()) if "amplification" in recording.kinds else {}
+        unmeasured = [site.name for site in layout.sites if site.name not in amplification]
+        if self.score != "obs" and ("rows" not in recording.kinds or unmeasured):
+            lacks = f"no amplification of {unmeasured[0]}" if "rows" in recording.kinds else "no rows"
+            raise UserError(
+                f"A budget by {self.score} weighs errors that are measured on rows by what they do to the picture, and "
+                f"{recording.folder} holds {lacks}: record rows with probe "
+                "steps (Record, or `uv run flux-poke record`), or plan by count."
+            )
+        rankings = rank(self.score, dense, recording, None, device, progress, measured=True)
         curve = self._curve(layout, rankings, amplification)
         amount, of, words = self._amount(layout)
         cuts, error = curve.cuts(amount, of)
@@ -177,7 +186,6 @@ class ByBudget:
         plan = from_rankings(dense, rankings, cuts, self.score, f"by budget, {words}, score {self.score}, errors {weighed}")
         if curve.amplified:
             return Planned(replace(plan, velocity_error=error), (), curve)
-        unmeasured = [site.name for site in layout.sites if site.name not in amplification]
         known = len(layout.sites) - len(unmeasured)
         note = (
             f"An error counts alike wherever it is made, since what it does to the picture was measured of {known} of "
@@ -186,7 +194,9 @@ class ByBudget:
         )
         return Planned(plan, (note,), curve)
 
-    def _curve(self, layout: Layout, rankings: Mapping[str, Ranking], amplification: Mapping[str, float]) -> BudgetCurve:
+    def _curve(
+        self, layout: Layout, rankings: Mapping[str, Ranking], amplification: Mapping[str, Amplification]
+    ) -> BudgetCurve:
         return BudgetCurve.of(layout, rankings, amplification, self.multiple, protected_sites(layout, self.protect))
 
     def _amount(self, layout: Layout) -> tuple[float, Literal["neurons", "parameters"], str]:
@@ -211,12 +221,7 @@ def make_plan(
     """
     require_device(device)
     what.check(dense.layout)
-    recorded = recording.fingerprint()
-    if not recorded.matches(dense.fingerprint):
-        raise UserError(
-            f"{recording.folder} was recorded on another model than {dense.source}: {recorded.difference(dense.fingerprint)}. "
-            "Record this one, or choose the checkpoint that the recording belongs to."
-        )
+    recording.require(dense.fingerprint, dense.source)
     planned = what.plan(dense, recording, device, progress)
     plan = replace(planned.plan, recording=os.path.abspath(recording.folder), settings=settings_of(what))
     return replace(planned, plan=plan)
@@ -235,11 +240,11 @@ def open_dense(plan: PruningPlan, override: str | os.PathLike[str] | None = None
     """
     path = str(override or plan.checkpoint)
     if not path:
-        raise UserError("The plan does not tell which checkpoint it was made from: choose the dense model (--checkpoint FILE).")
+        raise UserError("The plan does not tell what checkpoint it is of: choose it (Load Plan, or --checkpoint FILE).")
     if not Path(path).is_file():
         raise UserError(
             f"The dense model {path} is not there, and the plan was made from it: put it back, or choose where it is now "
-            "(--checkpoint FILE)."
+            "(Load Plan, or --checkpoint FILE)."
         )
     dense = Dense.open(path)
     plan.require(dense)
@@ -253,15 +258,14 @@ def open_recording(plan: PruningPlan, override: str | os.PathLike[str] | None = 
     """
     path = str(override or plan.recording)
     if not path:
-        raise UserError("The plan does not tell which recording it was made from: choose its folder (--recording FOLDER).")
+        raise UserError("The plan does not tell what recording it is of: choose it (Load Plan, or --recording FOLDER).")
     if not Path(path).exists():
         raise UserError(
             f"The recording {path} is not there, and the plan was made from it: put it back, or choose where it is now "
-            "(--recording FOLDER)."
+            "(Load Plan, or --recording FOLDER)."
         )
     recording = Recording.open(path)
-    if not recording.fingerprint().matches(plan.fingerprint):
-        raise UserError(f"{path} was recorded on another model than the plan was made for: choose the one that belongs to it.")
+    recording.require(plan.fingerprint, "the plan's model")
     return recording
 
 

@@ -71,6 +71,7 @@ class Repairs(Mapping[str, Repaired]):
         self.recording = recording
         if method == "bias":
             self.internals = require_internals(recording.internals(), dense, sites, "repair = bias")
+            self.internals.require_sums("repair = bias")
             return
         self.rows = require_rows(recording.states(), dense, sites, "repair = affine")
         self._of_rows = recorded_rows(recording)

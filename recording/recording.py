@@ -130,12 +130,15 @@ class Recording:
                 "Choose the recording that belongs to it, or a new folder."
             )
 
-    def check_writable(self, fingerprint: Fingerprint, what: str) -> None:
-        """Raises `UserError` where nothing of the model with `fingerprint`, called `what`, could be recorded here: checked before
-        the work."""
+    def check_writable(self, fingerprint: Fingerprint, what: str, internals: bool) -> None:
+        """Raises `UserError` where nothing of the model with `fingerprint`, called `what`, could be recorded here.
+
+        `internals`: whether they are to be.
+        """
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file: expected a folder to record to. Choose another name.")
-        check_file(self.internals_file, fingerprint)
+        if internals:
+            check_file(self.internals_file, fingerprint)
         self.require(fingerprint, what)
 
     def fingerprint(self) -> Fingerprint | None:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from ..errors import UserError
 from ..files import write_safetensors
-from ..flux.autoencoder import CHANNELS, Autoencoder
+from ..flux.autoencoder import Autoencoder
 from ..flux.checkpoint import open_safetensors
 from ..flux.layout import Layout
 from ..flux.model import Flux
@@ -157,10 +157,11 @@ def flux_loss(
     return loss
 
 
-def tiny_layout(config: dict[str, Any]) -> Layout:
+def tiny_layout(config: Mapping[str, Any]) -> Layout:
     """FLUX.1's layout at the widths of `config`."""
-    sizes = {"context": config["text_width"], "vector": config["text_width"], "ratio": config["mlp_ratio"]}
-    return Layout.of("flux1", config["hidden"], config["depth"], config["depth_single"], channels=4 * CHANNELS, **sizes)
+    text = config["text_width"]
+    sizes = {"context": text, "vector": text, "ratio": config["mlp_ratio"]}
+    return Layout.of("flux1", config["hidden"], config["depth"], config["depth_single"], **sizes)
 
 
 def _batch(count: int, size: int, step: int) -> Tensor:

@@ -377,6 +377,32 @@ def test_rows_that_are_not_finite_are_refused_where_they_are_read(store, flux, i
     assert len(everything(store, "single-1")) == 8
 
 
+@pytest.mark.parametrize("damage", ["sigma is missing", "a part is shorter"])
+def test_a_shard_that_lacks_something_is_named(store, flux, inputs, damage):
+    draw(flux, RowRecorder(flux.layout.sites, store, RowChoice(rows=4)), inputs)
+    path = store.folder / store.manifest.shards[0].file
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    sigma = tensors.pop("single-0.sigma")
+    if damage == "a part is shorter":
+        tensors["single-0.sigma"] = sigma[1:].clone()
+    save_file(tensors, path, metadata)
+    with pytest.raises(UserError, match=r"rows-00000\.safetensors is damaged at single-0"):
+        everything(store, "single-0")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"file": "../x.safetensors"}, {"kind": "cows"}, {"file": "lens-00000.safetensors"}, {"id": None}]
+)
+def test_a_manifest_names_files_of_its_own_folder_alone(store, flux, inputs, wrong):
+    draw(flux, RowRecorder(flux.layout.sites, store, RowChoice(rows=4)), inputs)
+    manifest = json.loads((store.folder / MANIFEST).read_text())
+    manifest["shards"][0] |= wrong
+    (store.folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        HiddenStates.open(store.folder)
+
+
 @pytest.mark.parametrize("wrong", [{0.5: [float("nan"), 1]}, {0.5: [-1.0, 1]}, {0.5: [1.0, 0]}, {-0.5: [1.0, 1]}, {0.5: 1.0}])
 def test_amplifications_that_cannot_have_been_measured_are_damage(store, wrong):
     manifest = json.loads((store.folder / MANIFEST).read_text())

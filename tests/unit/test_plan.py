@@ -2,16 +2,21 @@
 # mypy: disable-error-code="index"
 
 import itertools
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from flux_poke.errors import UserError
-from flux_poke.pruning.budget import BudgetCurve, by_budget, neuron_parameters, protected_sites, rising_means
+from flux_poke.pruning.budget import Amplification, BudgetCurve, neuron_parameters, protected_sites, rising_means
+from flux_poke.pruning.curves import Ranking
 from flux_poke.pruning.dense import Dense
-from flux_poke.pruning.plan import PruningPlan, by_count, by_threshold
-from flux_poke.pruning.scores import Ranking, rank
+from flux_poke.pruning.plan import PruningPlan, from_rankings
+from flux_poke.pruning.planning import ByCount, make_plan
+from flux_poke.pruning.scores import rank
 from flux_poke.recording.internals import Internals
+from flux_poke.recording.recording import Recording
 from flux_poke.recording.statistics import SiteInternals
 from flux_poke.recording.store import HiddenStates
 from safetensors.torch import save_file
@@ -24,14 +29,27 @@ def dense(tensors) -> Dense:
 
 
 @pytest.fixture
-def internals(dense) -> Internals:
+def recording(dense, tmp_path) -> Recording:
     """100 tokens of every site; neuron j fired j % 50 times."""
+    return record_counts(dense, tmp_path / "recording")
+
+
+def record_counts(dense, folder) -> Recording:
     generator = torch.Generator().manual_seed(0)
     sites = {}
     for site in dense.layout.sites:
         h = torch.randn(100, site.width, generator=generator, dtype=torch.float64) + torch.rand(site.width, generator=generator)
         sites[site.name] = SiteInternals(torch.arange(site.width) % 50, 100, h.sum(0), h.square().sum(0))
-    return Internals.new("flux1", dense.fingerprint, sites, steps=1)
+    recording = Recording.at(folder)
+    Internals.new("flux1", dense.fingerprint, sites, steps=1).save(recording.internals_file)
+    return recording
+
+
+def budget_plan(dense, rankings, curve, amount, of="neurons"):
+    """The plan of a budget on made-up curves."""
+    cuts, error = curve.cuts(amount, of)
+    plan = from_rankings(dense, rankings, cuts, "obs", "by budget")
+    return replace(plan, velocity_error=error) if curve.amplified else plan
 
 
 def curves(dense, slopes):
@@ -43,15 +61,15 @@ def curves(dense, slopes):
     }
 
 
-def test_frequency_cuts_the_rarest_and_of_equal_ones_the_first(dense, internals):
-    order = rank("frequency", dense, internals)["double-img-0"].order
+def test_frequency_cuts_the_rarest_and_of_equal_ones_the_first(dense, recording):
+    order = rank("frequency", dense, recording)["double-img-0"].order
     assert order[:12].tolist() == [0, 50, 100, 150, 200, 250, 300, 350, 400, 450, 500, 1]
 
 
 @pytest.mark.parametrize("score", ["magnitude", "fluctuation"])
-def test_scores_are_the_neurons_own_share_of_the_output(dense, internals, score):
-    ranking = rank(score, dense, internals)["single-1"]
-    site = internals.sites["single-1"]
+def test_scores_are_the_neurons_own_share_of_the_output(dense, recording, score):
+    ranking = rank(score, dense, recording)["single-1"]
+    site = recording.internals().sites["single-1"]
     down = dense.tensors["single_blocks.1.linear2.weight"][:, 128:].double()
     second = site.sum_sq / 100 - (0 if score == "magnitude" else (site.sum / 100) ** 2)
     expected = [(second[j] * (down[:, j] ** 2).sum()).item() for j in range(512)]
@@ -59,36 +77,18 @@ def test_scores_are_the_neurons_own_share_of_the_output(dense, internals, score)
     assert ranking.error[-1].item() == pytest.approx(sum(expected))
 
 
-def test_by_count_cuts_the_first_of_the_ranking_in_the_given_layers(dense, internals):
-    rankings = rank("fluctuation", dense, internals)
-    plan = by_count(dense, rankings, "fluctuation", img_cut=100, txt_cut=0, single_cut=7, double=(1, 1), single=(0, 0))
-    assert plan.cut == {"double-img-1": 100, "single-0": 7}
-    assert plan.removed("double-img-1").tolist() == sorted(rankings["double-img-1"].order[:100].tolist())
-    assert plan.masked_count == "img100_txt0_single7"
-    assert plan.neurons == (6 * 512 - 107, 6 * 512)
-
-
-def test_by_threshold_keeps_what_fires_often_enough(dense, internals):
-    plan = by_threshold(dense, internals, img_threshold=10, txt_threshold=0.0, single_threshold=49)
-    assert plan.kept["double-img-0"].tolist() == [j for j in range(512) if j % 50 >= 10]
-    assert plan.kept["single-0"].tolist() == list(range(49, 512, 50))
-    assert "double-txt-0" not in plan.kept
-    rate = by_threshold(dense, internals, img_threshold=0.1, on="rate")
-    assert torch.equal(rate.kept["double-img-0"], plan.kept["double-img-0"])
-
-
 def test_a_budget_is_the_cheapest_of_all_ways_to_cut_as_much(dense):
     """Against every combination of widths, for two sites that may be cut."""
     slopes = [1.0, 2.7, 5.0, 1.0, 1.0, 1.0]
     rankings = curves(dense, slopes)
-    amplification = {site.name: 1.0 + n for n, site in enumerate(dense.layout.sites)}
+    amplification = {site.name: Amplification(1.0 + n) for n, site in enumerate(dense.layout.sites)}
     protected = [site.name for site in dense.layout.sites[2:]]
     curve = BudgetCurve.of(dense.layout, rankings, amplification, multiple=64, protected=protected)
-    plan = by_budget(dense, rankings, curve, "obs", share=448 / 3072)
+    plan = budget_plan(dense, rankings, curve, 448)
     names = [site.name for site in dense.layout.sites[:2]]
 
     def error(cuts):
-        return sum(rankings[name].error[cut].item() * amplification[name] for name, cut in zip(names, cuts, strict=True))
+        return sum(rankings[name].error[cut].item() * amplification[name].noise for name, cut in zip(names, cuts, strict=True))
 
     ways = [cuts for cuts in itertools.product(range(0, 449, 64), repeat=2) if sum(cuts) == 448]
     best = min(ways, key=error)
@@ -105,7 +105,7 @@ def test_neurons_that_pay_only_together_are_cut_together(dense):
     rankings["double-txt-0"] = Ranking(cut[:512], 4.0 * cut.double() / 64)
     protected = [site.name for site in dense.layout.sites[2:]]
     curve = BudgetCurve.of(dense.layout, rankings, None, multiple=64, protected=protected)
-    assert by_budget(dense, rankings, curve, "obs", share=192 / 3072).cut == {"double-img-0": 192}
+    assert budget_plan(dense, rankings, curve, 192).cut == {"double-img-0": 192}
 
 
 def test_prices_are_the_isotonic_regression_of_the_marginal_costs():
@@ -118,7 +118,7 @@ def test_prices_are_the_isotonic_regression_of_the_marginal_costs():
 def test_budget_widths_are_multiples_and_never_zero(dense):
     rankings = curves(dense, [1e-9, 1, 1, 1, 1, 1])
     for multiple in (64, 100):
-        plan = by_budget(dense, rankings, BudgetCurve.of(dense.layout, rankings, None, multiple), "obs", share=0.75)
+        plan = budget_plan(dense, rankings, BudgetCurve.of(dense.layout, rankings, None, multiple), 0.75 * 3072)
         assert len(plan.kept["double-img-0"]) == multiple
         assert all(len(kept) % multiple == 0 and len(kept) for kept in plan.kept.values())
         assert plan.velocity_error is None
@@ -127,35 +127,41 @@ def test_budget_widths_are_multiples_and_never_zero(dense):
 def test_a_budget_in_gigabytes_saves_that_much(dense):
     rankings = curves(dense, range(1, 7))
     curve = BudgetCurve.of(dense.layout, rankings, None)
-    plan = by_budget(dense, rankings, curve, "obs", gigabytes=2e-4, dtype=torch.float32)
+    plan = budget_plan(dense, rankings, curve, 2e-4 * 1e9 / 4, "parameters")
     cut = sum(plan.cut.values())
     each = neuron_parameters(dense.layout, dense.layout.sites[0])
     assert each == 128 + 1 + 128
     assert cut * each * 4 >= 2e5 > (cut - 64) * each * 4
 
 
-def test_the_same_recording_gives_the_same_plan(dense, internals):
-    plans = [by_count(dense, rank("magnitude", dense, internals), "magnitude", img_cut=99) for _ in range(2)]
+def test_the_same_recording_gives_the_same_plan(dense, recording):
+    plans = [make_plan(dense, recording, ByCount(img=99, score="magnitude")).plan for _ in range(2)]
     assert plans[0].digest == plans[1].digest
-    assert by_count(dense, rank("fluctuation", dense, internals), "fluctuation", img_cut=99).digest != plans[0].digest
+    assert make_plan(dense, recording, ByCount(img=99, score="fluctuation")).plan.digest != plans[0].digest
 
 
 def test_a_plan_is_read_as_it_was_saved(dense, tmp_path):
     rankings = curves(dense, range(1, 7))
-    amplification = {site.name: 2.0 for site in dense.layout.sites}
-    plan = by_budget(dense, rankings, BudgetCurve.of(dense.layout, rankings, amplification), "obs", share=0.4)
+    amplification = {site.name: Amplification(2.0) for site in dense.layout.sites}
+    plan = budget_plan(dense, rankings, BudgetCurve.of(dense.layout, rankings, amplification), 0.4 * 3072)
+    plan = replace(
+        plan, checkpoint="dense.safetensors", recording="portraits", settings={"by": "threshold", "img": 1234567.8901}
+    )
     plan.save(tmp_path / "plan.safetensors")
     loaded = PruningPlan.load(tmp_path / "plan.safetensors")
     assert loaded.digest == plan.digest
     assert loaded.table() == plan.table()
     assert (loaded.predicted, loaded.velocity_error, loaded.widths) == (plan.predicted, plan.velocity_error, plan.widths)
     assert loaded.fingerprint.matches(dense.fingerprint)
+    assert (loaded.checkpoint, loaded.recording, loaded.settings) == (plan.checkpoint, plan.recording, plan.settings)
+    assert "\n" not in loaded.totals()
+    assert loaded.table().startswith(loaded.totals())
 
 
 def test_the_curve_is_drawn_with_the_plan_on_it(dense):
     rankings = curves(dense, range(1, 7))
     curve = BudgetCurve.of(dense.layout, rankings, None)
-    plan = by_budget(dense, rankings, curve, "obs", share=0.5)
+    plan = budget_plan(dense, rankings, curve, 0.5 * 3072)
     axes = curve.figure(plan).axes[0]
     memory, error = np.asarray(axes.lines[0].get_xydata()).T
     assert len(memory) == len(curve.steps)
@@ -173,48 +179,82 @@ def test_protected_layers_are_named_by_block_or_mlp(dense):
         protected_sites(dense.layout, "double-7")
 
 
-def test_what_cannot_be_planned_is_said_in_a_sentence(dense, internals, tensors, tmp_path):
-    rankings = rank("frequency", dense, internals)
-    other = Dense.of(tensors("flux1", seed=9), source="other.safetensors")
-    with pytest.raises(UserError, match=r"recorded on another model than other.safetensors"):
-        rank("frequency", other, internals)
-    with pytest.raises(UserError, match="Internals are missing"):
-        rank("fluctuation", dense)
-    with pytest.raises(UserError, match="Rows are missing"):
-        rank("obs", dense, internals)
-    with pytest.raises(UserError, match=r"single_cut is 512, but single-0 has 512 neurons: cut 0 to 511"):
-        by_count(dense, rankings, "frequency", single_cut=512)
-    with pytest.raises(UserError, match=r"double layers 0 to 2 .* blocks are 0 to 1"):
-        by_count(dense, rankings, "frequency", img_cut=1, double=(0, 2))
-    with pytest.raises(UserError, match=r"all of them would be cut"):
-        by_threshold(dense, internals, img_threshold=50)
-    with pytest.raises(UserError, match="score frequency predicts none"):
-        BudgetCurve.of(dense.layout, rankings)
-    smooth = curves(dense, [1] * 6)
-    curve = BudgetCurve.of(dense.layout, smooth)
-    with pytest.raises(UserError, match="protect fewer layers"):
-        by_budget(dense, smooth, curve, "obs", share=0.95)
-    with pytest.raises(UserError, match="between 0 and 1"):
-        by_budget(dense, smooth, curve, "obs", share=50)
+def test_an_error_counts_as_noise_where_it_is_small_and_as_all_where_it_is_all():
+    """In between on logarithmic scales; and the mean that is not repaired counts by itself."""
+    error = torch.tensor([0.0, 0.01, 0.1, 1.0], dtype=torch.float64) * 8
+    amplification = Amplification(noise=3.0, removed=27.0, shifted=100.0)
+    found = amplification.velocity_error(Ranking(torch.arange(3), error, energy=8.0))
+    assert found.tolist() == pytest.approx([0, 0.08 * 3, 0.8 * 9, 8 * 27])
+    shift = torch.tensor([0.0, 0.0, 0.0, 2.0], dtype=torch.float64)
+    moved = amplification.velocity_error(Ranking(torch.arange(3), error + shift, energy=8.0, shift=shift))
+    assert moved.tolist() == pytest.approx([0, 0.08 * 3, 0.8 * 9, 8 * 27 + 200])
+    assert Amplification(3.0).velocity_error(Ranking(torch.arange(3), error, energy=8.0)).tolist() == pytest.approx(
+        (3 * error).tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    ("indices", "said"),
+    [
+        (torch.zeros(192, dtype=torch.int32), "ascending"),
+        (torch.arange(88, 600).int(), "from 0 to 511"),
+        (torch.arange(-1, 5).int(), "from 0 to 511"),
+        (torch.arange(10).int().flip(0), "ascending"),
+        (torch.arange(10).int().reshape(2, 5), r"\(2, 5\)"),
+        (torch.arange(0).int(), "at least one"),
+        (torch.arange(10).float(), "float32"),
+    ],
+)
+def test_kept_indices_that_cannot_be_are_refused(dense, tmp_path, indices, said):
+    header = PruningPlan.keeping_all(dense).header()
+    save_file({"single-0": indices}, tmp_path / "plan.safetensors", header)
+    with pytest.raises(UserError, match=rf"damaged pruning plan .*{said}"):
+        PruningPlan.load(tmp_path / "plan.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"widths": []}, {"widths": {"single-0": "512"}}, {"widths": {"single-0": -1}}, {"widths": {"nonsense": 5}},
+        {"predicted": {"single-0": float("nan")}}, {"velocity_error": float("inf")}, {"velocity_error": "small"},
+        {"unknown": {"single-0": 600}}, {"unknown": {"single-9": 6}}, {"settings": 7},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_header_that_cannot_be_is_refused(dense, tmp_path, change):
+    header = PruningPlan.keeping_all(dense).header()
+    header["plan"] = json.dumps({**json.loads(header["plan"]), **change})
+    save_file({"single-0": torch.arange(5).int()}, tmp_path / "plan.safetensors", header)
+    with pytest.raises(UserError, match="damaged pruning plan"):
+        PruningPlan.load(tmp_path / "plan.safetensors")
+
+
+def test_what_is_no_plan_or_no_model_is_said_in_a_sentence(dense, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "no.safetensors")
     with pytest.raises(UserError, match="is not a pruning plan"):
         PruningPlan.load(tmp_path / "no.safetensors")
     with pytest.raises(UserError, match="not a FLUX checkpoint"):
         Dense.open(tmp_path / "no.safetensors")
+    with pytest.raises(UserError, match="protect fewer layers"):
+        BudgetCurve.of(dense.layout, curves(dense, [1] * 6)).cuts(0.95 * 3072, "neurons")
 
 
-def test_too_few_rows_are_refused_with_how_many_are_needed(dense, tmp_path):
-    store = HiddenStates.for_model(tmp_path, "flux1", dense.fingerprint)
+def store_of(recording, dense):
+    return HiddenStates.for_model(recording.states_folder, "flux1", dense.fingerprint)
+
+
+def test_too_few_rows_are_refused_with_how_many_are_needed(dense, recording):
+    store = store_of(recording, dense)
     for site in dense.layout.sites:
         store.append("rows", {f"{site.name}.x": torch.zeros(511, 128), f"{site.name}.image": torch.zeros(511)})
     with pytest.raises(UserError, match=r"holds 511 rows of single-0.*at least 640 are needed"):
-        rank("obs", dense, rows=store)
+        rank("obs", dense, recording)
     with pytest.raises(UserError, match=r"at least 640 are needed"):
-        rank("obs", dense, rows=store, sites=[dense.layout.site("single-0")])
+        rank("obs", dense, recording, [dense.layout.site("single-0")])
 
 
-def test_a_ranking_is_kept_for_its_rows_and_made_anew_where_it_is_damaged_or_outgrown(dense, tmp_path):
-    store, site = HiddenStates.for_model(tmp_path, "flux1", dense.fingerprint), dense.layout.sites[0]
+def test_a_ranking_is_kept_for_its_rows_and_made_anew_where_it_is_damaged_or_outgrown(dense, recording):
+    store, site = store_of(recording, dense), dense.layout.sites[0]
 
     def record(images):
         x = torch.randn(len(images), 128, generator=torch.Generator().manual_seed(len(images)))
@@ -222,18 +262,18 @@ def test_a_ranking_is_kept_for_its_rows_and_made_anew_where_it_is_damaged_or_out
         store.append("rows", {f"{site.name}.{part}": values for part, values in rows.items()})
 
     def ranked():
-        return rank("obs", dense, rows=store, sites=[site])[site.name].order
+        return rank("obs", dense, recording, [site])[site.name].order
 
     record(torch.arange(600) % 10)
     first = ranked()
-    (file,) = (tmp_path / "rankings").iterdir()
+    (file,) = (recording.cache / "rankings").iterdir()
     whole, written = file.read_bytes(), file.stat().st_mtime_ns
     assert torch.equal(ranked(), first)
     assert file.stat().st_mtime_ns == written
     file.write_bytes(whole[:1000])
     assert torch.equal(ranked(), first)
-    assert file.read_bytes() == whole
+    assert file.stat().st_size == len(whole)
     record(torch.arange(700) % 10)
     assert not torch.equal(ranked(), first)
-    (newer,) = (tmp_path / "rankings").iterdir()
+    (newer,) = (recording.cache / "rankings").iterdir()
     assert newer != file

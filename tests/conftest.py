@@ -1,6 +1,7 @@
 """A real ComfyUI server with this pack in its custom_nodes, for the host and browser tests.
 
-It is looked for at $COMFYUI_PATH, else ~/comfy/ComfyUI; where there is none, these tests are skipped. $COMFYUI_PATH_OLD names
+It is looked for at $COMFYUI_PATH, else ~/comfy/ComfyUI; where there is none, or what it requires is not installed in this
+environment, these tests are skipped. $COMFYUI_PATH_OLD names
 an older one for the compatibility tests.
 """
 
@@ -8,15 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
-from importlib import metadata
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 from flux_poke.headless.client import ComfyClient
 from flux_poke.headless.server import ComfyServer
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
@@ -55,24 +56,25 @@ class Host:
 
 
 def require_comfyui() -> None:
-    """Skips the test, saying what to type, where there is no ComfyUI or what it needs is not installed beside this package."""
+    """Skips where there is no ComfyUI that would start."""
     if not (COMFYUI / "main.py").is_file():
         pytest.skip(f"no ComfyUI at {COMFYUI} (set COMFYUI_PATH)")
-    if missing := missing_requirements(COMFYUI / "requirements.txt"):
-        pytest.skip(f"{COMFYUI} needs {', '.join(missing)}: uv pip install -r {COMFYUI / 'requirements.txt'}")
+    if missing := uninstalled(COMFYUI / "requirements.txt"):
+        names = ", ".join(missing)
+        pytest.skip(f"ComfyUI requires what is not installed here ({names}): uv pip install -r {COMFYUI}/requirements.txt")
 
 
-def missing_requirements(file: Path) -> list[str]:
-    """The packages of a requirements file, up to its first comment, that are not installed."""
+def uninstalled(requirements: Path) -> list[str]:
+    """What a requirements file names for this machine and this environment lacks."""
     missing = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        if line.startswith("#"):  # what follows is not essential
-            break
-        if name := re.split(r"[^\w.-]", line.strip())[0]:
-            try:
-                metadata.distribution(name)
-            except metadata.PackageNotFoundError:
-                missing.append(name)
+    for line in requirements.read_text(encoding="utf-8").splitlines():
+        if (text := line.split("#")[0].strip()) and not text.startswith("-"):
+            wanted = Requirement(text)
+            if wanted.marker is None or wanted.marker.evaluate():
+                try:
+                    version(wanted.name)
+                except PackageNotFoundError:
+                    missing.append(wanted.name)
     return missing
 
 

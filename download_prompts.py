@@ -184,7 +184,7 @@ def _resumed(saved: Path, partial: Path, datasets: Sequence[str], contains: str)
     return state
 
 
-def download_with_bar(
+def download_in_terminal(
     out: Path,
     datasets: Sequence[str],
     contains: str,
@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--server", default=SERVER, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     try:
-        download_with_bar(given.out, given.dataset or [*DATASETS], given.contains, given.limit, RowsServer(given.server))
+        download_in_terminal(given.out, given.dataset or [*DATASETS], given.contains, given.limit, RowsServer(given.server))
     except UserError as error:
         print(error, file=sys.stderr)
         return 1

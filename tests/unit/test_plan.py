@@ -231,7 +231,7 @@ def test_a_header_that_cannot_be_is_refused(dense, tmp_path, change):
 
 def test_what_is_no_plan_or_no_model_is_said_in_a_sentence(dense, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "no.safetensors")
-    with pytest.raises(UserError, match="is no pruning plan"):
+    with pytest.raises(UserError, match="is not a pruning plan"):
         PruningPlan.load(tmp_path / "no.safetensors")
     with pytest.raises(UserError, match="not a FLUX checkpoint"):
         Dense.open(tmp_path / "no.safetensors")

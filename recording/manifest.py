@@ -35,7 +35,7 @@ TITLES = {
 }  # fmt: skip
 
 
-#: The nodes that record them, where it is not Record itself.
+#: The nodes that record them.
 NODES = {"lens": "Record Lens Rows", "blocks": "Record Block States", "trajectories": "Record Trajectories"}
 
 

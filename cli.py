@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import sys
+from importlib import metadata
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -16,6 +19,20 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def about(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        try:
+            typer.echo(f"flux-poke {metadata.version('flux-poke')}")
+        except metadata.PackageNotFoundError:
+            typer.echo("flux-poke, not installed: the version is in pyproject.toml")
+        raise typer.Exit
+
+
 for command in (
     models.demo, recordings.record, recordings.download_prompts, plans.plan, plans.prune, layers.retrain, layers.replace,
     models.inspect, views.capture, views.animate, views.compare,
@@ -38,13 +55,17 @@ app.add_typer(lens, name="lens")
 
 def main() -> None:
     """The command line; an error of the user's is one sentence and exit status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console that lacks a character shows "?" for it
+            stream.reconfigure(errors="replace")
     try:
-        app(args_with_files(sys.argv[1:]))
+        app(args_with_files(sys.argv[1:]), prog_name="flux-poke")
     except UserError as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(1)
     except OSError as error:
-        typer.echo(f"Error: {error.filename} cannot be used ({error.strerror}): check the path and its permissions.", err=True)
+        found = error.filename or "A file"
+        typer.echo(f"Error: {found} cannot be used ({error.strerror or error}): check the path and its permissions.", err=True)
         sys.exit(1)
 
 
@@ -60,3 +81,7 @@ def args_with_files(arguments: list[str]) -> list[str]:
         except (OSError, ValueError) as error:
             raise UserError(f"{argument}: the arguments in {argument[1:]} cannot be read ({error}).") from error
     return found
+
+
+if __name__ == "__main__":
+    main()

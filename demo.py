@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,16 +24,16 @@ from torch import Tensor
 
 from .analysis.report import internals_figure
 from .errors import UserError
-from .files import write_text
+from .files import check_text, write_picture, write_text
 from .flux.model import Flux
 from .flux.sampling import FluxTimer
-from .pruning.budget import BudgetCurve, by_budget
+from .progress import Progress, part, renamed, silent
 from .pruning.checkpoint import save_changed, save_pruned
 from .pruning.dense import Dense
-from .pruning.plan import PruningPlan, by_count
+from .pruning.plan import PruningPlan
+from .pruning.planning import ByBudget, ByCount, Request, make_plan
 from .pruning.refit import RepairReport
 from .pruning.repair import Repairs
-from .pruning.scores import rank
 from .pruning.surgery import Cut
 from .recording.drawing import Wanted, record
 from .recording.recording import Recording
@@ -43,9 +43,6 @@ from .retrain.distill import distill
 from .tiny.data import digit_accuracy
 from .tiny.model import FOLDER, STEPS, TinyFlux
 from .tiny.words import digit_prompts
-
-#: Told what is being done, and how far all of it is (0..1).
-Progress = Callable[[str, float], None]
 
 SUMMARY = "summary.json"
 
@@ -72,15 +69,14 @@ class Variant:
     seconds: float
 
 
-def run_demo(out: Path, seed: int = 0, progress: Progress | None = None) -> dict:
-    """Runs it, writes everything to `out`, and returns what `summary.json` holds.
+def run_demo(out: Path, seed: int = 0, progress: Progress = silent) -> dict:
+    """Runs it, writes everything to `out`, which is a recording then, and returns what `summary.json` holds.
 
-    Raises `UserError` where `out` holds recordings that no demo made.
+    Raises `UserError` where `out` holds a recording, or files of such names, that no demo made.
     """
     started = time.perf_counter()
-    say = progress or (lambda *_: None)
     _make_room(out)
-    checkpoint = FOLDER / "flux.safetensors"
+    checkpoint, recording = FOLDER / "flux.safetensors", Recording.at(out)
     dense = Dense.open(checkpoint)
     variants: list[Variant] = []
 
@@ -95,70 +91,62 @@ def run_demo(out: Path, seed: int = 0, progress: Progress | None = None) -> dict
         return summary
 
     write_summary()  # tells the next demo, also after an interrupt, whose folder this is
-    say(f"drawing {RECORDED} digits, recording every neuron", 0.0)
     prompts = [digit_prompt(number, 0) for number in range(RECORDED)]
-    recording = Recording.at(out)
     wanted = Wanted(internals=True, rows=RowChoice(rows=24, steps=8, seed=seed))
-    record(checkpoint, prompts, recording, wanted, seed=10_000 + 1_000 * seed, batch=40)
-    internals, rows = recording.internals(), recording.states()
-    internals_figure(internals).savefig(out / "internals.png", dpi=110)
+    record(checkpoint, prompts, recording, wanted, 10_000 + 1_000 * seed, STEPS, 40, part(progress, 0, 100, 20))
+    write_picture(out / "internals.png", internals_figure(recording.internals()))
 
-    say("drawing others to measure on", 0.2)
+    progress("drawing others to measure on", 20, 100)
     exam = Exam.of(TinyFlux.load(), seed)
     variants.append(exam.measured("dense", dense.tensors, PruningPlan.keeping_all(dense), "none", checkpoint.stat().st_size))
 
-    half = (dense.layout.sites[0].width // 2,) * 3  # of img, txt and single
-    frequency = rank("frequency", dense, internals)
-    fluctuation = rank("fluctuation", dense, internals)
-    say("ranking neurons by what cutting them costs", 0.3)
-    obs = rank("obs", dense, rows=rows)
-    curve = BudgetCurve.of(dense.layout, obs, rows.amplification, multiple=32)
-    budget = by_budget(dense, obs, curve, "obs", share=0.5)
-    curve.figure(budget).savefig(out / "budget.png", dpi=110)
-    recipes: dict[str, tuple[PruningPlan, str]] = {
-        "frequency-none": (by_count(dense, frequency, "frequency", *half), "none"),
-        "fluctuation-bias": (by_count(dense, fluctuation, "fluctuation", *half), "bias"),
-        "obs-affine": (by_count(dense, obs, "obs", *half), "affine"),
-        "budget-obs-affine": (budget, "affine"),
+    half = dense.layout.sites[0].width // 2
+    requests: dict[str, tuple[Request, str]] = {
+        "frequency-none": (ByCount(half, half, half, "frequency"), "none"),
+        "fluctuation-bias": (ByCount(half, half, half, "fluctuation"), "bias"),
+        "obs-affine": (ByCount(half, half, half, "obs"), "affine"),
+        "budget-obs-affine": (ByBudget(share=0.5, score="obs", multiple=32), "affine"),
     }
-    for number, (name, (plan, repair)) in enumerate(recipes.items()):
-        say(f"cutting half of the neurons: {name}", 0.4 + 0.6 * number / len(recipes))
+    for number, (name, (what, repair)) in enumerate(requests.items()):
+        within = renamed(part(progress, 30 + 13 * number, 100, 13), f"cutting half of the neurons: {name}")
+        within("", 0, 1)
         begun = time.perf_counter()
-        plan.save(out / f"{name}.plan.safetensors")
-        cut = Cut(dense, plan, Repairs(dense, plan, repair, internals, rows, out / "repairs"))
+        planned = make_plan(dense, recording, what, progress=part(within, 0, 3))
+        planned.plan.save(out / f"{name}.plan.safetensors")
+        repairs = Repairs(dense, planned.plan, repair, recording)
+        repairs.compute(part(within, 1, 3))
+        cut = Cut(dense, planned.plan, repairs)
         file = out / f"{name}.safetensors"
         save_pruned(file, cut)
-        variants.append(exam.measured(name, cut, plan, repair, file.stat().st_size, time.perf_counter() - begun))
-    say("retraining all kept neurons against the dense model", 0.8)
+        variants.append(exam.measured(name, cut, planned.plan, repair, file.stat().st_size, time.perf_counter() - begun))
+    write_picture(out / "budget.png", planned.figure())
+
+    progress("retraining all kept neurons against the dense model", 82, 100)
     begun = time.perf_counter()
     texts = exam.tiny.words(prompts[:TAUGHT])
     taught, _ = trajectory(exam.tiny.flux, exam.tiny.noise(TAUGHT, 30_000 + 1_000 * seed), FluxTimer(STEPS).sigmas(), *texts)
     distilled = distill(cut, Trajectories.of(taught))
     file = out / "retrained.safetensors"
-    report = dict.fromkeys(budget.kept, RepairReport("retrained", before=distilled.before, after=distilled.after))
+    report = dict.fromkeys(planned.plan.kept, RepairReport("retrained", before=distilled.before, after=distilled.after))
     save_changed(file, out / "budget-obs-affine.safetensors", distilled.tensors, report)
     tensors = {**cut, **distilled.tensors}
     spent = time.perf_counter() - begun
-    variants.append(exam.measured("retrained", tensors, budget, "affine", file.stat().st_size, spent))
-    variants_figure(variants, exam).savefig(out / "variants.png", dpi=110)
-
-    summary = write_summary()
-    say("done", 1.0)
-    return summary
+    variants.append(exam.measured("retrained", tensors, planned.plan, "affine", file.stat().st_size, spent))
+    write_picture(out / "variants.png", variants_figure(variants, exam))
+    progress("done", 1, 1)
+    return write_summary()
 
 
 def _make_room(out: Path) -> None:
-    """Removes what an earlier demo recorded in `out`, which would be added to; recordings that are no demo's are refused."""
-    internals, rows = out / "internals.safetensors", out / "hidden_states"
-    try:
-        ours = "variants" in json.loads((out / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        ours = False
-    for found in (internals, rows):
-        if found.exists() and not ours:
+    """Removes what an earlier demo recorded in `out`, which would be added to; a recording that is no demo's is refused."""
+    recording = Recording.at(out)
+    check_text(out / SUMMARY, "the summary of a demo", lambda text: "variants" in json.loads(text))
+    for found in (recording.internals_file, recording.states_folder, recording.cache):
+        if found.exists() and not (out / SUMMARY).exists():
             raise UserError(f"{found} was not made by a demo, which would replace it: choose another folder with --out.")
-    internals.unlink(missing_ok=True)
-    shutil.rmtree(rows, ignore_errors=True)
+    recording.internals_file.unlink(missing_ok=True)
+    for folder in (recording.states_folder, recording.cache):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Exam:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..files import check_beginning, check_writable, replacing
-from ..flux.blocks import Kind
+from ..flux.blocks import BlockKind
 from ..progress import Progress, silent
 from .sheets import captioned
 from .taps import Tap
@@ -33,7 +33,7 @@ SLOWEST, FASTEST = 0.01, 100.0
 
 
 def choose_frames(
-    previews: Sequence[tuple[Tap, Path]], order: Order = "step", kind: Kind | None = None, max_blocks: int | None = None
+    previews: Sequence[tuple[Tap, Path]], order: Order = "step", kind: BlockKind | None = None, max_blocks: int | None = None
 ) -> list[tuple[Tap, Path]]:
     """The previews to show, in the order to show them.
 
@@ -43,7 +43,7 @@ def choose_frames(
 
     Raises `UserError` where nothing is left.
     """
-    first: dict[Kind, list[int]] = {
+    first: dict[BlockKind, list[int]] = {
         name: sorted({tap.block.index for tap, _ in previews if tap.block.kind == name})[:max_blocks]
         for name in ("double", "single")
         if kind in (None, name)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,15 +25,14 @@ from ..files import write_safetensors
 from ..flux.blocks import Block, blocks_of
 from ..flux.checkpoint import open_safetensors, require_format
 from ..flux.layout import Layout
+from ..progress import Progress, silent
 from ..recording.lens_rows import LensRows
+from ..recording.split import held_out
 
 FORMAT = "flux-poke lens 1"
 
 #: Ridge strengths to choose from, relative to the mean variance of a hidden unit.
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1)
-
-#: Told after every block: blocks done, blocks in all.
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,16 @@ class Lens:
         if block not in self.weights:
             return state  # the last block needs no map
         return F.linear(state, self.weights[block].to(state), self.biases[block].to(state))
+
+    def _check(self) -> None:
+        """Raises `ValueError` where this cannot have been fitted."""
+        hidden = {len(bias) for bias in self.biases.values() if bias.ndim == 1}
+        shapes = {tuple(weight.shape) for weight in self.weights.values()}
+        if len(hidden) != 1 or shapes != {(*hidden, *hidden)}:
+            raise ValueError(f"maps of shapes {sorted(shapes)}, expected square ones of one width")
+        for block in self.weights:
+            if not (self.weights[block].isfinite().all() and self.biases[block].isfinite().all()):
+                raise ValueError(f"the map of {block.title} holds numbers that are not finite")
 
     def check_fits(self, layout: Layout) -> None:
         """Raises `UserError` where the lens is not one for a model of this layout."""
@@ -89,7 +98,7 @@ class Lens:
             try:
                 errors = {Block.named(name): error for name, error in json.loads(metadata["errors"]).items()}
                 raw = {Block.named(name): error for name, error in json.loads(metadata["raw_errors"]).items()}
-                return cls(
+                lens = cls(
                     family=metadata["family"],
                     weights={block: file.get_tensor(f"{block.name}.weight") for block in errors},
                     biases={block: file.get_tensor(f"{block.name}.bias") for block in errors},
@@ -98,32 +107,26 @@ class Lens:
                     rows=int(metadata["rows"]),
                     images=int(metadata["images"]),
                 )
-            except (KeyError, ValueError, SafetensorError) as error:
+                lens._check()
+                return lens
+            except (KeyError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
                 raise UserError(f"{path} is a damaged lens ({error}): fit it again or use a copy.") from error
 
 
-def fit_lens(
-    rows: LensRows,
-    held_out: float = 0.2,
-    device: torch.device | str = "cpu",
-    progress: Progress | None = None,
-) -> Lens:
-    """A lens by ridge regression, each block's strength chosen from `ALPHAS` on the held-out share of the images.
+def fit_lens(rows: LensRows, share: float = 0.2, device: torch.device | str = "cpu", progress: Progress = silent) -> Lens:
+    """A lens by ridge regression, each block's strength chosen from `ALPHAS` on the held-out `share` of the images.
 
     The penalty is on the map's distance from the identity, so that few rows give the raw prediction and not zero.
     Raises `UserError` where there are fewer than two images to keep apart.
     """
-    images = rows.images.unique()
-    if len(images) < 2:
-        raise UserError(f"A lens takes rows of at least 2 images, to tell how it does on new ones; found {len(images)}.")
-    apart = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
-    test = torch.isin(rows.images, apart[: max(1, round(held_out * len(images)))])
+    _, held = held_out(rows.images, share)
+    test_at = torch.isin(rows.images, torch.tensor(sorted(held))).to(device)
     *blocks, last = rows
     target = rows[last].to(device, torch.float32)
-    test_at = test.to(device)
     scale = (target[test_at] - target[~test_at].mean(0)).double().square().sum()
     weights, biases, errors, raw_errors = {}, {}, {}, {}
     for done, block in enumerate(blocks):
+        progress(f"fitting the lens of {block.title}", done, len(blocks))
         h = rows[block].to(device, torch.float32)
         raw_errors[block] = float((target[test_at] - h[test_at]).double().square().sum() / scale)
         best = None
@@ -136,9 +139,8 @@ def fit_lens(
                 best = error, weight.cpu(), bias.cpu()
         assert best is not None
         errors[block], weights[block], biases[block] = best
-        if progress is not None:
-            progress(done + 1, len(blocks))
-    return Lens(rows.family, weights, biases, errors, raw_errors, len(rows.images), len(images))
+    progress("the lens is fitted", len(blocks), len(blocks))
+    return Lens(rows.family, weights, biases, errors, raw_errors, len(rows.images), len(rows.images.unique()))
 
 
 def _ridge(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

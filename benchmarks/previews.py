@@ -1,48 +1,28 @@
 """What tapping every block costs in one sampling step, beside the part that cannot be saved.
 
-    python benchmarks/previews.py                              # a FLUX.1 of fewer, narrower blocks, on a CPU
-    python benchmarks/previews.py --device cuda --full         # FLUX.1-dev's own sizes: 57 blocks, 4,096 tokens, bfloat16
+    uv run python benchmarks/previews.py                       # a FLUX.1 of fewer, narrower blocks, on a CPU
+    uv run python benchmarks/previews.py --device cuda --full  # FLUX.1-dev's own sizes: 57 blocks, 4,096 tokens, bfloat16
 
 Weights are random; only times matter. The floor is, for every block, one copy of its image tokens and one call of the final
-layer, and the way of all velocities to the CPU. What tapping adds is small beside a step and lost in its noise, so it is
-measured on a model whose blocks hand on what they are given, at the same sizes: there, a tapped step less a plain one is the
-tapping. Everything runs in turn, over and over; printed are medians of one run. The ratio to look at is added / floor.
+layer, and the transfer of all velocities to the CPU. What tapping adds is small beside a step and lost in its noise, so it
+is measured on a model whose blocks return their inputs, at the same sizes: there, a tapped step less a plain one is the
+tapping. All take turns (`turns.py`), on a CPU with one thread; printed are medians of one run. The ratio to look at is
+added / floor.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from flux_poke.analysis.taps import BlockTaps, TapRecorder
 from flux_poke.flux.blocks import blocks_of, choose_blocks
-from flux_poke.flux.layout import Layout, Site, Stream
+from flux_poke.flux.layout import Layout
 from flux_poke.flux.model import Flux
 from flux_poke.recording.call import Call
 from torch import nn
-
-
-def layout_of(hidden: int, depth: int, depth_single: int) -> Layout:
-    """FLUX.1-dev's layout at the given sizes."""
-
-    def site(stream: Stream, index: int) -> Site:
-        if stream == "single":
-            block = f"single_blocks.{index}"
-            paths = (f"{block}.linear1", f"{block}.mlp_act", f"{block}.linear2")
-            return Site(f"single-{index}", stream, index, *paths, 3 * hidden, hidden, 4 * hidden, False, True)
-        mlp = f"double_blocks.{index}.{stream}_mlp"
-        return Site(
-            f"double-{stream}-{index}", stream, index, f"{mlp}.0", f"{mlp}.1", f"{mlp}.2", 0, 0, 4 * hidden, False, True
-        )
-
-    doubles = (site(stream, index) for index in range(depth) for stream in ("img", "txt"))
-    return Layout(
-        family="flux1", prefix="", hidden=hidden, in_channels=64, out_channels=64, context=4096, vector=768, guidance=True,
-        depth=depth, depth_single=depth_single, sites=(*doubles, *(site("single", index) for index in range(depth_single))),
-    )  # fmt: skip
+from turns import in_turns
 
 
 class Through(nn.Module):
@@ -52,39 +32,20 @@ class Through(nn.Module):
         return args[0] if args else (img, txt)
 
 
-def medians(device: torch.device, repeats: int, jobs: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each job, run in turn so that a slower moment of the machine meets all of them."""
-
-    def seconds(job: Callable[[], object]) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begun = time.perf_counter()
-        job()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - begun
-
-    times: dict[str, list[float]] = {name: [] for name in jobs}
-    for turn in range(repeats + 2):
-        for name, job in jobs.items():
-            taken = seconds(job)
-            if turn >= 2:  # the first two warm up
-                times[name].append(taken)
-    return {name: statistics.median(taken) for name, taken in times.items()}
-
-
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--full", action="store_true", help="FLUX.1-dev's sizes; 24 GB")
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
     device = torch.device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     hidden, depth, depth_single, side, words = (3072, 19, 38, 128, 512) if options.full else (512, 4, 8, 64, 128)
 
-    layout = layout_of(hidden, depth, depth_single)
+    layout = Layout.of("flux1", hidden, depth, depth_single, guidance=True)
     torch.set_default_dtype(dtype)
     with device:
         flux = Flux(layout).eval().requires_grad_(False)
@@ -109,21 +70,16 @@ def main() -> None:
         copies = [tokens[:, words:].clone() for _ in range(count)]
         torch.stack([flux.final_layer(copy, vec) for copy in copies]).cpu()
 
-    short = medians(
-        device, 5 * options.repeats, {"plain": lambda: hollow(x, sigma, *given), "tapped": lambda: tap(hollow), "floor": floor}
-    )
-    long = medians(device, options.repeats, {"plain": lambda: flux(x, sigma, *given), "tapped": lambda: tap(flux)})
-    added = short["tapped"] - short["plain"]
+    jobs = {"plain": lambda: hollow(x, sigma, *given), "tapped": lambda: tap(hollow), "floor": floor}
+    short = in_turns(jobs, 5 * options.repeats, device, warm_up=2)
+    long = in_turns({"plain": lambda: flux(x, sigma, *given), "tapped": lambda: tap(flux)}, options.repeats, device, warm_up=2)
+    step, tapped_step = (statistics.median(long[name]) for name in ("plain", "tapped"))
+    plain, tapped, least = (statistics.median(short[name]) for name in ("plain", "tapped", "floor"))
     print(f"{count} blocks of width {hidden}, {side**2 // 4} image tokens, {dtype}, {device}")
-    rows = {
-        "step": long["plain"],
-        "tapped step": long["tapped"],
-        "floor: copies and calls": short["floor"],
-        "added by tapping": added,
-    }
+    rows = {"step": step, "tapped step": tapped_step, "floor: copies and calls": least, "added by tapping": tapped - plain}
     for name, seconds in rows.items():
-        print(f"{name:<24}{1000 * seconds:10.2f} ms   {seconds / long['plain']:8.4f} of a step")
-    print(f"{'added / floor':<24}{added / short['floor']:10.2f}")
+        print(f"{name:<24}{1000 * seconds:10.2f} ms   {seconds / step:8.4f} of a step")
+    print(f"{'added / floor':<24}{(tapped - plain) / least:10.2f}")
 
 
 if __name__ == "__main__":

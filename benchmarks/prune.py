@@ -3,12 +3,11 @@
     uv run python benchmarks/prune.py [--device cpu] [--dtype float32] [--repeats 9] [--rows 4096] [--only blocks|site|load]
 
 blocks  one double and one single block (hidden 3072, 1024 image + 256 text tokens, random weights), cut by 25, 50 and 75 %,
-        against dense ones. They take turns; a ratio is the median over turns. On a CPU it is of one thread's processor time,
-        which a busy machine does not lengthen. The ideal ratio is that of the operations of all products (torch's
-        FlopCounterMode), those of attention included.
-site    seconds on the wall and of the processor to rank, judge, repair and load one single block's MLP of 12,288 neurons, from
-        `--rows` rows of random features, a fifth of them to judge by, and the memory it took (repair in earnest wants 5 times
-        the width; only the moments take longer with more rows).
+        against dense ones. They take turns (`turns.py`), on a CPU with one thread. The ideal ratio is that of the operations
+        of all products (torch's FlopCounterMode), those of attention included.
+site    seconds by the clock and of the processor to rank, measure, repair and load one single block's MLP of 12,288 neurons,
+        from `--rows` rows of random features, a fifth of them held out, and the memory it took (repair does best with 5 times
+        as many rows as neurons; only the moments take longer with more rows).
 load    a pruned file read through this package, against a dense file of the same size read by safetensors alone.
 """
 
@@ -16,13 +15,11 @@ from __future__ import annotations
 
 import argparse
 import resource
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,40 +27,23 @@ from flux_poke.flux.layout import Layout
 from flux_poke.flux.model import Flux
 from flux_poke.flux.weights import SiteWeights
 from flux_poke.pruning.checkpoint import Pruned, save_pruned
+from flux_poke.pruning.curves import GRID, measure_affine, ridge_for
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.moments import gather
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.refit import affine, choose
-from flux_poke.pruning.repair import load_repaired, save_repaired
-from flux_poke.pruning.scores import judged, obs
+from flux_poke.pruning.repair import save_repaired
+from flux_poke.pruning.scores import obs
 from flux_poke.pruning.surgery import Cut
 from flux_poke.recording.store import Rows
-from record import HIDDEN, IMAGE, TEXT, Blocks, flux_dev_layout
+from record import HIDDEN, LAYOUT, Blocks, block_calls
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from turns import in_turns, ratio
 
 CUTS = (0.25, 0.5, 0.75)
-
-
-def in_turns(
-    calls: dict[str, Callable[[], object]], repeats: int, synchronize: Callable[[], object], clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Seconds of every call by `clock`, `repeats` times, one after the other; a first round is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            begun = clock()
-            call()
-            synchronize()
-            if turn:
-                seconds[name].append(clock() - begun)
-    return seconds
-
-
-def ratio(seconds: Sequence[float], dense: Sequence[float]) -> float:
-    return statistics.median(a / b for a, b in zip(seconds, dense, strict=True))
 
 
 def narrowed(layout: Layout, cut: float) -> Layout:
@@ -72,35 +52,20 @@ def narrowed(layout: Layout, cut: float) -> Layout:
 
 @torch.no_grad()
 def measure_blocks(device: torch.device, dtype: torch.dtype, repeats: int) -> None:
-    layout = flux_dev_layout()
-    with torch.device("meta"):
-        pe_of = Flux(layout).positions
-    pe = pe_of(TEXT, 32, IMAGE // 32, device)
-    img, txt = (torch.randn(1, n, HIDDEN, device=device, dtype=dtype) for n in (IMAGE, TEXT))
-    vec, both = torch.randn(1, HIDDEN, device=device, dtype=dtype), torch.cat((txt, img), dim=1)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    blocks = {cut: Blocks(narrowed(layout, cut)).to(device, dtype) for cut in (0.0, *CUTS)}
+    blocks = {cut: Blocks(narrowed(LAYOUT, cut)).to(device, dtype) for cut in (0.0, *CUTS)}
+    calls = {cut: block_calls(pair, device, dtype) for cut, pair in blocks.items()}
     print("block    cut   time ratio   ideal   share of ideal saving   memory ratio")
     for kind in ("double", "single"):
-
-        def call(cut: float, kind: str = kind) -> object:
-            if kind == "double":
-                return blocks[cut].double_blocks[0](img=img, txt=txt, vec=vec, pe=pe)
-            return blocks[cut].single_blocks[0](both, vec=vec, pe=pe)
-
         operations, memory = {}, {}
         for cut, pair in blocks.items():
             with FlopCounterMode(display=False) as counter:
-                call(cut)
+                calls[cut][kind]()
             operations[cut] = counter.get_total_flops()
-            part = pair.double_blocks if kind == "double" else pair.single_blocks
-            memory[cut] = sum(weight.numel() for weight in part.parameters())
-        calls: dict[str, Callable[[], object]] = {str(cut): partial(call, cut) for cut in blocks}
-        seconds = in_turns(calls, repeats, synchronize, time.perf_counter if device.type == "cuda" else time.process_time)
+            memory[cut] = sum(weight.numel() for weight in pair.get_submodule(f"{kind}_blocks").parameters())
+        seconds = in_turns({cut: calls[cut][kind] for cut in blocks}, repeats, device)
         for cut in CUTS:
-            found, ideal = ratio(seconds[str(cut)], seconds["0.0"]), operations[cut] / operations[0.0]
-            share = (1 - found) / (1 - ideal)
-            saved = memory[cut] / memory[0.0]
+            found, ideal = ratio(seconds[cut], seconds[0.0]), operations[cut] / operations[0.0]
+            share, saved = (1 - found) / (1 - ideal), memory[cut] / memory[0.0]
             print(f"{kind:<8}{cut:>4.0%}{found:>13.3f}{ideal:>8.3f}{share:>24.1%}{saved:>15.3f}")
 
 
@@ -113,13 +78,12 @@ def timed(what: str):
 
 
 def peak_memory() -> float:
-    """Main memory this process has held at most, GB."""
+    """The most main memory this process has held, GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def measure_site(device: torch.device, rows: int) -> None:
-    layout = flux_dev_layout()
-    site = layout.site("single-0")
+    site = LAYOUT.site("single-0")
     width = site.width
     up, down = 3 * HIDDEN + width, HIDDEN + width
     tensors = {
@@ -137,42 +101,40 @@ def measure_site(device: torch.device, rows: int) -> None:
             x = (torch.randn(n, 600) @ features / 24).bfloat16()
             yield Rows(x, torch.randn(n, HIDDEN).bfloat16(), *torch.zeros(3, n))
 
-    judged_by = rows // 5
-    print(f"one site: {width:,} neurons, {HIDDEN:,} attention channels, {rows:,} rows, {judged_by:,} of them to judge by")
+    count = rows // 5
+    print(f"one site: {width:,} neurons, {HIDDEN:,} attention channels, {rows:,} rows, {count:,} of them held out")
     print(f"{'':<61}wall  processor   peak memory")
-    with timed("plan and repair: moments of the rows to fit"):
-        moments = gather(weights, some(rows - judged_by))
+    with timed("plan and repair: moments of the rows to fit on"):
+        moments = gather(weights, some(rows - count))
     with timed("plan: order of all neurons by greedy OBS"):
         ranking = obs(moments, weights.down)
-    with timed("plan and repair: moments of the rows to judge by"):
-        judge = gather(weights, some(judged_by))
-    with timed("plan: errors on held-out images at 4 widths"):
-        judged(ranking, weights, moments, judge)
+    with timed("plan and repair: moments of the rows held out"):
+        held_out = gather(weights, some(count))
+    with timed(f"plan: errors on held-out rows at {len(GRID)} widths"):
+        measure_affine(ranking, weights, moments, held_out, ridge_for(width, moments.rows))
     kept = ranking.order[width // 2 :].sort().values
     with timed("repair: choice of the ridge, half of the neurons cut"):
-        report = choose(weights, kept, moments, judge)
+        report = choose(weights, kept, moments, held_out)
     with timed("repair: affine, from all rows"):
-        moments = moments.merged(judge)
-        del judge
+        moments = moments.merge(held_out)
+        del held_out
         repaired = affine(weights, kept, moments, report.ridge or 1e-2)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "single-0.safetensors"
         with timed("repair: write"):
             save_repaired(file, repaired, torch.bfloat16)
         with timed("load"):
-            load_repaired(file)
+            load_file(file)
 
 
 def measure_load(repeats: int) -> None:
     """A FLUX.1-shaped file of about 1.6 GB, cut by half, and a dense one as large."""
-    layout = flux_dev_layout()
     with torch.device("meta"):
-        shapes = {key: tensor.shape for key, tensor in Flux(layout).state_dict().items()}
+        shapes = {key: tensor.shape for key, tensor in Flux(LAYOUT).state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
         dense = Dense.of({key: torch.randn(shape, dtype=torch.bfloat16) for key, shape in shapes.items()})
-        kept = {site.name: torch.arange(0, site.width, 2) for site in layout.sites}
-        widths = {site.name: site.width for site in layout.sites}
-        plan = PruningPlan("flux1", dense.fingerprint, kept, widths, "magnitude", "every other neuron")
+        kept = {site.name: torch.arange(0, site.width, 2) for site in LAYOUT.sites}
+        plan = replace(PruningPlan.keeping_all(dense), kept=kept)
         pruned, same = Path(folder) / "pruned.safetensors", Path(folder) / "same.safetensors"
         save_pruned(pruned, Cut(dense, plan))
         save_file({key: tensor.clone() for key, tensor in Pruned.open(pruned).tensors.items()}, same)
@@ -184,7 +146,7 @@ def measure_load(repeats: int) -> None:
             with safe_open(same, framework="pt") as file:
                 return [file.get_tensor(key).clone() for key in file.keys()]
 
-        seconds = in_turns({"pruned": read_pruned, "dense": read_dense}, repeats, lambda: None, time.perf_counter)
+        seconds = in_turns({"pruned": read_pruned, "dense": read_dense}, repeats, torch.device("cpu"))
         found = ratio(seconds["pruned"], seconds["dense"])
         print(f"loading {pruned.stat().st_size / 1e6:,.0f} MB: pruned / dense of the same size {found:.3f}")
 

@@ -3,16 +3,15 @@
     uv run python benchmarks/record.py [--device cpu] [--dtype bfloat16] [--repeats 15]
 
 Runs one double and one single block (hidden 3072, 1024 image + 256 text tokens, random weights) plainly, recorded,
-and counted as the original pack counted: `(h > 0).sum((0, 1)).cpu()` on every MLP of every block. The three take turns,
-so that a busy machine slows all of them; a ratio is the median over turns.
+and counted as the original pack counted: `(h > 0).sum((0, 1)).cpu()` on every MLP of every block. The three take turns
+(`turns.py`), on a CPU with one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -21,8 +20,11 @@ from flux_poke.flux.model import DoubleBlock, Flux, SingleBlock
 from flux_poke.recording.call import Call
 from flux_poke.recording.neurons import InternalsRecorder
 from torch import nn
+from turns import in_turns, ratio
 
 HIDDEN, IMAGE, TEXT = 3072, 1024, 256
+#: FLUX.1-dev with one block of each kind.
+LAYOUT = Layout.of("flux1", HIDDEN, 1, 1, guidance=True)
 
 
 class Blocks(nn.Module):
@@ -43,21 +45,8 @@ class Only(nn.Module):
         self.single_blocks = blocks.single_blocks if kind == "single" else nn.ModuleList()
 
 
-def flux_dev_layout() -> Layout:
-    """FLUX.1-dev with one block of each kind."""
-    width = 4 * HIDDEN
-
-    def mlp(stream):
-        path = f"double_blocks.0.{stream}_mlp"
-        return Site(f"double-{stream}-0", stream, 0, f"{path}.0", f"{path}.1", f"{path}.2", 0, 0, width, False, True)
-
-    paths = ("single_blocks.0.linear1", "single_blocks.0.mlp_act", "single_blocks.0.linear2")
-    single = Site("single-0", "single", 0, *paths, 3 * HIDDEN, HIDDEN, width, False, True)
-    return Layout("flux1", "", HIDDEN, 64, 64, 4096, 768, True, 1, 1, (mlp("img"), mlp("txt"), single))
-
-
 @contextmanager
-def counted_as_the_original(model: Blocks, sites: tuple[Site, ...]):
+def counted_as_the_original(model: Blocks, sites: Sequence[Site]) -> Iterator[None]:
     """Counts on the CPU after every MLP, which waits for the device each time."""
     counts: dict[str, torch.Tensor] = {}
     with ExitStack() as hooks:
@@ -71,61 +60,49 @@ def counted_as_the_original(model: Blocks, sites: tuple[Site, ...]):
         yield
 
 
+def block_calls(blocks: Blocks, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """A call of each block on random tokens, by its kind."""
+    img, txt = (torch.randn(1, count, HIDDEN, device=device, dtype=dtype) for count in (IMAGE, TEXT))
+    vec, both = torch.randn(1, HIDDEN, device=device, dtype=dtype), torch.cat((txt, img), dim=1)
+    with torch.device("meta"):
+        whole = Flux(LAYOUT)
+    pe = whole.positions(TEXT, 32, IMAGE // 32, device)
+    return {
+        "double": lambda: blocks.double_blocks[0](img=img, txt=txt, vec=vec, pe=pe),
+        "single": lambda: blocks.single_blocks[0](both, vec=vec, pe=pe),
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=15)
     given = parser.parse_args()
     device, dtype = torch.device(given.device), getattr(torch, given.dtype)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
 
     torch.manual_seed(0)
-    layout = flux_dev_layout()
-    blocks = Blocks(layout).to(device, dtype).requires_grad_(False)
-    with torch.device("meta"):
-        whole = Flux(layout)
-    pe = whole.positions(TEXT, 32, IMAGE // 32, device)
-    img, txt = (torch.randn(1, n, HIDDEN, device=device, dtype=dtype) for n in (IMAGE, TEXT))
-    vec = torch.randn(1, HIDDEN, device=device, dtype=dtype)
-    both = torch.cat((txt, img), dim=1)
-
-    runs: dict[str, Callable[[], object]] = {
-        "double": lambda: blocks.double_blocks[0](img=img, txt=txt, vec=vec, pe=pe),
-        "single": lambda: blocks.single_blocks[0](both, vec=vec, pe=pe),
-    }
+    blocks = Blocks(LAYOUT).to(device, dtype).requires_grad_(False)
     call = Call.at(torch.zeros(1, 1), torch.ones(1), (1.0, 0.0))
-
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, {given.dtype}, torch {torch.__version__}")
-    for kind, run in runs.items():
-        only, recorder = Only(blocks, kind), InternalsRecorder([s for s in layout.sites if s.name.startswith(kind)])
-        ways: dict[str, Callable] = {
-            "plain": lambda: ExitStack(),
-            "recorded": lambda recorder=recorder, only=only: recorder.watching(only, call),
-            "original's way": lambda: counted_as_the_original(blocks, layout.sites),
-        }
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for repeat in range(given.repeats + 2):
-            for way, watching in ways.items():
-                with watching():
-                    took = timed(run, device)
-                if repeat >= 2:  # the first two warm up
-                    seconds[way].append(took)
-        plain = statistics.median(seconds["plain"])
-        print(f"{kind} block: {1000 * plain:.1f} ms plain")
+    for kind, run in block_calls(blocks, device, dtype).items():
+        sites = [site for site in LAYOUT.sites if site.name.startswith(kind)]
+        only, recorder = Only(blocks, kind), InternalsRecorder(sites)
+
+        def recorded(run=run, only=only, recorder=recorder) -> None:
+            with recorder.watching(only, call):
+                run()
+
+        def counted(run=run, sites=sites) -> None:
+            with counted_as_the_original(blocks, sites):
+                run()
+
+        seconds = in_turns({"plain": run, "recorded": recorded, "original's way": counted}, given.repeats, device, warm_up=2)
+        print(f"{kind} block: {1000 * statistics.median(seconds['plain']):.1f} ms plain")
         for way in ("recorded", "original's way"):
-            ratio = statistics.median(a / b for a, b in zip(seconds[way], seconds["plain"], strict=True))
-            print(f"  {way:<15} {ratio - 1:+7.2%}")
-
-
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+            print(f"  {way:<15} {ratio(seconds[way], seconds['plain']) - 1:+7.2%}")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@
 
 The shipped tiny FLUX, half of every MLP cut by frequency. The original's recipe: AdamW 5e-5 with a cosine, 1,000 steps,
 batch 8, squared error of the block states. Both train the MLPs of one block at a time, on the same block states, with the same
-images held out, and both are judged by the same code: squared error on the held-out images relative to the states' mean
-square, img and txt alike, and plain. They take turns layer by layer. Times are seconds of the process. The second table has the
-held-out error after the second of two blocks, trained each by itself, the second on what the first one gives, and together. A
-seed stands for other drawings, other prompts, another split and other batches.
+images held out, and both are measured by the same code: squared error on the held-out images relative to the states' mean
+square, img and txt alike, and plain. They take turns layer by layer. Times are processor seconds. The second table has the
+held-out error after the second of two blocks, trained each by itself, the second on what the first one gives, and together.
+Another seed gives other drawings, other prompts, another split and other batches.
 """
 
 from __future__ import annotations
@@ -22,28 +22,27 @@ from typing import Any
 import torch
 from flux_poke.flux.blocks import blocks_of
 from flux_poke.pruning.dense import Dense
-from flux_poke.pruning.plan import PruningPlan, by_count
-from flux_poke.pruning.scores import rank
+from flux_poke.pruning.plan import PruningPlan
+from flux_poke.pruning.planning import ByCount, make_plan
 from flux_poke.pruning.surgery import Cut
 from flux_poke.recording.block_states import BlockStates
 from flux_poke.recording.drawing import Wanted, record
 from flux_poke.recording.recording import Recording
 from flux_poke.recording.states import StateChoice
-from flux_poke.retrain.blocks import BlockProblem, Chain
+from flux_poke.retrain.blocks import BlockProblem, Chain, mlp_parameters
 from flux_poke.retrain.layers import retrain_layers
-from flux_poke.retrain.loop import Loss, batch, held_out_loss
 from flux_poke.retrain.options import Options
+from flux_poke.retrain.problem import Loss, batch, held_out_loss
 from flux_poke.retrain.replaced import Replaced, RetrainedLayers
-from flux_poke.retrain.trainable import mlp_parameters
 from flux_poke.tiny.model import FOLDER
 from flux_poke.tiny.words import digit_prompts
 from torch.nn import functional as F
 
 
-def originals_recipe(dense: Dense, plan: PruningPlan, states: BlockStates, place: int, seed: int) -> tuple[Loss, float]:
+def originals_recipe(dense: Dense, plan: PruningPlan, states: BlockStates, block_index: int, seed: int) -> tuple[Loss, float]:
     """Held-out loss and seconds of 1,000 steps; its four evaluations on the way are not counted against it."""
     begun = time.process_time()
-    chain = Chain.load(Cut(dense, plan), range(place, place + 1))
+    chain = Chain.load(Cut(dense, plan), range(block_index, block_index + 1))
     problem = BlockProblem("original", chain, states, Options(seed=seed))
     mlp_parameters(chain, chain.sites)
     weights = [weight for weight in chain.parameters() if weight.requires_grad]
@@ -51,7 +50,7 @@ def originals_recipe(dense: Dense, plan: PruningPlan, states: BlockStates, place
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
     for step in range(1000):
         samples = batch(problem.train, 8, seed, step)
-        found, expected = chain(problem.state(samples)), states.tokens(samples, place + 1)
+        found, expected = chain(problem.state(samples)), states.tokens(samples, block_index + 1)
         loss = F.mse_loss(torch.cat(found, dim=1), torch.cat(expected, dim=1))
         optimizer.zero_grad()
         loss.backward()
@@ -67,10 +66,10 @@ def compare_recipes(dense: Dense, plan: PruningPlan, states: BlockStates, seed: 
     print(
         f"{'layer':<12}{'relative':>10}" + f"{'relative':>10}{'plain':>8}{'s':>6}" * 2 + f"{'loss':>10}{'plain':>7}{'time':>7}"
     )
-    for place, block in enumerate(blocks_of(dense.layout)):
-        theirs, seconds = originals_recipe(dense, plan, states, place, seed)
+    for block_index, block in enumerate(blocks_of(dense.layout)):
+        theirs, seconds = originals_recipe(dense, plan, states, block_index, seed)
         begun = time.process_time()
-        (ours,) = retrain_layers(dense, plan, states, str(place), folder, Options(seed=seed))
+        (ours,) = retrain_layers(dense, plan, states, str(block_index), folder, Options(seed=seed))
         own = time.process_time() - begun
         print(
             f"{block.name:<12}{ours.relative_cut:>10.2e}"
@@ -92,8 +91,8 @@ def compare_pairs(dense: Dense, plan: PruningPlan, states: BlockStates, seed: in
     print(" " * 28 + f"{'relative':>22}{'s':>6}" * len(ways))
     blocks = blocks_of(dense.layout)
     retrain_layers(dense, plan, states, "0", folder / "warm up", Options())
-    for place, (first, second) in enumerate(pairwise(blocks)):
-        pair = range(place, place + 2)
+    for block_index, (first, second) in enumerate(pairwise(blocks)):
+        pair = range(block_index, block_index + 2)
         for steps in (32, 256):
             line = f"{first.name + ', ' + second.name:<22}{steps:>6}"
             for way, how in ways.items():
@@ -121,14 +120,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prompts = [digit_prompts(number % 10)[(number // 10 + 6 * given.seed) % 13] for number in range(given.images)]
-        noise = 10_000 * given.seed
         recording = Recording.at(folder)
-        record(checkpoint, prompts, recording, Wanted(internals=True), noise, batch=30)
-        internals = recording.internals()
-        choice = StateChoice(given.steps_each, seed=given.seed)
-        record(checkpoint, prompts, recording, Wanted(blocks=choice), noise, batch=10)
+        wanted = Wanted(internals=True, blocks=StateChoice(given.steps_each, seed=given.seed))
+        record(checkpoint, prompts, recording, wanted, seed=10_000 * given.seed, batch=10)
         half = dense.layout.sites[0].width // 2
-        plan = by_count(dense, rank("frequency", dense, internals), "frequency", half, half, half)
+        plan = make_plan(dense, recording, ByCount(half, half, half, "frequency")).plan
         states = BlockStates.open(recording.states_folder)
         print(f"torch {torch.__version__}, {given.threads} threads; {len(states)} states of {given.images} images")
         if given.only != "pairs":

@@ -7,18 +7,18 @@ from typing import Annotated
 
 import typer
 
-from .terminal import progress_bar, table
+from .terminal import progress_bar, seed, table, typed
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("flux_poke_demo"),
-    seed: Annotated[int, typer.Option(help="Seed of the drawings.")] = 0,
+    seed: Annotated[int, seed("Seed of the drawings.", most=2**32 - 1)] = 0,
 ) -> None:
     """Try the whole loop on a tiny FLUX that draws digits: no ComfyUI, no download, a minute on a CPU."""
     from ..demo import run_demo
 
-    with progress_bar() as update:
-        summary = run_demo(out, seed, update)
+    with progress_bar() as progress:
+        summary = run_demo(out, seed, progress)
     columns = ("variant", "weights", "MB", "velocity error", "latent error", "PSNR", "read right")
     table(
         columns,
@@ -33,8 +33,8 @@ def demo(
     typer.echo(
         f"{summary['seconds']:.0f} s. Look at variants.png (what each model draws), internals.png (what every neuron did) and "
         f"budget.png (memory against error) in {out}.\n"
-        f"Next: flux-poke internals show {out / 'internals.safetensors'}\n"
-        f"      flux-poke inspect {out / 'budget-obs-affine.safetensors'}"
+        f"Next: {typed('internals', 'show', out)}\n"
+        f"      {typed('inspect', out / 'budget-obs-affine.safetensors')}"
     )
 
 

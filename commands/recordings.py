@@ -30,7 +30,7 @@ def record(
             "repair), lens (tokens after every block), blocks (all that enters and leaves them) and trajectories (velocities)."
         ),
     ] = "internals",
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first image; each image takes the next.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the first image; each image takes the next.")] = 0,
     steps: Annotated[int, typer.Option(min=1, max=10_000, help="Euler steps per image.")] = 20,
     batch: Annotated[int, typer.Option(min=1, max=10_000, help="Images drawn at once.")] = 16,
     keep_steps: Annotated[

@@ -15,6 +15,8 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -44,6 +46,11 @@ def drawable_image(path: Path | None) -> Path | None:
     if path is not None:
         check_picture(path, IMAGES)
     return path
+
+
+def typed(*words: object) -> str:
+    """A command of ours as one types it here: with `uv run` in front where that started this one."""
+    return shlex.join([*(("uv", "run") if "UV" in os.environ else ()), "flux-poke", *map(str, words)])
 
 
 @contextmanager

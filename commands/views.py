@@ -62,7 +62,7 @@ def compare(
 
 
 def fit(
-    rows: Annotated[Path, typer.Argument(help="Folder with lens rows (Record Hidden States, what = lens rows).")],
+    recording: Annotated[Path, typer.Argument(help="Folder of a recording with lens rows, as `record --what lens` makes it.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("lens.safetensors"),
     picture: Annotated[Path | None, typer.Option(callback=drawable, help="Also draw how replaceable each block is.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "cpu",
@@ -72,10 +72,12 @@ def fit(
     from ..analysis.lens import FORMAT, fit_lens
     from ..files import check_replaces, write_picture
     from ..recording.lens_rows import LensRows
+    from ..recording.recording import Recording
 
     check_replaces(out, FORMAT)
-    with progress_bar() as update:
-        lens = fit_lens(LensRows(rows), device=device, progress=lambda done, of: update(f"block {done} of {of}", done / of))
+    rows = LensRows(Recording.open(recording).states_folder)
+    with progress_bar() as progress:
+        lens = fit_lens(rows, device=device, progress=progress)
     lens.save(out)
     found = [[block.title, lens.raw_errors[block], lens.errors[block]] for block in sorted(lens.errors)]
     table(("block", "error_without", "error_with_lens"), found)

@@ -1,7 +1,9 @@
-"""The blocks of a FLUX by name and place.
+"""The blocks of a FLUX by name and index.
 
-blocks = blocks_of(layout)                       # double-0 ... double-18, single-0 ... single-37
-chosen = choose_blocks("double, single 30-37", layout)
+    blocks = blocks_of(layout)                       # double-0 ... double-18, single-0 ... single-37
+    chosen = choose_blocks("double, single 30-37", layout)
+
+A block's index among all of them counts the single blocks on from the double ones.
 """
 
 from __future__ import annotations
@@ -13,25 +15,25 @@ from typing import Literal
 from ..errors import UserError
 from .layout import Layout, Site
 
-Kind = Literal["double", "single"]
+BlockKind = Literal["double", "single"]
 
 
 @dataclass(frozen=True, order=True)
 class Block:
     """One block; the order of blocks is the order they run in."""
 
-    kind: Kind
+    kind: BlockKind
     index: int
 
     @classmethod
     def named(cls, name: str) -> Block:
-        """The block called `name`, as "double-3"; raises `ValueError` where this is no name of a block."""
+        """The block called `name`, as "double-3"; raises `ValueError` where that is not the name of a block."""
         kind, _, index = name.partition("-")
         if kind == "double":
             return cls("double", int(index))
         if kind == "single":
             return cls("single", int(index))
-        raise ValueError(f"no block: {name}")
+        raise ValueError(f"not a block: {name}")
 
     @property
     def name(self) -> str:
@@ -48,21 +50,21 @@ class Block:
 
 
 def blocks_of(layout: Layout) -> tuple[Block, ...]:
-    """All blocks, as they run; the place of a block is its number in here."""
+    """All blocks, as they run; the index of a block is its place in here."""
     doubles = (Block("double", index) for index in range(layout.depth))
     return (*doubles, *(Block("single", index) for index in range(layout.depth_single)))
 
 
-def sites_at(layout: Layout, place: int) -> tuple[Site, ...]:
-    """The MLPs of the block at a place."""
-    path = blocks_of(layout)[place].path
+def sites_at(layout: Layout, block_index: int) -> tuple[Site, ...]:
+    """The MLPs of a block, by its index among all blocks."""
+    path = blocks_of(layout)[block_index].path
     return tuple(site for site in layout.sites if site.block == path)
 
 
 def choose_blocks(text: str, layout: Layout) -> tuple[Block, ...]:
     """The blocks that `text` names: "all", or a list such as "double, single 0, single 30-37".
 
-    Raises `UserError` where the text is no such list or names a block that the model does not have.
+    Raises `UserError` where the text is not such a list, or names a block that the model does not have.
     """
     if text.strip().lower() == "all":
         return blocks_of(layout)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import UserError
@@ -54,6 +54,21 @@ class Site:
     gated: bool
     biased: bool
 
+    @classmethod
+    def of(cls, stream: Stream, index: int, hidden: int, width: int, gated: bool, biased: bool) -> Site:
+        """The MLP of a stream in block `index` of a model of `hidden` channels."""
+        if stream == "single":
+            block = f"single_blocks.{index}"
+            name, paths, rows = (
+                f"single-{index}",
+                (f"{block}.linear1", f"{block}.mlp_act", f"{block}.linear2"),
+                (3 * hidden, hidden),
+            )
+        else:
+            mlp = f"double_blocks.{index}.{stream}_mlp"
+            name, paths, rows = f"double-{stream}-{index}", (f"{mlp}.0", f"{mlp}.1", f"{mlp}.2"), (0, 0)
+        return cls(name, stream, index, *paths, *rows, width, gated, biased)
+
     @property
     def block(self) -> str:
         """Module path of the block the MLP stands in."""
@@ -82,6 +97,47 @@ class Layout:
     depth: int
     depth_single: int
     sites: tuple[Site, ...]
+
+    @classmethod
+    def of(
+        cls,
+        family: Family,
+        hidden: int,
+        depth: int,
+        depth_single: int,
+        *,
+        context: int = 4096,
+        vector: int | None = 768,
+        guidance: bool = False,
+        ratio: int | None = None,
+        channels: int | None = None,
+    ) -> Layout:
+        """The layout of a dense model of these sizes.
+
+        Args:
+            context, vector: widths of the text and of the pooled text; only FLUX.1 has a pooled one.
+            guidance: whether it takes distilled guidance.
+            ratio: neurons of an MLP for one of `hidden`; by default the family's, 3 in FLUX.2 and 4 else.
+            channels: of an image token; by default the family's, 128 in FLUX.2 and 64 else.
+        """
+        gated = family == "flux2"
+        width, channels = hidden * (ratio or (3 if gated else 4)), channels or (128 if gated else 64)
+        doubles: tuple[Stream, ...] = ("img", "txt")
+        mlps: list[tuple[Stream, int]] = [(stream, index) for index in range(depth) for stream in doubles]
+        mlps += [("single", index) for index in range(depth_single)]
+        return cls(
+            family=family,
+            prefix="",
+            hidden=hidden,
+            in_channels=channels,
+            out_channels=channels,
+            context=context,
+            vector=vector if family == "flux1" else None,
+            guidance=guidance,
+            depth=depth,
+            depth_single=depth_single,
+            sites=tuple(Site.of(stream, index, hidden, width, gated, biased=not gated) for stream, index in mlps),
+        )
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -204,34 +260,15 @@ def read_layout(shapes: Mapping[str, Sequence[int]], source: str = "the state di
 
 
 def _site(keys, shape, source: str, stream: Stream, index: int, hidden: int) -> Site:
-    if stream == "single":
-        block = f"single_blocks.{index}"
-        name, up, act, down = f"single-{index}", f"{block}.linear1", f"{block}.mlp_act", f"{block}.linear2"
-        up_row, down_column = 3 * hidden, hidden
-    else:
-        mlp = f"double_blocks.{index}.{stream}_mlp"
-        name, up, act, down = f"double-{stream}-{index}", f"{mlp}.0", f"{mlp}.1", f"{mlp}.2"
-        up_row, down_column = 0, 0
-    rows = shape(f"{up}.weight")[0] - up_row
-    width = shape(f"{down}.weight")[1] - down_column
+    site = Site.of(stream, index, hidden, 0, gated=False, biased=False)
+    rows = shape(f"{site.up}.weight")[0] - site.up_row
+    width = shape(f"{site.down}.weight")[1] - site.down_column
     if rows not in (width, 2 * width):
         raise UserError(
-            f"{source}: {down}.weight reads {width} neurons but {up}.weight makes {rows} values, neither one nor two "
+            f"{source}: {site.down}.weight reads {width} neurons but {site.up}.weight makes {rows} values, neither one nor two "
             "for each. Packed 4-bit weights look like this: use a bf16, fp16 or fp8 file."
         )
-    return Site(
-        name=name,
-        stream=stream,
-        index=index,
-        up=up,
-        act=act,
-        down=down,
-        up_row=up_row,
-        down_column=down_column,
-        width=width,
-        gated=rows == 2 * width,
-        biased=f"{down}.bias" in keys,
-    )
+    return replace(site, width=width, gated=rows == 2 * width, biased=f"{site.down}.bias" in keys)
 
 
 def _find_prefix(shapes: Mapping[str, object], source: str) -> str:
@@ -245,7 +282,8 @@ def _find_prefix(shapes: Mapping[str, object], source: str) -> str:
         )
     found = ", ".join(sorted(shapes)[:3]) or "nothing"
     raise UserError(
-        f"{source} is not a FLUX checkpoint: looked for a key that ends with {_ANCHOR}, found {len(shapes)} others ({found} …)."
+        f"{source} is not a FLUX checkpoint: looked for a key that ends with {_ANCHOR}, found {len(shapes)} others "
+        f"({found} ...)."
     )
 
 

@@ -36,9 +36,9 @@ class Flux(nn.Module):
         hidden, bias, shared = layout.hidden, layout.family == "flux1", layout.family == "flux2"
         self.img_in = nn.Linear(layout.in_channels, hidden, bias=bias)
         self.txt_in = nn.Linear(layout.context, hidden, bias=bias)
-        self.time_in = Embedder(256, hidden, bias)
-        self.vector_in = Embedder(layout.vector, hidden, bias) if layout.vector else None
-        self.guidance_in = Embedder(256, hidden, bias) if layout.guidance else None
+        self.time_in = MLPEmbedder(256, hidden, bias)
+        self.vector_in = MLPEmbedder(layout.vector, hidden, bias) if layout.vector else None
+        self.guidance_in = MLPEmbedder(256, hidden, bias) if layout.guidance else None
         if shared:
             self.double_stream_modulation_img = Modulation(hidden, 6, bias=False)
             self.double_stream_modulation_txt = Modulation(hidden, 6, bias=False)
@@ -76,7 +76,7 @@ class Flux(nn.Module):
             if scale_key(weights, key) or f"{key.removesuffix('.weight')}.comfy_quant" in weights:
                 raise UserError(
                     f"{source} has {key} quantised, with a scale beside it; expected plain numbers. Undo the scales "
-                    "(`pruning.weights.full_precision`), or use a bf16 or fp16 file."
+                    "(`flux.weights.full_precision`), or use a bf16 or fp16 file."
                 )
         model.load_state_dict(weights, strict=False, assign=True)
         return model.eval().requires_grad_(False)
@@ -92,14 +92,16 @@ class Flux(nn.Module):
             context: text [batch, words, context width].
             vector: pooled text [batch, vector width], where the model takes one.
             guidance: distilled guidance [batch], where the model takes one.
+
+        Raises `UserError` where the model takes one of the last two and it is not given.
         """
         patch, (height, width) = self.layout.patch, x.shape[-2:]
         img = self.img_in(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch))
-        vec = self.time_in(sinusoids(sigma, 256).to(img.dtype))
-        if self.guidance_in is not None and guidance is not None:
-            vec = vec + self.guidance_in(sinusoids(guidance, 256).to(img.dtype))
-        if self.vector_in is not None and vector is not None:
-            vec = vec + self.vector_in(vector)
+        vec = self.time_in(timestep_embedding(sigma, 256).to(img.dtype))
+        if self.guidance_in is not None:
+            vec = vec + self.guidance_in(timestep_embedding(_given(guidance, "distilled guidance [batch]"), 256).to(img.dtype))
+        if self.vector_in is not None:
+            vec = vec + self.vector_in(_given(vector, "pooled text [batch, vector width]"))
         txt = self.txt_in(context)
         pe = self.positions(context.shape[1], height // patch, width // patch, x.device)
 
@@ -108,7 +110,7 @@ class Flux(nn.Module):
         return rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=height // patch, p=patch, q=patch)
 
     def positions(self, words: int, rows: int, columns: int, device: torch.device) -> Tensor:
-        """Rotations for text and image tokens [words + rows·columns, head dim / 2, 2, 2], float32.
+        """Rotations for text and image tokens [words + rows * columns, head dim / 2, 2, 2], float32.
 
         An image token stands at (row, column) on axes 1 and 2; FLUX.2 also numbers the words, on axis 3.
         """
@@ -117,7 +119,7 @@ class Flux(nn.Module):
             ids[:words, 3] = torch.arange(words, device=device)
         ids[words:, 1] = torch.arange(rows, device=device).repeat_interleave(columns)
         ids[words:, 2] = torch.arange(columns, device=device).repeat(rows)
-        return torch.cat([rotations(ids[:, n], dim, self.layout.theta) for n, dim in enumerate(self.layout.axes)], dim=1)
+        return torch.cat([rope(ids[:, n], dim, self.layout.theta) for n, dim in enumerate(self.layout.axes)], dim=1)
 
 
 def run_blocks(model: Any, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +143,13 @@ def run_blocks(model: Any, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) ->
     return img, txt
 
 
-class Shift(NamedTuple):
+def _given(value: Tensor | None, what: str) -> Tensor:
+    if value is None:
+        raise UserError(f"This model takes {what}, and none is given: what it would draw without is not what it learned.")
+    return value
+
+
+class ModulationOut(NamedTuple):
     """What a modulation gives to one half of a block, each [batch, 1, hidden]."""
 
     shift: Tensor
@@ -157,9 +165,9 @@ class Modulation(nn.Module):
         self.parts = parts
         self.lin = nn.Linear(hidden, parts * hidden, bias=bias)
 
-    def forward(self, vec: Tensor) -> tuple[Shift, ...]:
+    def forward(self, vec: Tensor) -> tuple[ModulationOut, ...]:
         out = self.lin(F.silu(vec))[:, None].chunk(self.parts, dim=-1)
-        return tuple(Shift(*out[start : start + 3]) for start in range(0, self.parts, 3))
+        return tuple(ModulationOut(*out[start : start + 3]) for start in range(0, self.parts, 3))
 
 
 class DoubleBlock(nn.Module):
@@ -248,7 +256,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), eps=1e-6)
 
 
-class Embedder(nn.Module):
+class MLPEmbedder(nn.Module):
     def __init__(self, width: int, hidden: int, bias: bool):
         super().__init__()
         self.in_layer = nn.Linear(width, hidden, bias=bias)
@@ -268,7 +276,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(x, Shift(shift, scale, scale)))
+        return self.linear(modulate(x, ModulationOut(shift, scale, scale)))
 
 
 class GatedSilu(nn.Module):
@@ -290,24 +298,24 @@ def mlp(hidden: int, site: Site) -> nn.Sequential:
     )
 
 
-def modulate(x: Tensor, mod: Shift) -> Tensor:
+def modulate(x: Tensor, mod: ModulationOut) -> Tensor:
     return torch.addcmul(mod.shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + mod.scale)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
-    """softmax(q·k) v with q and k turned by their positions; [batch, heads, tokens, dim] to [batch, tokens, heads · dim]."""
-    out = F.scaled_dot_product_attention(rotate(q, pe), rotate(k, pe), v)
+    """softmax(q k^T) v with q and k turned by their positions; [batch, heads, tokens, dim] to [batch, tokens, heads * dim]."""
+    out = F.scaled_dot_product_attention(apply_rope(q, pe), apply_rope(k, pe), v)
     return rearrange(out, "b h n d -> b n (h d)")
 
 
-def rotate(x: Tensor, pe: Tensor) -> Tensor:
+def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
     """x with each pair of its last dimension turned by `pe`; as complex numbers, which is one pass over x."""
     turn = torch.complex(pe[..., 0, 0], pe[..., 1, 0])
     pairs = torch.view_as_complex(x.to(pe.dtype).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
-def rotations(position: Tensor, dim: int, theta: int) -> Tensor:
+def rope(position: Tensor, dim: int, theta: int) -> Tensor:
     """2x2 rotations of `dim / 2` frequencies at each position: [tokens, dim / 2, 2, 2] (Su et al. 2021, RoFormer)."""
     omega = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     angle = position.double().cpu()[:, None] * omega
@@ -316,8 +324,8 @@ def rotations(position: Tensor, dim: int, theta: int) -> Tensor:
     return turned.to(device=position.device, dtype=torch.float32)
 
 
-def sinusoids(t: Tensor, dim: int) -> Tensor:
-    """Embedding of 1000·t: `dim / 2` cosines, then as many sines, of frequencies 1 down to 1e-4; [batch, dim]."""
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Embedding of 1000 t: `dim / 2` cosines, then as many sines, of frequencies 1 down to 1e-4; [batch, dim]."""
     half = dim // 2
     frequencies = torch.exp(torch.arange(half, device=t.device) * (-torch.log(torch.tensor(10_000.0)).item() / half))
     angle = 1000.0 * t.float()[:, None] * frequencies

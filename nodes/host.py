@@ -74,6 +74,12 @@ def inside(root: Path, name: str, suffix: str = "") -> Path:
     )
 
 
+def name_of(path: Path) -> str:
+    """What a file or folder is called on nodes: its name in output/flux_poke with its folders, or else where it is."""
+    root = output_folder()
+    return path.relative_to(root).as_posix() if root in path.parents else str(path)
+
+
 def recording_names() -> list[str]:
     """Names of the recordings in output/flux_poke, also of those one folder deeper."""
     root, names = output_folder(), set()

@@ -79,8 +79,8 @@ def require_recorded(recording: Recording) -> None:
     """Raises `UserError` where nothing is recorded yet."""
     if not recording.kinds:
         raise UserError(
-            f"Nothing is recorded in '{recording.name}' yet: run a graph with a Record node first, and where it is this graph, "
-            "connect the sampler's latent to 'after'."
+            f"Nothing is recorded in '{host.name_of(recording.folder)}' yet: run a graph with a Record node first, and where it is "
+            "this graph, connect the sampler's latent to 'after'."
         )
 
 
@@ -94,8 +94,18 @@ def layer_times(folder: str | None) -> str:
     return "" if not folder else times(*layer_files(host.output_path(folder)).values())
 
 
-def missing_layers(folder: Path) -> list[int]:
-    """Layers that the list in a folder of retrained layers names, and whose files are not there."""
+def missing_layers(name: str | None) -> str:
+    """For `fingerprint_inputs`: the layers whose files are gone from a folder of retrained ones, though its list names them.
+
+    Where the plan names the folder, those of all such folders; empty where another node names it.
+    """
+    if name is None:
+        return ""
+    folders = [host.output_path(name)] if name.strip() else sorted(host.output_path("retrained_layers").glob("*/"))
+    return str([(folder.name, missing) for folder in folders if (missing := _missing(folder))])
+
+
+def _missing(folder: Path) -> list[int]:
     stats = folder / STATS
     named = re.findall(r"^layer(\d+):", stats.read_text(encoding="utf-8"), re.MULTILINE) if stats.is_file() else []
     return sorted({int(number) for number in named} - layer_files(folder).keys())

@@ -185,4 +185,4 @@ class AnimateBlockPreviews(io.ComfyNode):
 
 def _for_capture(folder: Path, files: Sequence[str]) -> dict[str, Any]:
     """What `flux-poke capture` looks for in a node's `ui`: a generation's files, to be fetched."""
-    return {"generation_id": folder.name, "subfolder": f"{host.FOLDER}/{folder.name}", "files": list(files)}
+    return {"generation_id": folder.name, "subfolder": f"{host.FOLDER}/{host.name_of(folder)}", "files": list(files)}

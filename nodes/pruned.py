@@ -115,8 +115,8 @@ def pruned_model(model: ModelPatcher) -> PrunedModel:
     found = model.get_attachment(PRUNED)
     if found is None:
         raise UserError(
-            "This model was not pruned by Flux Poke: ComfyUI's own nodes load LoRAs for it and save it. Connect the MODEL of Load "
-            "Pruned FLUX, Load Pruned Checkpoint or Load Replaced FLUX."
+            "This model was not pruned by Flux Poke: ComfyUI's own nodes load LoRAs for it and save it. Connect the MODEL of "
+            "Load Pruned FLUX, Load Pruned Checkpoint or Load Replaced FLUX."
         )
     return found
 

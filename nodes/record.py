@@ -10,7 +10,7 @@ from ..flux.layout import select_sites
 from ..recording.lens_rows import LensRecorder
 from ..recording.recording import Recording
 from ..recording.rows import RowChoice, RowRecorder, estimated_bytes
-from ..recording.states import StateChoice, StateKind, StateRecorder, estimated_state_bytes, places_around
+from ..recording.states import StateChoice, StateKind, StateRecorder, estimated_state_bytes, indices_around
 from ..recording.store import Limit
 from . import host
 from .inputs import model_input, recording_input, recording_output, watched_output
@@ -61,7 +61,7 @@ def target(model, name: str, recording: Recording | None) -> Recorded:
     if recording is None:
         recording = Recording.at(host.output_path(name))
     if recording.folder.exists() and not recording.folder.is_dir():
-        raise UserError(f"'{recording.name}' is a file in {recording.folder.parent}: choose another name for the recording.")
+        raise UserError(f"{host.name_of(recording.folder)} is a file: choose another name for the recording.")
     found = Recorded(recording, flux_layout(model), model_fingerprint(model))
     found.check()
     return found
@@ -97,8 +97,8 @@ class Record(RecordNode):
                     min=0,
                     max=1000,
                     tooltip="At how many steps of the first run it is measured what an error in each MLP does to the picture, "
-                    "which weighs errors in plans by budget. Each takes one more model call for every MLP (77 for FLUX.1); "
-                    "0 = never.",
+                    "which weighs errors in plans by budget; the last step is always among them. Each takes three more model "
+                    "calls for every MLP (229 for FLUX.1); 0 = never.",
                 ),
                 RecordOptionsType.Input("options", optional=True, tooltip="From Record Options: what else may be chosen."),
             ],
@@ -183,9 +183,9 @@ class RecordBlockStates(RecordNode):
     @classmethod
     def execute(cls, model, name, blocks, steps, max_gb, sigma_from, sigma_to, sample_seed, recording=None) -> io.NodeOutput:
         where = target(model, name, recording)
-        places = places_around(choose_blocks(blocks, where.layout), where.layout)
+        indices = indices_around(choose_blocks(blocks, where.layout), where.layout)
         choice = StateChoice(steps or None, (sigma_from, sigma_to), sample_seed)
-        return cls.watched(model, where, record_states(cls, where, "blocks", places, choice, max_gb), "block states")
+        return cls.watched(model, where, record_states(cls, where, "blocks", indices, choice, max_gb), "block states")
 
 
 class RecordTrajectories(RecordNode):
@@ -208,11 +208,11 @@ class RecordTrajectories(RecordNode):
         return cls.watched(model, where, record_states(cls, where, "trajectories", (), choice, max_gb), "trajectories")
 
 
-def record_states(node: type[io.ComfyNode], where: Recorded, kind: StateKind, places, choice: StateChoice, max_gb: float):
+def record_states(node: type[io.ComfyNode], where: Recorded, kind: StateKind, indices, choice: StateChoice, max_gb: float):
     """What starts the recording of one run; says on the node how much it takes."""
-    size = estimated_state_bytes(kind, where.layout, places, choice, 100, image_tokens=4096, words=512)
+    size = estimated_state_bytes(kind, where.layout, indices, choice, 100, image_tokens=4096, words=512)
     host.say(node.hidden.unique_id, f"About {size / 1e9:.3g} GB for 100 recorded steps of 1024x1024 pixels")
-    recorder, node_id = StateRecorder(kind, where.store(), choice, Limit(max_gb, "stop"), places), node.hidden.unique_id
+    recorder, node_id = StateRecorder(kind, where.store(), choice, Limit(max_gb, "stop"), indices), node.hidden.unique_id
     return lambda: [StoreRun(recorder, node_id)]
 
 

@@ -17,7 +17,7 @@ from ..recording.recording import Recording
 from ..recording.rows import RowRecorder
 from ..recording.states import StateRecorder
 from ..recording.store import HiddenStates
-from . import computing
+from . import computing, host
 from .graph import prompt_below, running_graph
 from .watching import SampledCall, SamplingWatcher
 
@@ -58,7 +58,7 @@ class InternalsRun(SamplingWatcher):
         return self.recorder.watching(model, call.counting(self.target.layout, self.ignore_padding, self.positive_only))
 
     def finish(self) -> str:
-        recorded, name = self.recorder.results(), self.target.recording.name
+        recorded, name = self.recorder.results(), host.name_of(self.target.recording.folder)
         if not recorded:
             return self.recorder.note or "The sampler made no step: nothing was recorded."
         new = Internals.new(
@@ -128,7 +128,7 @@ class RowsRun(StoreRun):
 
     def _probe(self, model: nn.Module, call: SampledCall, which: str) -> None:
         assert call.again is not None
-        calls, again = len(self.probe.sites) + 1, call.again
+        calls, again = self.probe.calls, call.again
         progress, done = computing.NodeProgress(self.showing), 0
 
         def velocity() -> torch.Tensor:

@@ -14,11 +14,10 @@ from ..pruning.dense import Dense
 from ..pruning.plan import PruningPlan
 from ..pruning.planning import open_dense, open_recording
 from ..recording.recording import Recording
-from ..retrain.files import draw_stats
-from ..retrain.methods import METHODS, retrain
-from ..retrain.options import Progress as Training
+from ..retrain.files import default_folder, draw_stats, stats_figure, stats_table
+from ..retrain.layers import METHODS, retrain
+from ..retrain.options import TrainingStatus
 from ..retrain.replaced import Replaced, RetrainedLayers
-from ..retrain.stats import stats_figure, stats_table
 from . import computing, host, loading
 from .inputs import (
     OF_THE_PLAN,
@@ -32,12 +31,6 @@ from .inputs import (
     weight_dtype_input,
 )
 from .pruned import PRUNED, PrunedModel
-
-DEFAULT_LAYERS = "retrained_layers"
-
-
-def default_folder(plan: PruningPlan) -> str:  # until retrain has it
-    return f"{DEFAULT_LAYERS}/{plan.digest[:8]}"
 
 
 class RetrainLayers(io.ComfyNode):
@@ -114,7 +107,7 @@ class RetrainLayers(io.ComfyNode):
 
         What it is trained on reaches it through its links.
         """
-        return str(missing_layers(host.output_path(folder))) if folder else ""
+        return missing_layers(folder)
 
     @classmethod
     def execute(
@@ -144,16 +137,16 @@ class LossCurve:
         self._progress = host.PictureProgress()
         self._layer, self._curve = "", [(0, 0.0)]
 
-    def __call__(self, progress: Training) -> None:
-        if progress.layer != self._layer:
-            self._layer, self._curve = progress.layer, []
-        self._curve.append((progress.step, progress.held_out_loss))
-        done = progress.layers_done * progress.steps + progress.step
-        self._progress(done, progress.layers * progress.steps, curve_picture(progress, self._curve))
+    def __call__(self, status: TrainingStatus) -> None:
+        if status.layer != self._layer:
+            self._layer, self._curve = status.layer, []
+        self._curve.append((status.step, status.held_out_loss))
+        done = status.layers_done * status.steps + status.step
+        self._progress(done, status.layers * status.steps, curve_picture(status, self._curve))
         computing.throw_if_cancelled()
 
 
-def curve_picture(progress: Training, curve: list[tuple[int, float]]) -> Image.Image:
+def curve_picture(status: TrainingStatus, curve: list[tuple[int, float]]) -> Image.Image:
     """Held-out loss by step, logarithmic, from the highest to the lowest so far."""
     width, height, edge = 512, 256, 24
     picture = Image.new("RGB", (width, height), "white")
@@ -162,13 +155,13 @@ def curve_picture(progress: Training, curve: list[tuple[int, float]]) -> Image.I
     low, high = min(logs), max(logs)
     scale = (height - 3 * edge) / max(high - low, 1e-9)
     places = [
-        (edge + (width - 2 * edge) * step / progress.steps, 2 * edge + (high - log) * scale)
+        (edge + (width - 2 * edge) * step / status.steps, 2 * edge + (high - log) * scale)
         for (step, _), log in zip(curve, logs, strict=True)
     ]
     if len(places) > 1:
         draw.line(places, fill=(31, 119, 180), width=3)
-    title = f"{progress.layer} ({progress.layers_done + 1} of {progress.layers}), {progress.seconds_left:.0f} s left"
-    title += f", held-out loss {progress.held_out_loss:.3g}"
+    title = f"{status.layer} ({status.layers_done + 1} of {status.layers}), {status.seconds_left:.0f} s left"
+    title += f", held-out loss {status.held_out_loss:.3g}"
     draw.text((edge, edge // 3), title, fill="black", font_size=16)
     for log, y in ((high, 2 * edge), (low, height - edge)):
         draw.text((width - edge, y), f"{10**log:.3g}", fill="gray", anchor="rm", font_size=12)
@@ -228,7 +221,7 @@ class LoadReplacedFlux(io.ComfyNode):
         replaced = Replaced(dense, layers)
         model = loading.load_flux(replaced, weight_dtype, dense.metadata)
         folds = {name: replaced.fold(name) for name in replaced.plan.kept}
-        model.set_attachments(PRUNED, PrunedModel(dense.layout, replaced.plan, folds, replaced.reports()))
+        model.set_attachments(PRUNED, PrunedModel(dense.layout, replaced.plan, folds, replaced.work_out()))
         masked_count = replaced.plan.masked_count
         text = f"{len(layers.layers)} layers replaced, neurons cut: {masked_count}"
         host.say(cls.hidden.unique_id, " ".join([text, layers.describe_missing(dense.layout)]).strip())

@@ -109,7 +109,7 @@ def sampling_clone(model: ModelPatcher, watch: Watch) -> ModelPatcher:
     earlier = list(chain.from_iterable(one.__self__.watches for one in model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)))
     for folder, kind in sorted(watch.records & {record for one in earlier for record in one.records}):
         raise UserError(
-            f"The model that comes in is recorded to {folder.name} already ({kind}), and every run would count twice: "
+            f"The model that comes in is recorded to {host.name_of(folder)} already ({kind}), and every run would count twice: "
             "leave out one of the two Record nodes, or give one of them another name."
         )
     watched = _Watched((*earlier, watch))

@@ -55,7 +55,10 @@ class Pruned:
     def open(cls, path: str | os.PathLike[str]) -> Pruned:
         """Reads the header; raises `UserError` where the file is damaged or no pruned checkpoint."""
         with open_safetensors(path) as file:
-            advice = "Dense checkpoints load in the ordinary loader."
+            advice = (
+                "Dense checkpoints load in the ordinary loader. A pruned MODEL is saved with Save Pruned FLUX: ModelSave and "
+                "CheckpointSave leave out its plan."
+            )
             header = require_format(file.metadata(), path, PRUNED_FORMAT, "pruned checkpoint", advice)
             try:
                 kept = {key.removeprefix(KEPT): file.get_tensor(key) for key in file.keys() if key.startswith(KEPT)}

@@ -240,11 +240,11 @@ def open_dense(plan: PruningPlan, override: str | os.PathLike[str] | None = None
     """
     path = str(override or plan.checkpoint)
     if not path:
-        raise UserError("The plan does not tell which checkpoint it was made from: choose the dense model (--checkpoint FILE).")
+        raise UserError("The plan does not tell what checkpoint it is of: choose it (Load Plan, or --checkpoint FILE).")
     if not Path(path).is_file():
         raise UserError(
             f"The dense model {path} is not there, and the plan was made from it: put it back, or choose where it is now "
-            "(--checkpoint FILE)."
+            "(Load Plan, or --checkpoint FILE)."
         )
     dense = Dense.open(path)
     plan.require(dense)
@@ -258,11 +258,11 @@ def open_recording(plan: PruningPlan, override: str | os.PathLike[str] | None = 
     """
     path = str(override or plan.recording)
     if not path:
-        raise UserError("The plan does not tell which recording it was made from: choose its folder (--recording FOLDER).")
+        raise UserError("The plan does not tell what recording it is of: choose it (Load Plan, or --recording FOLDER).")
     if not Path(path).exists():
         raise UserError(
             f"The recording {path} is not there, and the plan was made from it: put it back, or choose where it is now "
-            "(--recording FOLDER)."
+            "(Load Plan, or --recording FOLDER)."
         )
     recording = Recording.open(path)
     recording.require(plan.fingerprint, "the plan's model")

@@ -1,7 +1,7 @@
 """How much an error at one MLP's output moves the final velocity.
 
     probe = AmplificationProbe(layout.sites)
-    probe.measure(model, sigma, lambda: point.run(model))    # at as many points of dense trajectories as one likes
+    probe.measure(model, sigma, lambda: point.run(model))    # at any number of points of dense trajectories
     store.add_amplification(probe.results())
 
 A site's amplification is |change of the velocity|^2 / |velocity|^2, divided by the energy (mean |error|^2 per token) of an
@@ -51,6 +51,11 @@ class AmplificationProbe:
         self.sites = tuple(sites)
         self._generator = torch.Generator().manual_seed(seed)
         self._measured: Measured = {}
+
+    @property
+    def calls(self) -> int:
+        """How many model calls one measurement takes."""
+        return 1 + 3 * len(self.sites)
 
     @torch.no_grad()
     @force_eager()

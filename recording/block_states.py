@@ -1,8 +1,8 @@
 """Reading block states: what went into the blocks of a FLUX, and what came out.
 
     states = BlockStates.open(folder)                # this program's folders, and the original flux-poke's
-    states.places, states.image, states.groups       # what is there, whose it is, what can stand in one batch
-    state = states.batch(torch.tensor([3, 14]), place=7)
+    states.indices, states.image, states.groups      # what is there, whose it is, what can stand in one batch
+    state = states.batch(torch.tensor([3, 14]), block_index=7)
     state.img, state.txt, state.vec, state.pe
 
 Rows are read when they are asked for. The original's files have `{k}-vec` and `{k}-pe` for every k, and no manifest: each
@@ -24,7 +24,8 @@ from torch import Tensor
 from ..errors import UserError
 from ..flux.fingerprint import Fingerprint
 from .manifest import record_first
-from .store import MANIFEST, HiddenStates, ShardSlices
+from .shards import ShardSlices
+from .store import MANIFEST, HiddenStates
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class State:
 
 
 class BlockStates:
-    """States by sample (one image at one step) and place.
+    """States by sample (one image at one step) and block index: what enters block k, and what leaves the last one.
 
     Attributes:
-        places: that every file has, ascending. image: [samples] int64. groups: indices of samples of equal shapes.
+        indices: of the states that every file has, ascending. image: [samples] int64. groups: samples of equal shapes.
         fingerprint: of the model they come from; None in the original's folders. digest: hexadecimal, another one whenever
         block states are recorded (in the original's folders, by the files' names, sizes and times).
     """
@@ -56,13 +57,13 @@ class BlockStates:
     ):
         self.folder, self.files, self.fingerprint, self.digest = folder, list(files), fingerprint, digest
         self.image = torch.cat(list(images))
-        self.places = sorted(set.intersection(*(_places(file) for file in self.files)))
-        if not self.places:
+        self.indices = sorted(set.intersection(*(_indices(file) for file in self.files)))
+        if not self.indices:
             raise UserError(f"The block states in {folder} have no block in common: record the same blocks in one folder.")
         self._of = [(file, row) for file, image in zip(self.files, images, strict=True) for row in range(len(image))]
         by_shape: dict[tuple, list[int]] = {}
         for sample, (file, _) in enumerate(self._of):
-            key = tuple(file.shape(f"{self.places[0]}-{stream}")[1:] for stream in ("img", "txt"))
+            key = tuple(file.shape(f"{self.indices[0]}-{stream}")[1:] for stream in ("img", "txt"))
             by_shape.setdefault(key, []).append(sample)
         self.groups = [torch.tensor(samples) for samples in by_shape.values()]
 
@@ -81,8 +82,8 @@ class BlockStates:
             fingerprint: Fingerprint | None = store.manifest.fingerprint
             digest = store.digest("blocks")
         else:
-            files = [file for path in sorted(folder.glob("*.safetensors")) if _places(file := ShardSlices(path))]
-            counts = [file.shape(f"{min(_places(file))}-img")[0] for file in files]
+            files = [file for path in sorted(folder.glob("*.safetensors")) if _indices(file := ShardSlices(path))]
+            counts = [file.shape(f"{min(_indices(file))}-img")[0] for file in files]
             images = list(torch.arange(sum(counts)).split(counts)) if counts else []
             fingerprint = None
             known = [(file.path.name, file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files]
@@ -98,38 +99,38 @@ class BlockStates:
                 f"{self.folder} was recorded on another model than {what}: {self.fingerprint.difference(fingerprint)}. "
                 "Choose the folder that belongs to it, or record again."
             )
-        found = self.files[0].shape(f"{self.places[0]}-img")[-1]
+        found = self.files[0].shape(f"{self.indices[0]}-img")[-1]
         if found != hidden:
             raise UserError(
                 f"The states in {self.folder} are {found} wide, those of {what} {hidden}: they are another model's."
             )
 
-    def batch(self, samples: Tensor, place: int, device: torch.device | str = "cpu") -> State:
-        """Samples of one group at `place`, float32 on `device`; raises `UserError` where that place was not recorded."""
-        img, txt = self.tokens(samples, place, device)
+    def batch(self, samples: Tensor, block_index: int, device: torch.device | str = "cpu") -> State:
+        """Samples of one group as they enter a block, float32 on `device`; raises `UserError` where that was not recorded."""
+        img, txt = self.tokens(samples, block_index, device)
         vec, pe = [], []
         for sample in samples.tolist():
             file, row = self._of[sample]
-            vec.append(file[f"{place}-vec" if f"{place}-vec" in file else "vec"][row : row + 1])
-            positions = file[f"{place}-pe" if f"{place}-pe" in file else "pe"][:]
+            vec.append(file.row(f"{block_index}-vec" if f"{block_index}-vec" in file else "vec", row))
+            positions = file[f"{block_index}-pe" if f"{block_index}-pe" in file else "pe"][:]
             pe.append(positions.reshape(-1, 1, *positions.shape[-4:])[:1])
         return State(img, txt, *(torch.cat(part).to(device).float() for part in (vec, pe)))
 
-    def tokens(self, samples: Tensor, place: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    def tokens(self, samples: Tensor, block_index: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """img and txt of `batch`."""
-        if place not in self.places:
+        if block_index not in self.indices:
             raise UserError(
-                f"{self.folder} holds the states at {_listed(self.places)}, but {place} is needed (what enters block {place}, "
-                f"or leaves block {place - 1}): record more blocks, or choose other layers."
+                f"{self.folder} holds the states at {_listed(self.indices)}, but {block_index} is needed (what enters block "
+                f"{block_index}, or leaves block {block_index - 1}): record more blocks, or choose other layers."
             )
-        places = [self._of[sample] for sample in samples.tolist()]
-        img, txt = (torch.cat([file[f"{place}-{name}"][row : row + 1] for file, row in places]) for name in ("img", "txt"))
+        found = [self._of[sample] for sample in samples.tolist()]
+        img, txt = (torch.cat([file.row(f"{block_index}-{name}", row) for file, row in found]) for name in ("img", "txt"))
         return img.to(device).float(), txt.to(device).float()
 
 
-def _places(file: ShardSlices) -> set[int]:
+def _indices(file: ShardSlices) -> set[int]:
     return {int(found[1]) for name in file if (found := re.fullmatch(r"(\d+)-img", name))}
 
 
-def _listed(places: Sequence[int]) -> str:
-    return f"{places[0]} to {places[-1]}" if len(places) == places[-1] - places[0] + 1 else ", ".join(map(str, places))
+def _listed(indices: Sequence[int]) -> str:
+    return f"{indices[0]} to {indices[-1]}" if len(indices) == indices[-1] - indices[0] + 1 else ", ".join(map(str, indices))

@@ -29,14 +29,14 @@ from ..tiny.model import LATENT_SIDE, TinyFlux
 from ..tiny.words import PADDED
 from .amplification import AmplificationProbe, probed_steps
 from .call import Call
-from .internals import Internals, add_to_file, check_file
+from .internals import Internals, add_to_file
 from .lens_rows import LensRecorder, estimated_lens_bytes
 from .manifest import Kind, Limit
 from .neurons import InternalsRecorder
 from .recording import Recording
 from .rows import RowChoice, RowRecorder, estimated_bytes
 from .run import Run
-from .states import StateChoice, StateRecorder, estimated_state_bytes, places_around
+from .states import StateChoice, StateRecorder, estimated_state_bytes, indices_around
 from .store import HiddenStates
 
 #: At how many steps of the first batch the amplification of every MLP is measured.
@@ -72,9 +72,9 @@ class Wanted:
             found["lens"] = 2 * estimated_lens_bytes(layout, self.lens, steps, images)  # it runs in float32
         for kind, choice in (("blocks", self.blocks), ("trajectories", self.trajectories)):
             if choice:
-                places = places_around(choose_blocks(self.blocks_of_states, layout), layout)
+                indices = indices_around(choose_blocks(self.blocks_of_states, layout), layout)
                 calls = images * choice.count(steps)
-                found[kind] = estimated_state_bytes(kind, layout, places, choice, calls, tokens, PADDED)  # type: ignore
+                found[kind] = estimated_state_bytes(kind, layout, indices, choice, calls, tokens, PADDED)  # type: ignore
         return found
 
 
@@ -96,12 +96,10 @@ def record(
     tiny = TinyFlux.load(checkpoint)
     layout = tiny.flux.layout
     fingerprint = Fingerprint.of_checkpoint(Checkpoint(checkpoint))
-    recording.require(fingerprint, str(checkpoint))
-    if wanted.internals:
-        check_file(recording.internals_file, fingerprint)
+    recording.check_writable(fingerprint, str(checkpoint), wanted.internals)
     recorders = _recorders(recording, layout, fingerprint, wanted)
     probe = _probe(recorders, layout)
-    noise, sigmas = tiny.noise(len(prompts), seed), FluxTimer(steps).sigmas()
+    sigmas = FluxTimer(steps).sigmas()
     what, notes = f"drawing and recording {len(prompts)} prompts", dict[str, None]()
     for start in range(0, len(prompts), batch):
         texts = tuple(prompts[start : start + batch])
@@ -111,7 +109,7 @@ def record(
             run.probe = probe
         runs: list[Run] = [recorder.begin() for recorder in recorders]
         neurons = InternalsRecorder(layout.sites if wanted.internals else ())
-        run.draw(noise[start : start + batch], [neurons, *runs])
+        run.draw([neurons, *runs])
         for finished in runs:
             finished.finish()
         if run.probe is not None:
@@ -141,7 +139,7 @@ class _Drawn:
     probe: AmplificationProbe | None = None
 
     @torch.no_grad()
-    def draw(self, noise: Tensor, watchers: Sequence[_Watching]) -> None:
+    def draw(self, watchers: Sequence[_Watching]) -> None:
         flux, steps = self.tiny.flux, len(self.sigmas) - 1
         context, vector = self.tiny.words(self.prompts)
         probed = probed_steps(steps, PROBED_STEPS)
@@ -162,7 +160,7 @@ class _Drawn:
                     watching.enter_context(watcher.watching(flux, call))
                 return model()
 
-        euler(velocity, noise, self.sigmas)
+        euler(velocity, self.tiny.noise(len(self.prompts), self.seeds[0]), self.sigmas)
 
 
 def _recorders(
@@ -178,8 +176,8 @@ def _recorders(
     if wanted.lens:
         found.append(LensRecorder(layout, store, wanted.lens, limit))
     if wanted.blocks:
-        places = places_around(choose_blocks(wanted.blocks_of_states, layout), layout)
-        found.append(StateRecorder("blocks", store, wanted.blocks, limit, places))
+        indices = indices_around(choose_blocks(wanted.blocks_of_states, layout), layout)
+        found.append(StateRecorder("blocks", store, wanted.blocks, limit, indices))
     if wanted.trajectories:
         found.append(StateRecorder("trajectories", store, wanted.trajectories, limit))
     return found

@@ -27,8 +27,9 @@ from .call import Call
 from .hooks import watching_blocks, watching_image_tokens
 from .manifest import Limit, record_first
 from .rows import RowChoice
-from .run import Run
-from .store import HiddenStates, require_finite
+from .run import Recorder, Run
+from .shards import require_finite
+from .store import HiddenStates
 
 
 def estimated_lens_bytes(layout: Layout, choice: RowChoice, steps: int, images: int) -> int:
@@ -36,26 +37,20 @@ def estimated_lens_bytes(layout: Layout, choice: RowChoice, steps: int, images: 
     return images * choice.count(steps) * choice.rows * (len(blocks_of(layout)) * layout.hidden * 2 + 8 + 4)
 
 
-class LensRecorder:
+class LensRecorder(Recorder):
     """Keeps `choice.rows` random image tokens of each image and drawn step, the same ones after every block, until `limit` says
     stop (`full`)."""
+
+    choice: RowChoice
 
     def __init__(self, layout: Layout, store: HiddenStates, choice: RowChoice | None = None, limit: Limit | None = None):
         self.layout = layout
         self.store = store
         self.choice = choice or RowChoice()
         self.limit = limit
-        self.full = False
-
-    @contextmanager
-    def run(self) -> Iterator[LensRun]:
-        """One sampling run; written when it ends well."""
-        run = self.begin()
-        yield run
-        run.finish()
 
     def begin(self) -> LensRun:
-        """As `run`, where the end is known elsewhere: `finish` it when it ended well."""
+        """A run of the sampler: `finish` it when it ended well."""
         return LensRun(self)
 
 
@@ -96,7 +91,7 @@ class LensRun(Run):
     def _tokens(self, call: Call) -> Tensor:
         patch = self.recorder.layout.patch
         available = -(-call.x.shape[-2] // patch) * -(-call.x.shape[-1] // patch)
-        seed = hashlib.sha256(f"{self.recorder.choice.seed} {self.lot} {call.step} lens".encode()).digest()
+        seed = hashlib.sha256(f"{self.recorder.choice.seed} {self.key} {call.step} lens".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "big"))
         return torch.randperm(available, generator=generator)[: self.recorder.choice.rows].sort().values
 

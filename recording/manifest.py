@@ -13,11 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from ..errors import UserError
 from ..flux.fingerprint import Fingerprint
@@ -28,15 +29,13 @@ MANIFEST = "manifest.json"
 Kind = Literal["rows", "lens", "blocks", "trajectories"]
 
 
-#: What people call the kinds.
-TITLES = {
-    "internals": "internals", "rows": "rows", "lens": "lens rows", "blocks": "block states", "trajectories": "trajectories",
-}  # fmt: skip
+#: The nodes that record them, where it is not Record itself.
+NODES = {"lens": "Record Lens Rows", "blocks": "Record Block States", "trajectories": "Record Trajectories"}
 
 
 def record_first(kind: str) -> str:
     """How to get what is missing, in a sentence."""
-    return f"Record it first (Record with {TITLES[kind]}, or `uv run flux-poke record --what {kind}`)."
+    return f"Record it first ({NODES.get(kind, 'Record')}, or `uv run flux-poke record --what {kind}`)."
 
 
 def new_id() -> str:
@@ -92,9 +91,11 @@ class Shard:
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Shard:
-        """Raises `KeyError` or `TypeError` where `found` is not a shard."""
+        """Raises `KeyError`, `TypeError` or `ValueError` where `found` is not a shard."""
+        if found["kind"] not in get_args(Kind) or not re.fullmatch(rf"{found['kind']}-\d{{5,}}\.safetensors", found["file"]):
+            raise ValueError(f"{found['file']} of kind {found['kind']} is not a shard")
         captures = tuple(Capture(**capture) for capture in found["captures"])
-        return cls(**{**found, "captures": captures, "id": str(found["id"])})
+        return cls(**{**found, "captures": captures, "id": bytes.fromhex(found["id"]).hex()})
 
 
 class Drawing(NamedTuple):
@@ -106,7 +107,7 @@ class Drawing(NamedTuple):
     name: str
     times: Mapping[str, int]
 
-    def lot(self, kind: Kind) -> str:
+    def key(self, kind: Kind) -> str:
         """What the steps and tokens of a kind are drawn by: others each time."""
         times = self.times.get(kind, 0)
         return f"{self.first} {times}" if times else f"{self.first}"

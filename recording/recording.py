@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..flux.fingerprint import Fingerprint
-from .internals import Internals
+from .internals import Internals, check_file
 from .manifest import MANIFEST, Manifest, record_first
 from .store import HiddenStates
 
@@ -129,6 +129,17 @@ class Recording:
                 f"{self.folder} was recorded on another model than {what}: {found.difference(fingerprint)}. "
                 "Choose the recording that belongs to it, or a new folder."
             )
+
+    def check_writable(self, fingerprint: Fingerprint, what: str, internals: bool) -> None:
+        """Raises `UserError` where nothing of the model with `fingerprint`, called `what`, could be recorded here.
+
+        `internals`: whether they are to be.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is a file: expected a folder to record to. Choose another name.")
+        if internals:
+            check_file(self.internals_file, fingerprint)
+        self.require(fingerprint, what)
 
     def fingerprint(self) -> Fingerprint | None:
         """Of the model that was recorded, None where that is not known (the original's counts).

@@ -28,7 +28,7 @@ from ..flux.layout import Site
 from .call import Call
 from .hooks import watching_blocks
 from .manifest import Limit
-from .run import Run, StepDraw
+from .run import Recorder, Run, StepDraw
 from .store import HiddenStates
 
 #: Rows in memory before they are written, in the middle of a run if need be.
@@ -63,28 +63,22 @@ def estimated_bytes(sites: Sequence[Site], hidden: int, choice: RowChoice, steps
     return images * choice.count(steps) * choice.rows * row
 
 
-class RowRecorder:
+class RowRecorder(Recorder):
     """Records rows of `sites` into `store`, over any number of runs, until `limit` says stop (`full`).
 
     What it thins out is left as many rows as a regression on all that the MLP reads needs.
     """
+
+    choice: RowChoice
 
     def __init__(self, sites: Sequence[Site], store: HiddenStates, choice: RowChoice | None = None, limit: Limit | None = None):
         self.sites = tuple(sites)
         self.store = store
         self.choice = choice or RowChoice()
         self.limit = limit and replace(limit, least={site.name: site.regressors for site in sites})
-        self.full = False
-
-    @contextmanager
-    def run(self) -> Iterator[RowRun]:
-        """One sampling run; written when it ends well."""
-        run = self.begin()
-        yield run
-        run.finish()
 
     def begin(self) -> RowRun:
-        """As `run`, where the end is known elsewhere: `finish` it when it ended well."""
+        """A run of the sampler: `finish` it when it ended well."""
         return RowRun(self)
 
 
@@ -192,7 +186,7 @@ class _Draw:
     def _draw(self, stream: str, batch: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [images, rows] on the device; which of them count, and their image's number [images * rows], on the CPU."""
         run, call = self.run, self.call
-        seed = hashlib.sha256(f"{run.recorder.choice.seed} {run.lot} {call.step} {stream}".encode()).digest()
+        seed = hashlib.sha256(f"{run.recorder.choice.seed} {run.key} {call.step} {stream}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "big"))
         order = torch.rand(batch, tokens, generator=generator).to(device)
         allowed = call.mask.rows(stream, batch, tokens)

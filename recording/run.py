@@ -13,9 +13,8 @@ Steps and tokens are drawn by a seed and the numbers of the images, so that a re
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 
@@ -49,21 +48,30 @@ class StepDraw:
         """How many of a run's `steps` steps are recorded at most."""
         return min(steps, max(1, round(STEP_SHARE * steps)) if self.steps is None else self.steps)
 
-    def drawn_steps(self, sigmas: Sequence[float], lot: str) -> frozenset[int]:
-        """Steps to record of a `Drawing` with that lot; `sigmas` has one number more than there are steps."""
+    def drawn_steps(self, sigmas: Sequence[float], key: str) -> frozenset[int]:
+        """Steps to record of a `Drawing` with that key; `sigmas` has one number more than there are steps."""
         low, high = self.sigmas
         known = [step for step, sigma in enumerate(sigmas[:-1]) if low <= sigma <= high]
-        return frozenset(random.Random(f"{self.seed} {lot}").sample(known, min(len(known), self.count(len(sigmas) - 1))))
+        return frozenset(random.Random(f"{self.seed} {key}").sample(known, min(len(known), self.count(len(sigmas) - 1))))
 
 
-class Recorder(Protocol):
-    """What a run belongs to: where it records to, which steps, and whether there is no room left."""
+class Recorder:
+    """Records into `store` what `choice` says, over any number of runs, until there is no room left (`full`)."""
 
     store: HiddenStates
-    full: bool
+    choice: StepDraw
+    full = False
 
-    @property
-    def choice(self) -> StepDraw: ...
+    def begin(self) -> Run:
+        """A run of the sampler: `finish` it when it ended well."""
+        raise NotImplementedError
+
+    @contextmanager
+    def run(self) -> Iterator[Run]:
+        """As `begin`; the run is finished when the `with` ends well."""
+        run = self.begin()
+        yield run
+        run.finish()
 
 
 class Run:
@@ -77,6 +85,7 @@ class Run:
         self._to, self.kind = recorder, kind
         self.drawing: Drawing | None = None
         self.steps: frozenset[int] = frozenset()
+        self._asked: list[tuple[str | None, int | None]] = []
         self._outside = False
         self._skipping = 0
         self._wrong: dict[str, int] = {}
@@ -85,15 +94,16 @@ class Run:
         """Whether this call is to be recorded; the first one with images decides which steps are."""
         if self.drawing is None and call.rows:
             self.drawing = self._to.store.index(call.drawn, call.count)
+            self._asked = [call.asked(image) for image in range(call.count)]
             if not self._to.full:
-                self.steps = self._to.choice.drawn_steps(call.sigmas, self.lot)
+                self.steps = self._to.choice.drawn_steps(call.sigmas, self.key)
                 self._outside = not self.steps
         return call.step in self.steps and bool(call.rows)
 
     @property
-    def lot(self) -> str:
+    def key(self) -> str:
         """What tokens and steps are drawn by."""
-        return "" if self.drawing is None else self.drawing.lot(self.kind)
+        return "" if self.drawing is None else self.drawing.key(self.kind)
 
     def is_whole(self, ran: Ran) -> bool:
         """Whether all blocks ran in a call; where only some did, that it was left out is noted."""

@@ -1,16 +1,16 @@
 """Keeping whole model calls of a FLUX while it draws: what goes into its blocks and comes out, or the velocity itself.
 
-    recorder = StateRecorder("blocks", store, StateChoice(), Limit(20, "stop"), places=places_around(blocks, layout))
+    recorder = StateRecorder("blocks", store, StateChoice(), Limit(20, "stop"), indices=indices_around(blocks, layout))
     recorder = StateRecorder("trajectories", store, StateChoice(steps=10))
     with recorder.run() as run:
         for ...:
             with run.watching(model, call):                          # hooks only at the steps that were drawn for it
                 model(x, sigma, context, vector)
 
-A recorded call is one shard, written at once. Kind `blocks`: `{k}-img` and `{k}-txt` [rows, tokens, hidden] for every place
+A recorded call is one shard, written at once. Kind `blocks`: `{k}-img` and `{k}-txt` [rows, tokens, hidden] for every index
 k that is recorded, `vec` [rows, hidden], and `pe` [tokens, head dim / 2, 2, 2] float32, the rotations of text and image
-tokens. Place k is what enters block k; single blocks count on from the double ones, and the last place is what leaves the
-last block. Kind `trajectories`: `x`, `sigma`, `context`, `vector`, `guidance`, `velocity` [rows, ...], and `reference0`, ... of
+tokens. Index k is what enters block k; single blocks count on from the double ones, and the last index is what leaves the last
+block. Kind `trajectories`: `x`, `sigma`, `context`, `vector`, `guidance`, `velocity` [rows, ...], and `reference0`, ... of
 an edit.
 
 Works on `flux.model.Flux` and on ComfyUI's modules, whose blocks add to their input in place: everything is copied before
@@ -33,7 +33,7 @@ from ..flux.layout import Layout
 from .call import Call
 from .hooks import watching_blocks
 from .manifest import Capture, Limit
-from .run import Run, StepDraw
+from .run import Recorder, Run, StepDraw
 from .store import HiddenStates
 
 StateKind = Literal["blocks", "trajectories"]
@@ -52,26 +52,28 @@ class StateChoice(StepDraw):
         self.check()
 
 
-def places_around(blocks: Collection[Block], layout: Layout) -> frozenset[int]:
-    """The places before and after each of `blocks`: all that it takes to train them."""
-    number = {block: place for place, block in enumerate(blocks_of(layout))}
-    return frozenset(place for block in blocks for place in (number[block], number[block] + 1))
+def indices_around(blocks: Collection[Block], layout: Layout) -> frozenset[int]:
+    """Indices of the states before and after each of `blocks`: all that it takes to train them."""
+    number = {block: index for index, block in enumerate(blocks_of(layout))}
+    return frozenset(index for block in blocks for index in (number[block], number[block] + 1))
 
 
 def estimated_state_bytes(
-    kind: StateKind, layout: Layout, places: Collection[int], choice: StateChoice, calls: int, image_tokens: int, words: int
+    kind: StateKind, layout: Layout, indices: Collection[int], choice: StateChoice, calls: int, image_tokens: int, words: int
 ) -> int:
     """What `calls` recorded rows (images times drawn steps) take on disk; `pe` is counted once a row."""
     size = choice.dtype.itemsize
     if kind == "blocks":
-        states = len(places) * (image_tokens + words) * layout.hidden + layout.hidden
+        states = len(indices) * (image_tokens + words) * layout.hidden + layout.hidden
         return calls * (states * size + (image_tokens + words) * layout.head_dim // 2 * 4 * 4)
     latents = image_tokens * (layout.in_channels + layout.out_channels)
     return calls * size * (latents + words * layout.context + (layout.vector or 0) + 2)
 
 
-class StateRecorder:
+class StateRecorder(Recorder):
     """Records model calls into `store`, over any number of runs, until `limit` says stop (`full`)."""
+
+    choice: StateChoice
 
     def __init__(
         self,
@@ -79,23 +81,15 @@ class StateRecorder:
         store: HiddenStates,
         choice: StateChoice | None = None,
         limit: Limit | None = None,
-        places: Collection[int] = (),
+        indices: Collection[int] = (),
     ):
-        if kind == "blocks" and not places:
+        if kind == "blocks" and not indices:
             raise UserError("No block is to be recorded: choose at least one.")
         self.kind, self.store, self.choice, self.limit = kind, store, choice or StateChoice(), limit
-        self.places = frozenset(places)
-        self.full = False
-
-    @contextmanager
-    def run(self) -> Iterator[StateRun]:
-        """One sampling run."""
-        run = self.begin()
-        yield run
-        run.finish()
+        self.indices = frozenset(indices)
 
     def begin(self) -> StateRun:
-        """As `run`, where the end is known elsewhere; what was recorded stays, also where the run does not end well."""
+        """A run of the sampler; what was recorded stays, also where it does not end well."""
         return StateRun(self)
 
 
@@ -117,7 +111,7 @@ class StateRun(Run):
         with ExitStack() as hooks:
             ran = hooks.enter_context(watching_blocks(model))
             hooks.enter_context(
-                _blocks(model, recorder.places, seen) if recorder.kind == "blocks" else _trajectories(model, seen)
+                _blocks(model, recorder.indices, seen) if recorder.kind == "blocks" else _trajectories(model, seen)
             )
             yield
         if self.is_whole(ran) and self.all_finite(seen.tensors.items()):
@@ -126,7 +120,7 @@ class StateRun(Run):
     def _write(self, call: Call, seen: _Seen) -> None:
         assert self.drawing is not None
         recorder, store = self.recorder, self.recorder.store
-        captures = [Capture(self.drawing.first + image, call.step, call.sigma_now, *call.asked(image)) for image in call.read]
+        captures = [Capture(self.drawing.first + image, call.step, call.sigma_now, *self._asked[image]) for image in call.read]
         if not store.append(recorder.kind, seen.tensors, recorder.limit, captures=captures):
             recorder.full, self.steps = True, frozenset()
         elif not self._noted:
@@ -154,27 +148,27 @@ class _Seen:
 
 
 @contextmanager
-def _blocks(model: nn.Module, places: frozenset[int], seen: _Seen) -> Iterator[None]:
-    """Hooks that keep the states at `places`, the vector and the rotations."""
+def _blocks(model: nn.Module, indices: frozenset[int], seen: _Seen) -> Iterator[None]:
+    """Hooks that keep the states at `indices`, the vector and the rotations."""
     doubles: list[Any] = list(model.get_submodule("double_blocks").children())
     singles: list[Any] = list(model.get_submodule("single_blocks").children())
     last = len(doubles) + len(singles)
     words = 0
 
-    def split(place: int, tokens: Tensor) -> None:
-        seen.keep(f"{place}-txt", tokens[:, :words])
-        seen.keep(f"{place}-img", tokens[:, words:])
+    def split(block_index: int, tokens: Tensor) -> None:
+        seen.keep(f"{block_index}-txt", tokens[:, :words])
+        seen.keep(f"{block_index}-img", tokens[:, words:])
 
-    def entering(place: int) -> Callable:
+    def entering(block_index: int) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             nonlocal words
-            if place < len(doubles):
+            if block_index < len(doubles):
                 words = kwargs["txt"].shape[1]
-                if place in places:
-                    seen.keep(f"{place}-img", kwargs["img"])
-                    seen.keep(f"{place}-txt", kwargs["txt"])
+                if block_index in indices:
+                    seen.keep(f"{block_index}-img", kwargs["img"])
+                    seen.keep(f"{block_index}-txt", kwargs["txt"])
             else:
-                split(place, args[0])
+                split(block_index, args[0])
             if "pe" not in seen.tensors:  # all images of a batch have the same positions
                 pe = kwargs["pe"]
                 seen.put("pe", pe.reshape(-1, *pe.shape[-4:])[0], torch.float32)
@@ -192,11 +186,11 @@ def _blocks(model: nn.Module, places: frozenset[int], seen: _Seen) -> Iterator[N
         seen.keep("vec", args[1] if len(args) > 1 else kwargs["vec"])
 
     with ExitStack() as hooks:
-        for place, module in enumerate((*doubles, *singles)):
+        for block_index, module in enumerate((*doubles, *singles)):
             # The first block gives the positions, the last double block the number of words.
-            if place in places or place in (0, len(doubles) - 1):
-                hooks.callback(module.register_forward_pre_hook(entering(place), with_kwargs=True).remove)
-        if last in places:
+            if block_index in indices or block_index in (0, len(doubles) - 1):
+                hooks.callback(module.register_forward_pre_hook(entering(block_index), with_kwargs=True).remove)
+        if last in indices:
             hooks.callback((*doubles, *singles)[-1].register_forward_hook(leaving).remove)
         hooks.callback(model.get_submodule("final_layer").register_forward_pre_hook(final, with_kwargs=True).remove)
         yield

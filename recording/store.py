@@ -21,9 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,8 +33,9 @@ from ..flux.checkpoint import open_safetensors
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import Site
 from .manifest import FORMAT, MANIFEST, Capture, Drawing, Kind, Limit, Manifest, Shard, new_id
+from .shards import halve, require_finite
 
-__all__ = ["MANIFEST", "HiddenStates", "Limit", "Manifest", "Rows", "ShardSlices"]
+__all__ = ["MANIFEST", "HiddenStates", "Limit", "Manifest", "Rows"]
 
 
 @dataclass(frozen=True)
@@ -108,15 +107,10 @@ class HiddenStates:
     def note_recorded(self, drawing: Drawing, kind: Kind) -> None:
         """Notes that `kind` of these images was recorded whole, once more."""
         with self._changing():
-            self.manifest = replace(
-                self.manifest,
-                drawings=tuple(
-                    known._replace(times={**known.times, kind: known.times.get(kind, 0) + 1})
-                    if known.first == drawing.first
-                    else known
-                    for known in self.manifest.drawings
-                ),
-            )
+            found = {known.first: known for known in self.manifest.drawings}
+            known = found.get(drawing.first, drawing)
+            found[drawing.first] = known._replace(times={**known.times, kind: known.times.get(kind, 0) + 1})
+            self.manifest = replace(self.manifest, drawings=tuple(found.values()))
 
     def image_count(self, kind: Kind | None = None) -> int:
         """How many different images were recorded whole, of one kind or of any."""
@@ -235,6 +229,10 @@ class HiddenStates:
             found = {name: file.get_tensor(f"{site}.{name}") for name in names if f"{site}.{name}" in there}
         for name, tensor in found.items():
             require_finite(tensor, path, f"{site}.{name}")
+        missing = sorted({*names} - {"attn"} - found.keys())
+        if missing or len({len(tensor) for tensor in found.values()}) != 1:
+            what = f"it lacks {missing[0]}" if missing else "its parts differ in length"
+            raise UserError(f"{path} is damaged at {site}: {what}. Record again into a new folder.")
         return found
 
     def _write_shard(self, shard: Shard, tensors: Mapping[str, Tensor]) -> Shard:
@@ -276,48 +274,6 @@ class HiddenStates:
     def _write(self) -> None:
         self.manifest = replace(self.manifest, updated=_now())
         write_text(self.folder / MANIFEST, self.manifest.to_json())
-
-
-class ShardSlices(Mapping[str, Any]):
-    """The tensors of one shard as things to be sliced: `slices["x"][3:4]` reads that row alone."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    @cached_property
-    def _file(self):
-        return open_safetensors(self.path)
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._file.keys())
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self[name].get_shape())
-
-    def __getitem__(self, name: str) -> Any:
-        return self._file.get_slice(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-def require_finite(tensor: Tensor, path: Path, name: str) -> None:
-    """Raises `UserError` where a number in `tensor`, called `name` in the file at `path`, is not finite."""
-    wrong = int((~tensor.isfinite()).sum()) if tensor.is_floating_point() else 0
-    if wrong:
-        raise UserError(f"{path} is damaged: {wrong} numbers of {name} are not finite. Record again into a new folder.")
-
-
-def halve(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every other row. Rows of one image and step stand together and in random order, so each loses half of its own."""
-    return {key: tensor[::2].contiguous() for key, tensor in tensors.items()}
 
 
 def _at(levels: Mapping[float, tuple[float, int]], sigma: np.ndarray) -> np.ndarray:

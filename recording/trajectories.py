@@ -1,12 +1,14 @@
 """Where a dense model goes from noise to image, and how far a changed one strays from it there.
 
-points, latents = trajectory(dense, noise, sigmas, context, vector)
-velocity_error(pruned, points)                   # at the dense run's x_t
-relative_error(latents, other_latents)
+    points, latents = trajectory(dense, noise, sigmas, context, vector)
+    velocity_error(pruned, points)                   # at the dense run's x_t
+    relative_error(latents, other_latents)
 
-samples = Trajectories.of(points)                # single images and steps, in memory ...
-samples = Trajectories.open(store)               # ... or recorded, each read when it is asked for
-point = samples.batch(torch.tensor([3, 14]))
+    samples = Trajectories.of(points)                # single images and steps, in memory ...
+    samples = Trajectories.open(store)               # ... or recorded, each read when it is asked for
+    point = samples.batch(torch.tensor([3, 14]))
+
+How trajectories are recorded is in `states.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from torch import Tensor
 from ..errors import UserError
 from ..flux.sampling import euler
 from .manifest import record_first
-from .store import HiddenStates, ShardSlices
+from .shards import ShardSlices
+from .store import HiddenStates
 
 #: velocity = model(x, sigma, context, vector, guidance); `flux.model.Flux` is one.
 Model = Callable[..., Tensor]
@@ -134,6 +137,8 @@ class Trajectories:
         found: dict[str, list[Tensor]] = {"vector": [], "guidance": []}
         for sample in samples.tolist():
             number, row = self._place[sample]
-            for name, values in self.parts[number].items():
-                found.setdefault(name, []).append(values[row : row + 1])
+            part = self.parts[number]
+            for name in part:
+                one = part.row(name, row) if isinstance(part, ShardSlices) else part[name][row : row + 1]
+                found.setdefault(name, []).append(one)
         return Point(**{name: torch.cat(rows).to(device).float() if rows else None for name, rows in found.items()})  # type: ignore[arg-type]

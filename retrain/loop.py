@@ -1,29 +1,30 @@
 """The training loop, one for all kinds of data.
 
-    before = held_out_loss(problem, options)
-    fitted = fit(problem, before, options, Path("3.training.safetensors"), report)
-    fitted.curve                                     # held-out losses by step; the module now holds the best weights
+    losses = train_best(problem, names, closed_form, options, Path("3.training.safetensors"), report, progress)
+    problem.module                                   # holds the weights that did best on held-out images, as they are saved
+    losses.cut, losses.start, losses.final
 
-A problem is a module, samples in groups that can be batched, and the squared errors of some of them. Batches depend on the
-seed and the step alone, and the state is saved at evaluations: a killed training goes on, bit for bit on a CPU.
+What is trained, and on what, is a `problem.Problem`. Batches depend on the seed and the step alone, and the state is saved at
+evaluations: a killed training goes on, bit for bit on a CPU.
 """
 
 from __future__ import annotations
 
 import math
-import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..flux.resume import load_training, save_training
-from .options import Options, Progress, Report
+from ..progress import Progress, part, silent
+from .options import Options, Report, TrainingStatus, rounded
+from .problem import Loss, Problem, batch, held_out_loss, precision
 
 #: A held-out loss that falls by less than this share of itself counts as standing still.
 LEAST_GAIN = 0.002
@@ -31,94 +32,91 @@ LEAST_GAIN = 0.002
 REPORT_EVERY, SAVE_EVERY = 0.25, 30.0
 
 
-class Problem(Protocol):
-    """What is trained, and on what.
-
-    `train` and `judge` are samples that can stand in one batch, group by group: int64 indices. `module`'s parameters that
-    require gradients are trained.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def module(self) -> nn.Module: ...
-
-    @property
-    def train(self) -> Sequence[Tensor]: ...
-
-    @property
-    def judge(self) -> Sequence[Tensor]: ...
-
-    def errors(self, samples: Tensor) -> Tensor:
-        """[streams, 3]: by stream, the sum of squared errors, the sum of squares of what is to be predicted, and of how many
-        numbers."""
-        ...
-
-
-def split_images(image: Tensor, options: Options) -> tuple[set[int], set[int]]:
-    """Image numbers to train on and to judge by, out of those of all samples, drawn by the seed.
-
-    Prompts often come in turns: every fifth image could be of one kind, which the others would teach nothing about. Raises
-    `UserError` for fewer than two images.
-    """
-    numbers = image.unique().tolist()
-    if len(numbers) < 2:
-        raise UserError(
-            f"The recording is of {len(numbers)} image; at least 2 are needed, one of them to judge by. Record more images."
-        )
-    judged = set(random.Random(options.seed).sample(numbers, max(1, round(options.eval_share * len(numbers)))))
-    return set(numbers) - judged, judged
-
-
-def samples_of(images: set[int], image: Tensor, groups: Sequence[Tensor]) -> list[Tensor]:
-    """The samples of each group whose image is one of `images`; `image` [samples]."""
-    chosen = torch.isin(image, torch.tensor(sorted(images)))
-    return [part for group in groups if len(part := group[chosen[group]])]
-
-
-def squared(found: Tensor, expected: Tensor) -> Tensor:
-    """One stream of `Problem.errors` [3]: squared error, squares, how many."""
-    found, expected = found.float(), expected.float()
-    count = torch.tensor(float(expected.numel()), device=expected.device)
-    return torch.stack(((found - expected).square().sum(), expected.square().sum(), count))
-
-
 @dataclass(frozen=True)
-class Loss:
-    """Squared errors: `relative` to the mean square of what is to be predicted, mean over streams; `mse` over all numbers,
-    as the original flux-poke has it; `streams` are the relative ones, `squares` what they are relative to."""
+class Losses:
+    """Held out: as cut, as training began, at the end; on the last training batch; and the steps in between."""
 
-    relative: float
-    mse: float
-    streams: tuple[float, ...]
-    squares: tuple[float, ...]
-
-    @classmethod
-    def of(cls, errors: Tensor) -> Loss:
-        """From sums [streams, 3] as `Problem.errors` gives them."""
-        squares = (errors[:, 1] / errors[:, 2]).clamp(min=1e-30)
-        streams = (errors[:, 0] / errors[:, 2] / squares).tolist()
-        mse = (errors[:, 0].sum() / errors[:, 2].sum()).item()
-        return cls(sum(streams) / len(streams), mse, tuple(streams), tuple(squares.tolist()))
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """Loss on the last training batch, steps done, and the curve (step, relative held-out loss)."""
-
+    cut: Loss
+    start: Loss
+    final: Loss
     train: Loss | None
     steps: int
-    curve: tuple[tuple[int, float], ...]
 
 
-def fit(problem: Problem, initial: Loss, options: Options, saved: Path | None = None, report: Report | None = None) -> Fitted:
+#: Weights by name in a problem's module, worked out without gradients.
+ClosedForm = Callable[[Progress], Mapping[str, Tensor]]
+
+
+def train_best(
+    problem: Problem,
+    keys: Sequence[str],
+    closed_form: ClosedForm | None,
+    options: Options,
+    saved: Path | None = None,
+    report: Report | None = None,
+    progress: Progress = silent,
+) -> Losses:
+    """Closed form, then gradient, as the options say; leaves in the module's weights `keys` what does best as it will be saved.
+
+    `saved` is where a training's state is kept. An exception from `report` or `progress` stops the work. Raises `UserError`
+    where the errors are not finite.
+    """
+    weights = dict(problem.module.named_parameters())
+
+    def measure(values: Mapping[str, Tensor], within: Progress) -> tuple[Loss, dict[str, Tensor]]:
+        """The held-out loss with `values` as they will be saved, which the module holds from now on."""
+        values = {key: rounded(tensor.detach(), options.dtype).float() for key, tensor in values.items()}
+        problem.module.load_state_dict(values, strict=False)
+        return held_out_loss(problem, options, within), values
+
+    at_first, best = measure({key: weights[key] for key in keys}, part(progress, 0, 1, 0.05))
+    if not math.isfinite(at_first.relative):
+        raise UserError(
+            f"The error of {problem.name} is not a finite number before training: the model or the recording holds numbers "
+            "that are not. Record again, or choose another save dtype."
+        )
+    began, final, train, steps = at_first, at_first, None, 0
+    gradient = options.method != "closed form" and not options.just_evaluate
+    if closed_form is not None and options.method != "gradient":
+        values = {**best, **closed_form(part(progress, 0.05, 1, 0.3 if gradient else 0.9))}
+        loss, values = measure(values, part(progress, 0.35 if gradient else 0.95, 1, 0.05))
+        if loss.relative < final.relative:
+            began, final, best = loss, loss, values
+        problem.module.load_state_dict(best, strict=False)
+    if gradient:
+        train, steps = fit(problem, began, options, saved, report, part(progress, 0.4, 1, 0.55))
+        loss, values = measure({key: weights[key] for key in keys}, part(progress, 0.95, 1, 0.05))
+        if loss.relative < final.relative:
+            final, best = loss, values
+    problem.module.load_state_dict(best, strict=False)
+    return Losses(at_first, began, final, train, steps)
+
+
+def mean_losses(losses: Sequence[Losses]) -> Losses:
+    """Means over the MLPs of one block."""
+
+    def mean(which: str) -> Loss:
+        parts: list[Loss] = [getattr(one, which) for one in losses]
+        relative, squares = tuple(one.relative for one in parts), tuple(square for one in parts for square in one.squares)
+        return Loss(sum(relative) / len(parts), sum(one.mse for one in parts) / len(parts), relative, squares)
+
+    trained = all(one.train is not None for one in losses)
+    return Losses(mean("cut"), mean("start"), mean("final"), mean("train") if trained else None, max(o.steps for o in losses))
+
+
+def fit(
+    problem: Problem,
+    initial: Loss,
+    options: Options,
+    saved: Path | None = None,
+    report: Report | None = None,
+    progress: Progress = silent,
+) -> tuple[Loss | None, int]:
     """Trains until the steps are done or the held-out loss stands still; leaves the weights that were best held out.
 
-    `initial` is the held-out loss as it is.
-
-    `saved` is where the state goes while it runs, and what it goes on from; it is gone at the end. Raises `UserError` where the
-    loss is no number any more.
+    `initial` is the held-out loss as it is. Returns the loss on the last training batch, and the steps done. `saved` is where
+    the state goes while it runs, and what it goes on from; it is gone at the end. Raises `UserError` where the loss is no
+    longer a finite number.
     """
     parameters = [weight for weight in problem.module.parameters() if weight.requires_grad]
     state = _State(parameters, 2 + options.steps // options.eval_every)
@@ -134,10 +132,11 @@ def fit(problem: Problem, initial: Loss, options: Options, saved: Path | None = 
     begun = told = kept = time.monotonic()
 
     def tell(step: int) -> None:
+        progress(f"{problem.name}: held-out error {state.last:.3g}", step, options.steps)
         left = (time.monotonic() - begun) / max(step - first, 1) * (options.steps - step)
         if report is not None:
             relative = None if train is None else train.relative
-            report(Progress(problem.name, step, options.steps, relative, state.last, left))
+            report(TrainingStatus(problem.name, step, options.steps, relative, state.last, left))
 
     tell(first)
     done = first
@@ -147,7 +146,7 @@ def fit(problem: Problem, initial: Loss, options: Options, saved: Path | None = 
             break
         optimizer.zero_grad(set_to_none=True)
         samples = batch(problem.train, options.batch, options.seed, step)
-        with _precision(options):
+        with precision(options):
             errors = problem.errors(samples)
         # Each stream against its own mean square: neither drowns the other.
         loss = (errors[:, 0] / (errors[:, 2] * squares)).mean()
@@ -160,8 +159,11 @@ def fit(problem: Problem, initial: Loss, options: Options, saved: Path | None = 
         if done % options.eval_every == 0 or done == options.steps:
             train = Loss.of(errors.detach())
             if not math.isfinite(train.relative):
-                raise UserError(f"{problem.name}: the loss is no number after {done} steps; choose a lower learning rate.")
-            state.note(done, held_out_loss(problem, options).relative)
+                raise UserError(
+                    f"{problem.name}: the loss is not a finite number after {done} steps; choose a lower learning rate."
+                )
+            at = part(progress, done, options.steps, 0)
+            state.note(done, held_out_loss(problem, options, at).relative)
             if writer is not None:
                 writer.add_scalar("loss/train", train.relative, done)
                 writer.add_scalar("loss/held out", state.last, done)
@@ -178,44 +180,14 @@ def fit(problem: Problem, initial: Loss, options: Options, saved: Path | None = 
         writer.close()
     if saved is not None:
         saved.unlink(missing_ok=True)
-    return Fitted(train, done, state.curve)
-
-
-@torch.no_grad()
-def held_out_loss(problem: Problem, options: Options) -> Loss:
-    """On the images that are not trained on."""
-    return Loss.of(_total(problem, problem.judge, options))
-
-
-@torch.no_grad()
-def _total(problem: Problem, groups: Sequence[Tensor], options: Options) -> Tensor:
-    """Sums of `errors` over all samples of `groups`, float64 [streams, 3] on the CPU."""
-    total: Tensor | None = None
-    for group in groups:
-        for samples in group.split(2 * options.batch):
-            with _precision(options):
-                errors = problem.errors(samples).double().cpu()
-            total = errors if total is None else total + errors
-    if total is None:
-        raise UserError(f"There is nothing to judge {problem.name} by: record more images.")
-    return total
-
-
-def batch(groups: Sequence[Tensor], size: int, seed: int, step: int) -> Tensor:
-    """The samples of one step: every pass over all of them has its own order, and no batch mixes groups."""
-    per_pass = sum(max(1, len(group) // size) for group in groups)
-    turn, place = divmod(step, per_pass)
-    generator = torch.Generator().manual_seed(hash((seed, turn)))
-    parts: list[Tensor] = []
-    for group in groups:
-        order = group[torch.randperm(len(group), generator=generator)]
-        parts += order.split(size)[: max(1, len(group) // size)]
-    return parts[int(torch.randperm(per_pass, generator=generator)[place])]
+    return train, done
 
 
 class _State(nn.Module):
-    """What is saved in the middle: the parameters, the best so far, and the curve. Losses that fail the saved dtype's rounding
-    are no matter here: what is written is judged again."""
+    """What is saved in the middle: the parameters, the best so far, and the curve of held-out losses by step.
+
+    Losses are those of float32 weights: what is written is measured again, as it is rounded.
+    """
 
     def __init__(self, parameters: list[nn.Parameter], evaluations: int):
         super().__init__()
@@ -241,8 +213,8 @@ class _State(nn.Module):
         if all(loss < before for _, before in self.curve):
             for number, weight in enumerate(self.current):
                 self.get_buffer(f"best{number}").copy_(weight.detach())
-        place = len(self.curve)
-        self.steps[place], self.losses[place] = step, loss
+        number = len(self.curve)
+        self.steps[number], self.losses[number] = step, loss
 
     def stood_still(self, patience: int) -> bool:
         """Whether the last `patience` losses are neither below all before them nor on their way down."""
@@ -270,10 +242,6 @@ def _rate(step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def _precision(options: Options):
-    return torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=options.mixed_precision)
 
 
 def _event_writer(options: Options, name: str) -> Any:

@@ -2,17 +2,19 @@
 
     Options(method="gradient", steps=400, learning_rate=1e-3)
 
-Raises `UserError` where a number or a name makes no sense, before any work is done.
+Raises `UserError` where a number or a name cannot be used, before any work is done.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from ..errors import UserError
 
@@ -22,7 +24,7 @@ SaveDtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingStatus:
     """How far a training is: losses are relative to the mean square of what is to be predicted; `seconds_left` is a guess."""
 
     layer: str
@@ -36,7 +38,7 @@ class Progress:
 
 
 #: Told at every evaluation and a few times a second in between; an exception from it cancels, and finished layers stay.
-Report = Callable[[Progress], None]
+Report = Callable[[TrainingStatus], None]
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,12 @@ class Options:
         for name in ("steps", "batch", "eval_every", "patience", "thickness"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is at least 1; found {getattr(self, name)}.")
-        if not self.learning_rate > 0:
-            raise UserError(f"The learning rate is above 0; found {self.learning_rate:g}.")
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"The learning rate is a number above 0; found {self.learning_rate:g}.")
         if not 0 < self.eval_share <= 0.5:
-            raise UserError(f"The share of images to judge by lies between 0 and 0.5; found {self.eval_share:g}.")
+            raise UserError(f"The share of held-out images lies between 0 and 0.5; found {self.eval_share:g}.")
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"The seed is a whole number from 0 to {2**31 - 1:,}; found {self.seed}.")
         for name, kind in (("method", Method), ("optimizer", Optimizer), ("save_dtype", SaveDtype)):
             if getattr(self, name) not in get_args(kind):
                 raise UserError(f"There is no {name} {getattr(self, name)!r}; there are {', '.join(get_args(kind))}.")
@@ -94,3 +98,18 @@ class Options:
     def dtype(self) -> torch.dtype:
         """What retrained tensors are saved as."""
         return getattr(torch, self.save_dtype)
+
+
+def stored(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A copy of `weight` as `dtype`; 8-bit floats with a scale [] that brings the largest number to the end of their range."""
+    if dtype.itemsize > 1:
+        return weight.to(dtype, copy=True), None
+    limit = torch.finfo(dtype).max
+    scale = (weight.abs().amax().float() / limit).clamp(min=torch.finfo(torch.float32).tiny)
+    return (weight / scale).clamp(-limit, limit).to(dtype), scale
+
+
+def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is left of `weight` after storing it: in `dtype`, or float32 where that is an 8-bit one."""
+    value, scale = stored(weight, dtype)
+    return value if scale is None else value.float() * scale

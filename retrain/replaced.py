@@ -12,6 +12,7 @@ to can be told by their shapes alone, and which neurons they keep not at all.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,15 +24,15 @@ from torch import Tensor
 from ..errors import UserError
 from ..flux.blocks import blocks_of, sites_at
 from ..flux.checkpoint import open_safetensors, scale_key
-from ..flux.fingerprint import Fingerprint
 from ..flux.layout import Layout, Site, canonical_key
 from ..flux.weights import full_precision, stored_like
 from ..progress import Progress, silent
 from ..pruning.dense import KEPT, Dense
-from ..pruning.plan import PruningPlan
+from ..pruning.plan import PruningPlan, require_indices
+from ..pruning.planning import open_dense
 from ..pruning.refit import RepairReport
 from ..pruning.surgery import Changed, shape_of
-from .files import FORMAT, layer_files
+from .files import FORMAT, layer_files, read_header
 
 _SCALES = ("scale_weight", "weight_scale")
 
@@ -43,6 +44,7 @@ class StoredLayer:
     Attributes:
         names: what a tensor is called in the file. shapes: of all but the scales.
         plan: what is cut of this block. report: how its MLPs came about.
+        plan_digest: of the whole plan that the layer is of; None of the original flux-poke's.
     """
 
     path: Path
@@ -50,34 +52,42 @@ class StoredLayer:
     shapes: Mapping[str, tuple[int, ...]]
     plan: PruningPlan
     report: Mapping[str, RepairReport]
+    plan_digest: str | None
 
     @classmethod
-    def open(cls, path: Path, dense: Dense, place: int) -> StoredLayer:
-        """Raises `UserError` where the file is damaged, of another model, or no layer that can stand at `place`."""
-        block, sites = blocks_of(dense.layout)[place], sites_at(dense.layout, place)
+    def open(cls, path: Path, dense: Dense, block_index: int) -> StoredLayer:
+        """Raises `UserError` where the file is damaged, of another model, or not a layer that can stand at `block_index`."""
+        block, sites = blocks_of(dense.layout)[block_index], sites_at(dense.layout, block_index)
         with open_safetensors(path) as file:
             header = file.metadata() or {}
             kept = {key.removeprefix(KEPT): file.get_tensor(key) for key in file.keys() if key.startswith(KEPT)}
             names = {f"{block.path}.{canonical_key(key)}": key for key in file.keys() if not key.startswith(KEPT)}
             found = {key: tuple(file.get_slice(name).get_shape()) for key, name in names.items()}
         shapes = {key: shape for key, shape in found.items() if not key.endswith(_SCALES)}
-        plan = replace(PruningPlan.keeping_all(dense), kept=kept, score="unknown", made="unknown")
-        stats: dict = {}
-        if header.get("format") == FORMAT:
-            try:
-                stats, model = json.loads(header["stats"]), Fingerprint.from_json(header["model"])
+        before = after = None
+        try:
+            if header.get("format") == FORMAT:
                 plan = PruningPlan.from_header(header, kept)
-            except (KeyError, ValueError, TypeError) as error:
-                raise UserError(f"{path} is a damaged retrained layer ({error}): retrain it.") from error
-            if not model.matches(dense.fingerprint):
-                raise UserError(
-                    f"{path} was trained for another model than {dense.source}: {model.difference(dense.fingerprint)}. Choose "
-                    "the checkpoint it was made from, or retrain."
-                )
+                before, after = (_error(json.loads(header["stats"])[name]) for name in ("relative_cut", "relative_final"))
+            elif "format" in header:
+                raise ValueError(f"expected '{FORMAT}', found '{header['format']}'")
+            else:
+                widths = {site.name: site.width for site in sites}
+                kept = {name: require_indices(indices, widths[name], name) for name, indices in kept.items()}
+                plan = replace(PruningPlan.keeping_all(dense), kept=kept, score="unknown", made="unknown")
+            if foreign := kept.keys() - {site.name for site in sites}:
+                raise ValueError(f"it tells of {min(foreign)}, which is in another block than {block.title}")
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{path} is not a retrained layer, or a damaged one ({error}): retrain it.") from error
+        if not plan.fingerprint.matches(dense.fingerprint):
+            raise UserError(
+                f"{path} was trained for another model than {dense.source}: {plan.fingerprint.difference(dense.fingerprint)}. "
+                "Choose the checkpoint it was made from, or retrain."
+            )
         for key, shape in shapes.items():
             if key not in dense.tensors:
                 raise UserError(
-                    f"{path} has {names[key]}, which {block.title} of {dense.source} has not: it is no layer of such a model."
+                    f"{path} has {names[key]}, which {block.title} of {dense.source} has not: it is not a layer of this model."
                 )
             expected = shape_of(dense.tensors, key)
             if not _fits(shape, expected, _part_of(key, sites)):
@@ -87,22 +97,31 @@ class StoredLayer:
                 )
         widths = {site.name: _width(path, site, dense, shapes, kept.get(site.name)) for site in sites}
         unknown = {site.name: widths[site.name] for site in sites if widths[site.name] < site.width and site.name not in kept}
-        report = RepairReport("retrained", before=stats.get("relative_cut"), after=stats.get("relative_final"))
+        report = RepairReport("retrained", before=before, after=after)
         replaced = [site.name for site in sites if f"{site.down}.weight" in shapes]
-        return cls(path, names, shapes, replace(plan, unknown=unknown), dict.fromkeys(replaced, report))
+        plan = replace(plan, unknown=unknown)
+        return cls(path, names, shapes, plan, dict.fromkeys(replaced, report), header.get("plan_digest"))
 
     def read(self, key: str) -> Tensor:
-        """A tensor in float32, with its scale undone."""
+        """A tensor in float32, with its scale undone; raises `UserError` where it holds numbers that are not finite."""
         layer = key.removesuffix(".weight")
         wanted = (key, *(f"{layer}.{scale}" for scale in _SCALES))
         with open_safetensors(self.path) as file:
             tensors = {name: file.get_tensor(self.names[name]) for name in wanted if name in self.names}
-        return full_precision(tensors, key) if key.endswith(".weight") else tensors[key].float()
+        try:
+            value = full_precision(tensors, key) if key.endswith(".weight") else tensors[key].float()
+        except RuntimeError as error:
+            raise UserError(
+                f"{self.path}: the scale of {self.names[key]} does not fit it ({error}): retrain the layer."
+            ) from error
+        if value.shape != self.shapes[key] or not value.isfinite().all():
+            raise UserError(f"{self.path} holds numbers in {self.names[key]} that are not finite: retrain the layer.")
+        return value
 
 
 @dataclass(frozen=True)
 class RetrainedLayers:
-    """Layers from a folder that fit one dense model, by place; `missing` are places of the range that have no file."""
+    """Layers from a folder that fit one dense model, by block index; `missing` are indices of the range without a file."""
 
     folder: Path
     layers: Mapping[int, StoredLayer]
@@ -112,7 +131,8 @@ class RetrainedLayers:
     def open(
         cls, folder: str | os.PathLike[str], dense: Dense, first: int | None = None, last: int | None = None
     ) -> RetrainedLayers:
-        """Raises `UserError` where the folder holds no layer in the range, another model's, or one whose shapes do not fit."""
+        """Raises `UserError` where the folder holds no layer in the range, another model's, one whose shapes do not fit, or
+        layers of two plans."""
         folder = Path(folder)
         files, blocks = layer_files(folder), len(blocks_of(dense.layout))
         if not files:
@@ -121,15 +141,44 @@ class RetrainedLayers:
         high = max(files) if last is None else last
         if not 0 <= low <= high < blocks:
             raise UserError(f"Layers {low} to {high} are asked for, but {dense.source} has blocks 0 to {blocks - 1}.")
-        chosen = {place: StoredLayer.open(path, dense, place) for place, path in files.items() if low <= place <= high}
+        chosen = {index: StoredLayer.open(path, dense, index) for index, path in files.items() if low <= index <= high}
         if not chosen:
             raise UserError(f"{folder} holds no layer from {low} to {high}; it has {', '.join(map(str, files))}.")
-        return cls(folder, chosen, tuple(place for place in range(low, high + 1) if place not in chosen))
+        plans: dict[str, list[int]] = {}
+        for index, layer in chosen.items():
+            if layer.plan_digest is not None:
+                plans.setdefault(layer.plan_digest, []).append(index)
+        if len(plans) > 1:
+            parts = "; ".join(", ".join(map(str, indices)) for indices in plans.values())
+            raise UserError(
+                f"{folder} holds layers of {len(plans)} plans ({parts}), which do not go together: choose a range of layers of "
+                "one plan (first and last layer), or retrain into a folder of its own."
+            )
+        return cls(folder, chosen, tuple(index for index in range(low, high + 1) if index not in chosen))
 
     def describe_missing(self, layout: Layout) -> str:
         """A sentence about the missing layers, or nothing."""
-        names = [blocks_of(layout)[place].title for place in self.missing]
+        names = [blocks_of(layout)[index].title for index in self.missing]
         return f"{self.folder} has no file for {', '.join(names)}: left dense." if names else ""
+
+
+def open_dense_of(folder: str | os.PathLike[str], override: str | os.PathLike[str] | None = None) -> Dense:
+    """The dense model that the layers in a folder were made of: from the file that their plan tells, or from `override`.
+
+    Raises `UserError` where neither is there, or the layers do not tell.
+    """
+    if override is not None:
+        return Dense.open(override)
+    for path in layer_files(Path(folder)).values():
+        header = read_header(path)
+        if header.get("format") == FORMAT:
+            try:
+                return open_dense(PruningPlan.from_header(header, {}))
+            except ValueError as error:
+                if isinstance(error, UserError):
+                    raise
+                raise UserError(f"{path} is a damaged retrained layer ({error}): retrain it.") from error
+    raise UserError(f"{folder} holds no layers that tell which model they are of: choose the dense model (--checkpoint FILE).")
 
 
 class Replaced(Changed):
@@ -179,6 +228,12 @@ class Replaced(Changed):
 
     def work_out(self, progress: Progress = silent, fold: bool = False) -> Mapping[str, RepairReport]:
         return {name: report for layer in self.layers.layers.values() for name, report in layer.report.items()}
+
+
+def _error(value: object) -> float:
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"it says {value!r} of an error, expected a finite number from 0 on")
+    return float(value)
 
 
 def _part_of(key: str, sites: tuple[Site, ...]) -> tuple[Site, str] | None:

@@ -1,8 +1,9 @@
 """Training one MLP by itself, on rows of what it reads.
 
     problem = RowProblem(dense_weights, weights, store, options)
-    fit(problem, held_out_loss(problem, options), options)
+    train_best(problem, ("up", "down"), None, options)
     weights = problem.module.site_weights()
+    repaired = closed_form(dense_weights, kept, fitted_rows, held_out_rows)
 
 Rows of one MLP are small enough to be held in memory. The goal is the dense MLP's own output, in a single block together with
 what linear2 makes of the attention; the loss is relative to that output's mean square.
@@ -10,6 +11,7 @@ what linear2 makes of the attention; the loss is relative to that output's mean 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -17,12 +19,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..flux.weights import SiteWeights
-from ..recording.store import HiddenStates
-from .loop import samples_of, split_images, squared
+from ..progress import Progress, part, silent
+from ..pruning.moments import gather
+from ..pruning.refit import Repaired, affine, bias, choose
+from ..recording.split import held_out
+from ..recording.store import HiddenStates, Rows
 from .options import Options
+from .problem import samples_of, squared
 
 #: Rows that count as one sample of a batch.
 ROWS_PER_SAMPLE = 64
+
+
+def closed_form(
+    weights: SiteWeights, kept: Tensor, fitted: Iterable[Rows], held_out: Iterable[Rows], progress: Progress = silent
+) -> Repaired:
+    """Least squares on some rows, with the ridge that does best on others; the bias alone where no ridge does better."""
+    moments = gather(weights, fitted, progress=part(progress, 0, 3))
+    found = choose(
+        weights, kept, moments, gather(weights, held_out, progress=part(progress, 1, 3)), progress=part(progress, 2, 3)
+    )
+    if found.ridge is None:
+        return bias(weights, kept, moments.mean[moments.attn :])
+    return affine(weights, kept, moments, found.ridge)
 
 
 class Neurons(nn.Module):
@@ -55,7 +74,7 @@ class Neurons(nn.Module):
 
 
 class RowProblem:
-    """A cut MLP against the dense one, split by image; a `loop.Problem`."""
+    """A cut MLP against the dense one, split by image; a `Problem`."""
 
     def __init__(self, dense: SiteWeights, weights: SiteWeights, store: HiddenStates, options: Options):
         self.name, self.options = weights.site.name, options
@@ -64,9 +83,9 @@ class RowProblem:
         self.x = torch.cat([part.x for part in parts])
         self.attn = torch.cat([part.attn for part in parts if part.attn is not None]) if parts[0].attn is not None else None
         self.image = torch.cat([part.image for part in parts])
-        self.images = split_images(self.image, options)
+        self.images = held_out(self.image, options.eval_share, options.seed)
         everything = [torch.arange(len(self.image))]
-        self.train, self.judge = (samples_of(images, self.image, everything) for images in self.images)
+        self.train, self.held_out = (samples_of(images, self.image, everything) for images in self.images)
 
     def errors(self, samples: Tensor) -> Tensor:
         device = self.module.up.device

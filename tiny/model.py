@@ -1,25 +1,25 @@
-"""A FLUX to hold in the hand: draws the handwritten digits of scikit-learn from prompts such as "three" or "a 7".
+"""A small FLUX that draws the handwritten digits of scikit-learn from prompts such as "three" or "a 7".
 
     tiny = TinyFlux.load()                           # the weights that ship with the package
     images = tiny.draw(["three", "a 7"], seed=1)     # [2, 3, 64, 64] in 0..1
 
 FLUX.1's layout at hidden 128 with 2 double and 4 single blocks, a word encoder, and a TAESD-shaped autoencoder:
-everything in the package can be tried on it on a CPU. `flux-poke train tiny` makes it from scratch (`training.py`).
+everything in the package can be tried on it on a CPU. `uv run flux-poke train tiny` makes it from scratch (`training.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import UserError
 from ..flux.autoencoder import CHANNELS, Autoencoder
-from ..flux.checkpoint import Checkpoint
+from ..flux.checkpoint import Checkpoint, open_safetensors
 from ..flux.model import Flux
 from ..flux.sampling import FluxTimer, euler
 from .words import WordEncoder
@@ -27,6 +27,8 @@ from .words import WordEncoder
 FOLDER = Path(__file__).parent
 LATENT_SIDE = 8
 STEPS = 20
+
+Loaded = TypeVar("Loaded")
 
 
 @dataclass
@@ -42,23 +44,19 @@ class TinyFlux:
         """The tiny FLUX whose transformer is the file `flux` (default: the shipped one).
 
         `words.safetensors` and `autoencoder.safetensors` are taken from beside it where they exist, else the shipped
-        ones. Raises `UserError` where the transformer does not take the word encoder's embeddings.
+        ones. Raises `UserError` where the transformer does not take the word encoder's embeddings, or a file is damaged.
         """
         path = flux or FOLDER / "flux.safetensors"
         checkpoint = Checkpoint(path)
         model = Flux.load(checkpoint.tensors(), dtype, source=str(path))
 
-        def beside(name: str) -> dict[str, Tensor]:
-            here = path.parent / name
-            return load_file(here if here.exists() else FOLDER / name)
-
-        words = WordEncoder.load(beside("words.safetensors"))
+        words = _beside(path, "words.safetensors", WordEncoder.load, "the words of a tiny FLUX")
         if (model.layout.context, model.layout.vector) != (words.width, words.width):
             raise UserError(
                 f"{path} takes text of width {model.layout.context} and a vector of width {model.layout.vector}; the tiny "
                 f"word encoder gives {words.width} for both. Models of other text encoders run in ComfyUI."
             )
-        return cls(model, words, Autoencoder.load(beside("autoencoder.safetensors")))
+        return cls(model, words, _beside(path, "autoencoder.safetensors", Autoencoder.load, "an autoencoder"))
 
     def noise(self, count: int, seed: int) -> Tensor:
         """Starting latents [count, 16, 8, 8]; each image's own noise depends on `seed` and its number alone."""
@@ -76,3 +74,18 @@ class TinyFlux:
     def draw(self, prompts: Sequence[str], seed: int = 0) -> Tensor:
         """Images [prompts, 3, 64, 64] in 0..1."""
         return self.autoencoder.decode(self.sample(prompts, self.noise(len(prompts), seed)))
+
+
+def _beside(checkpoint: Path, name: str, load: Callable[[Mapping[str, Tensor]], Loaded], what: str) -> Loaded:
+    """What `load` makes of the file called `name` beside a checkpoint, or of the shipped one where there is none."""
+    path = checkpoint.parent / name
+    path = path if path.exists() else FOLDER / name
+    with open_safetensors(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    try:
+        return load(tensors)
+    except (KeyError, IndexError, RuntimeError, UserError) as error:
+        found = " ".join(str(error).split())
+        raise UserError(
+            f"{path} does not hold {what} ({found[:200]}): move it elsewhere, or train the tiny FLUX again."
+        ) from error

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 
 from ..errors import UserError
 from ..files import write_safetensors
-from ..flux.autoencoder import CHANNELS, Autoencoder
+from ..flux.autoencoder import Autoencoder
 from ..flux.checkpoint import open_safetensors
-from ..flux.layout import Layout, Site, Stream
+from ..flux.layout import Layout
 from ..flux.model import Flux
 from ..flux.resume import load_training, save_training
 from ..progress import Progress, part, silent
@@ -157,29 +157,11 @@ def flux_loss(
     return loss
 
 
-def tiny_layout(config: dict[str, Any]) -> Layout:
+def tiny_layout(config: Mapping[str, Any]) -> Layout:
     """FLUX.1's layout at the widths of `config`."""
-    hidden, text = config["hidden"], config["text_width"]
-    width = hidden * config["mlp_ratio"]
-
-    def double(stream: Stream, index: int) -> Site:
-        mlp = f"double_blocks.{index}.{stream}_mlp"
-        return Site(f"double-{stream}-{index}", stream, index, f"{mlp}.0", f"{mlp}.1", f"{mlp}.2", 0, 0, width, False, True)
-
-    def single(index: int) -> Site:
-        block = f"single_blocks.{index}"
-        paths = (f"{block}.linear1", f"{block}.mlp_act", f"{block}.linear2")
-        return Site(f"single-{index}", "single", index, *paths, 3 * hidden, hidden, width, False, True)
-
-    patch_width = 4 * CHANNELS
-    return Layout(
-        family="flux1", prefix="", hidden=hidden, in_channels=patch_width, out_channels=patch_width,
-        context=text, vector=text, guidance=False, depth=config["depth"], depth_single=config["depth_single"],
-        sites=(
-            *(double(stream, index) for index in range(config["depth"]) for stream in ("img", "txt")),
-            *(single(index) for index in range(config["depth_single"])),
-        ),
-    )  # fmt: skip
+    text = config["text_width"]
+    sizes = {"context": text, "vector": text, "ratio": config["mlp_ratio"]}
+    return Layout.of("flux1", config["hidden"], config["depth"], config["depth_single"], **sizes)
 
 
 def _batch(count: int, size: int, step: int) -> Tensor:

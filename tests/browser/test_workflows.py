@@ -16,13 +16,17 @@ NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 TRY_IT = WORKFLOWS / "try_it_tiny.json"
 RECORD = "FluxPokeRecordInternals"
 
+#: Groups of the all-in-one workflows that are off until they are needed, and the nodes in them.
+ONCE = {"plan": ("FluxPokeInternalsReport", "FluxPokePlanByBudget"), "retrain": ("FluxPokeRetrainLayers",)}
+
 
 def untitled(graph: dict[str, Any]) -> dict[str, Any]:
     return {number: (node["class_type"], node["inputs"]) for number, node in graph.items()}
 
 
 def test_every_workflow_has_an_api_form_and_a_square_thumbnail():
-    assert sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json")) == NAMES
+    forms = {path.stem for path in (WORKFLOWS / "api").glob("*.json")}
+    assert forms == {*NAMES, *(f"{name}.{group}" for name in NAMES if "all_in_one" in name for group in ONCE)}
     for name in NAMES:
         width, height = Image.open(WORKFLOWS / f"{name}.jpg").size
         assert width == height == 512, name
@@ -33,6 +37,15 @@ def test_a_workflow_opens_without_complaint_and_is_the_one_for_the_api(canvas, w
     canvas.drop(WORKFLOWS / f"{name}.json")
     assert canvas.complaints() == ""
     assert untitled(canvas.graph()) == untitled(workflow(name))
+
+
+@pytest.mark.parametrize("group", ONCE)
+@pytest.mark.parametrize("name", [name for name in NAMES if "all_in_one" in name])
+def test_all_in_one_with_a_group_switched_on_is_there_for_the_api_too(canvas, workflow, name: str, group: str):
+    canvas.drop(WORKFLOWS / f"{name}.json")
+    canvas.set_group(f"Once: {group}", "Always")
+    canvas.page.wait_for_function("kind => app.graph.nodes.find(node => node.type === kind).mode === 0", arg=ONCE[group][0])
+    assert untitled(canvas.graph()) == untitled(workflow(f"{name}.{group}"))
 
 
 def test_a_node_that_is_missing_is_complained_about(canvas, tmp_path: Path):
@@ -48,14 +61,14 @@ def test_run_draws_pictures_and_shows_what_was_recorded(canvas, host):
     host.internals.unlink(missing_ok=True)
     canvas.drop(TRY_IT)
     assert canvas.run() == "execution_success"
-    canvas.expect_text("tiny.safetensors: 1 run")
+    canvas.expect_text("tiny: 1 run")
     assert canvas.pictures("SaveImage") == 4 * [[256, 256]]
     ((width, height),) = canvas.pictures("FluxPokeInternalsReport")
     assert width > height > 300
     canvas.expect_text("FLUX.1: 4,096 neurons in 8 MLPs")
 
     assert canvas.run() == "execution_success"  # with the next seed, which the page has drawn
-    canvas.expect_text("tiny.safetensors: 2 runs")
+    canvas.expect_text("tiny: 2 runs")
     assert Internals.load(host.internals).runs == 2
 
 
@@ -109,24 +122,24 @@ def test_all_in_one_does_what_its_note_says(canvas):
 
 def test_a_recording_dropped_on_the_page_brings_its_graph_back(canvas, host):
     canvas.drop(TRY_IT)
-    canvas.write(RECORD, "file", "dropped")
+    canvas.write(RECORD, "name", "dropped")
     canvas.write("KSampler", "seed", 12)
     made_with = canvas.graph()
     assert canvas.run() == "execution_success"
 
-    canvas.drop(host.output / "flux_poke" / "dropped.safetensors")
+    canvas.drop(host.recorded("dropped"))
     assert canvas.graph() == made_with
     assert canvas.node("MarkdownNote").evaluate("note => note.widgets[0].value").startswith("1. Press **Run**")
 
 
 def test_what_is_wrong_with_an_input_is_said_in_a_sentence(canvas):
     canvas.drop(TRY_IT)
-    canvas.write(RECORD, "file", "../x")
+    canvas.write(RECORD, "name", "../x")
     assert canvas.run() == "execution_error"
     canvas.wait_for_complaint()
     if (details := canvas.page.get_by_test_id("error-overlay-see-errors")).count():  # a dialog shows it at once
         details.click()
-    canvas.expect_text("'../x' is no name inside")
+    canvas.expect_text("'../x' is not a name inside")
 
 
 def test_the_templates_list_the_workflows_with_their_thumbnails(canvas):

@@ -13,7 +13,7 @@ from einops import rearrange
 from flux_poke.analysis.taps import BlockTaps, Tap, TapRecorder
 from flux_poke.flux.blocks import blocks_of, choose_blocks
 from flux_poke.flux.layout import read_layout
-from flux_poke.recording.call import Moment
+from flux_poke.recording.call import Call
 
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
 
@@ -60,14 +60,14 @@ def comfy_flux(monkeypatch):
     return build
 
 
-@pytest.mark.parametrize("rows", [slice(1, 2), torch.tensor([False, True, True])], ids=["slice", "mask"])
+@pytest.mark.parametrize("images", [(None, 0, None), (None, 0, 1), (0, None, 1)], ids=["one", "last two", "apart"])
 @pytest.mark.parametrize(
     ("config", "references", "method"),
     [(FLUX1, 0, None), (FLUX1, 2, "offset"), (FLUX2, 0, None), (FLUX2, 1, "index"), (FLUX2, 2, "index_timestep_zero")],
     ids=["flux1", "flux1-references", "flux2", "flux2-reference", "flux2-references-clean"],
 )
 @torch.inference_mode()
-def test_every_block_goes_through_the_hosts_final_layer(comfy_flux, config, references, method, rows):
+def test_every_block_goes_through_the_hosts_final_layer(comfy_flux, config, references, method, images):
     """Against the final layer on all rows and all tokens of what each block gave; latents are no whole patches for FLUX.1."""
     model = comfy_flux(**config)
     layout = read_layout({key: tensor.shape for key, tensor in model.state_dict().items()})
@@ -85,8 +85,9 @@ def test_every_block_goes_through_the_hosts_final_layer(comfy_flux, config, refe
     for block in model.single_blocks:
         block.register_forward_hook(lambda _, __, out: states.append(out[:, WORDS:].clone()))
     model.final_layer.register_forward_hook(lambda _, args, named, out: final.append((args[1:], named)), with_kwargs=True)
+    rows = [row for row, image in enumerate(images) if image is not None]
     taps, recorder = BlockTaps(), TapRecorder(layout, choose_blocks("all", layout))
-    with recorder.watching(model, Moment.at(x, sigma, torch.tensor([0.5, 0.0]), rows), taps):
+    with recorder.watching(model, Call.at(x, sigma, torch.tensor([0.5, 0.0]), images=images), taps):
         out = model(x, sigma, **given)
 
     assert torch.equal(out, plain)

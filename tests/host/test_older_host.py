@@ -15,7 +15,7 @@ import requests
 from flux_poke.errors import UserError
 from flux_poke.headless.client import ComfyClient
 
-#: Samples a FLUX of full width, one block of each kind and random weights, with Record Internals' watcher on it.
+#: Samples a FLUX of full width, one block of each kind and random weights, with a recording node's watcher on it.
 RECORD = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -25,9 +25,10 @@ import comfy.cli_args
 comfy.cli_args.args.cpu = True
 import torch, comfy.sample, comfy.sd, comfy.ldm.flux.model, comfy.ops
 from pathlib import Path
-from flux_poke.recording.internals import Internals
-from flux_poke.nodes import watching
-from flux_poke.nodes.record import InternalsRun
+from flux_poke.recording.recording import Recording
+from flux_poke.nodes.models import flux_layout, model_fingerprint
+from flux_poke.nodes.recorders import InternalsRun, Recorded
+from flux_poke.nodes.watching import Watch, sampling_clone
 
 with torch.device("meta"):
     shapes = comfy.ldm.flux.model.Flux(
@@ -37,9 +38,8 @@ with torch.device("meta"):
     ).state_dict()
 weights = {key: torch.randn(value.shape, dtype=torch.bfloat16) * 0.02 for key, value in shapes.items()}
 model = comfy.sd.load_diffusion_model_state_dict(weights)
-layout, fingerprint = watching.flux_layout(model), watching.model_fingerprint(model)
-path = Path(folder) / "internals.safetensors"
-watched = watching.sampling_clone(model, lambda: InternalsRun(path, layout, fingerprint, True, False, None, {}))
+where = Recorded(Recording.at(Path(folder) / "recording"), flux_layout(model), model_fingerprint(model))
+watched = sampling_clone(model, Watch(None, lambda: [InternalsRun(where, {})]))
 
 def sample(model):
     noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -47,7 +47,7 @@ def sample(model):
     return comfy.sample.sample(model, noise, 2, 1.0, "euler", "simple", text, text, torch.zeros_like(noise), seed=0)
 
 assert torch.equal(sample(model), sample(watched))
-sites = Internals.load(path).sites
+sites = where.recording.internals().sites
 assert {name: site.tokens for name, site in sites.items()} == {"double-img-0": 32, "double-txt-0": 10, "single-0": 42}
 assert all(site.fires.any() for site in sites.values())
 assert not any(module._forward_pre_hooks for module in model.model.modules())

@@ -75,12 +75,12 @@ def recorded(server, host) -> Path:
 
 def by_count(score: str = "fluctuation", cut: int = 128, **options) -> dict:
     inputs = {"unet_name": TINY, "img_cut": cut, "txt_cut": cut, "single_cut": cut, "score": score, "save_as": "plan"}
-    return node("FluxPokePlanByCount", recording=["recording", 0], **{**inputs, **ALL_LAYERS, **options})
+    return node("FluxPokePlanByCount", **{"recording": ["recording", 0], **inputs, **ALL_LAYERS, **options})
 
 
 def by_budget(amount: float = 0.25, **options) -> dict:
     inputs = {"unet_name": TINY, "budget": "share of neurons", "amount": amount, "score": "obs", "multiple": 32, "protect": ""}
-    return node("FluxPokePlanByBudget", recording=["recording", 0], **{**inputs, "save_as": "budget", **options})
+    return node("FluxPokePlanByBudget", **{"recording": ["recording", 0], **inputs, "save_as": "budget", **options})
 
 
 def load(plan: str = "plan", repair: str = "affine", weight_dtype: str = "default") -> dict:
@@ -136,7 +136,7 @@ def test_a_plan_that_was_saved_cuts_the_same_without_planning_again(client: Comf
 
 
 def test_the_masked_count_says_how_many_neurons_go(client: ComfyClient, recorded: Path):
-    graph = {"plan": by_count(cut=100, last_layer=0, last_single=1), "load": load(repair="bias")}
+    graph = recording() | {"plan": by_count(cut=100, last_layer=0, last_single=1), "load": load(repair="bias")}
     graph["show"] = node("PreviewAny", source=["load", 1])
     assert client.run(graph).outputs["show"]["text"] == ["img100_txt100_single200"]
     plan = PruningPlan.load(recorded / "plan.safetensors")
@@ -375,7 +375,7 @@ def test_what_the_hosts_own_nodes_save_of_a_pruned_model_is_refused_with_what_to
     alone = {"load": node("FluxPokeLoadPrunedCheckpoint", unet_name=f"{kind}.safetensors", weight_dtype="default")}
     with pytest.raises(UserError, match="Save Pruned FLUX"):
         client.run(drawing(alone))
-    with pytest.raises(UserError, match="Save Pruned FLUX"):
+    with pytest.raises(UserError, match="recorded on another model"):
         client.run(recording() | {"plan": by_count(unet_name=f"{kind}.safetensors")})
 
 

@@ -17,7 +17,7 @@ from flux_poke.headless.client import ComfyClient, Interrupted
 from flux_poke.pruning.checkpoint import save_pruned
 from flux_poke.pruning.dense import Dense
 from flux_poke.recording.block_states import BlockStates
-from flux_poke.recording.store import HiddenStates
+from flux_poke.recording.recording import Recording
 from flux_poke.recording.trajectories import Trajectories
 from flux_poke.retrain.blocks import Chain
 from flux_poke.retrain.replaced import Replaced, RetrainedLayers
@@ -60,39 +60,45 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a.astype(float) - b.astype(float)).mean())
 
 
-def record(what: str, **options) -> dict:
-    given = {
-        "folder": "states", "what": what, "blocks": "all", "streams": "all", "steps": 6, "rows": 16, "max_gb": 1.0,
-        "when_full": "stop", "sigma_from": 0.0, "sigma_to": 1.0, "probe_steps": 0, "sample_seed": 0,
-    }  # fmt: skip
-    return node("FluxPokeRecordHiddenStates", **{**given, **options})
+def states(kind: str, source: str, name: str = "states", **options) -> dict:
+    """Block states or trajectories of the model that node `source` gives."""
+    given = {"name": name, "steps": 6, "max_gb": 1.0, "sigma_from": 0.0, "sigma_to": 1.0, "sample_seed": 0}
+    if kind == "BlockStates":
+        given["blocks"] = "all"
+    return node(f"FluxPokeRecord{kind}", model=[source, 0], **{**given, **options})
+
+
+def load_recording(name: str = "states") -> dict:
+    return {"recording": node("FluxPokeLoadRecording", name=name)}
 
 
 def plan() -> dict:
     inputs = {"unet_name": TINY, "img_cut": 256, "txt_cut": 256, "single_cut": 256, "score": "frequency", "save_as": "half"}
-    return node("FluxPokePlanByCount", **inputs, **ALL_LAYERS, hidden_states="states", file="retrain")
+    return node("FluxPokePlanByCount", recording=["recording", 0], **inputs, **ALL_LAYERS)
 
 
-def retrain(folder: str = "layers", **options) -> dict:
+def retrain(folder: str = "layers", name: str = "states", **options) -> dict:
     given = {
-        "unet_name": TINY, "plan": ["plan", 0], "hidden_states": "states", "folder": folder, "layers": "all", "method": "both",
-        "train_on": "auto", "thickness": 1, "steps": 40, "learning_rate": 5e-4, "batch": 8, "save_dtype": "float32",
-        "train_seed": 0, "mixed_precision": False,
+        "plan": ["plan", 0], "layers": "all", "method": "both", "train_on": "auto", "thickness": 1, "steps": 40,
+        "learning_rate": 5e-4, "batch": 8, "save_dtype": "float32", "train_seed": 0, "mixed_precision": False, "folder": folder,
     }  # fmt: skip
-    return {"plan": plan(), "retrain": node("FluxPokeRetrainLayers", **{**given, **options})}
+    return {**load_recording(name), "plan": plan(), "retrain": node("FluxPokeRetrainLayers", **{**given, **options})}
 
 
-def replaced(folder: str = "layers", last: int = -1) -> dict:
+def replaced(folder: str | list = "layers", last: int = -1, **options) -> dict:
     inputs = {"unet_name": TINY, "weight_dtype": "default", "folder": folder, "first_layer": 0, "last_layer": last}
-    return {"replaced": node("FluxPokeLoadReplacedFlux", **inputs)}
+    return {"replaced": node("FluxPokeLoadReplacedFlux", **{**inputs, **options})}
 
 
 @pytest.fixture(scope="module")
 def recorded(server, host) -> Path:
-    """Internals, block states and trajectories of the tiny FLUX, in output/flux_poke."""
-    count = node("FluxPokeRecordInternals", model=["tiny", 0], file="retrain", ignore_padding=True, positive_only=False)
-    blocks, velocities = record("block states", model=["count", 0]), record("trajectories", model=["blocks", 0])
-    model = {"tiny": node("FluxPokeLoadTinyFlux"), "count": count, "blocks": blocks, "velocities": velocities}
+    """Internals, block states and trajectories of the tiny FLUX in the recording `states`; output/flux_poke."""
+    model = {
+        "tiny": node("FluxPokeLoadTinyFlux"),
+        "count": node("FluxPokeRecordInternals", model=["tiny", 0], name="states", ignore_padding=True, positive_only=False),
+        "blocks": states("BlockStates", "count", "", recording=["count", 1]),
+        "velocities": states("Trajectories", "blocks", "", recording=["blocks", 1]),
+    }
     with ComfyClient(server.address) as client:
         for number, prompt in enumerate(PROMPTS):
             client.run(drawing(model, seed=number, prompt=prompt, batch=8))
@@ -100,26 +106,26 @@ def recorded(server, host) -> Path:
 
 
 def test_recorded_states_are_what_the_hosts_blocks_read_and_gave(recorded):
-    states = BlockStates.open(recorded / "states")
-    assert states.places == list(range(7))
+    states = BlockStates.open(recorded / "states" / "hidden_states")
+    assert states.indices == list(range(7))
     assert len(states) == 4 * 8 * 6
     assert len(states.image.unique()) == 32
     checkpoint = TinyFlux.load().flux.state_dict()
-    for place in range(6):
-        img, txt = Chain.load(checkpoint, range(place, place + 1))(states.batch(states.groups[0][:8], place))
-        right_img, right_txt = states.tokens(states.groups[0][:8], place + 1)
+    for block in range(6):
+        img, txt = Chain.load(checkpoint, range(block, block + 1))(states.batch(states.groups[0][:8], block))
+        right_img, right_txt = states.tokens(states.groups[0][:8], block + 1)
         assert (img - right_img).norm() < 0.01 * right_img.norm()
         assert (txt - right_txt).norm() < 0.01 * right_txt.norm()
 
 
 def test_recorded_steps_know_what_was_drawn(recorded):
-    shards = HiddenStates.open(recorded / "states").manifest.shards
+    shards = Recording.open(recorded / "states").states().manifest.shards
     prompts = {capture.image: capture.prompt for shard in shards if shard.kind == "blocks" for capture in shard.captures}
     assert [prompts[image] for image in sorted(prompts)] == [prompt for prompt in PROMPTS for _ in range(8)]
 
 
 def test_recorded_velocities_are_the_models(recorded):
-    samples = Trajectories.open(HiddenStates.open(recorded / "states"))
+    samples = Trajectories.open(Recording.open(recorded / "states").states())
     point = samples.batch(samples.groups[0][::8])
     found = point.run(TinyFlux.load().flux)
     assert (found - point.velocity).norm() < 0.02 * point.velocity.norm()
@@ -136,12 +142,10 @@ def test_layers_are_retrained_and_run_after_a_restart(recorded, host, server):
     with host.start() as again, ComfyClient(again.address) as client:
         found = pictures(client, drawing(replaced()))
     cut_only = {
+        **load_recording(),
         "plan": plan(),
-        "cut": node(
-            "FluxPokeLoadPrunedFlux", unet_name=TINY, weight_dtype="default", plan=["plan", 0], repair="none",
-            hidden_states="states", file="retrain",
-        ),
-    }  # fmt: skip
+        "cut": node("FluxPokeLoadPrunedFlux", plan=["plan", 0], repair="none", weight_dtype="default"),
+    }
     with ComfyClient(server.address) as client:
         cut = pictures(client, drawing(cut_only))
         assert np.array_equal(pictures(client, drawing({"tiny": node("FluxPokeLoadTinyFlux")})), dense)
@@ -166,49 +170,88 @@ def test_distilled_layers_run_too(recorded, server):
 
 
 def test_cancel_is_heard_while_distillation_works_out_the_repair_it_starts_from(recorded, server):
-    rows = record("rows", model=["tiny", 0], folder="whole")
-    velocities = record("trajectories", model=["rows", 0], folder="whole")
-    model = {"tiny": node("FluxPokeLoadTinyFlux"), "rows": rows, "velocities": velocities}
+    given = {"name": "whole", "rows": 16, "steps": 6, "max_gb": 1.0, "probe_steps": 0}
+    model = {
+        "tiny": node("FluxPokeLoadTinyFlux"),
+        "rows": node("FluxPokeRecord", model=["tiny", 0], **given),
+        "velocities": states("Trajectories", "rows", "", recording=["rows", 1]),
+    }
+    repairs = recorded / "whole" / "cache" / "repairs"
     with ComfyClient(server.address) as client:
         for seed in range(2):
             client.run(drawing(model, seed=seed, batch=8))
-        before = set((recorded / "repairs").glob("*/*.safetensors"))
-        prompt_id = client.queue(retrain("unmade", method="distill", hidden_states="whole", steps=10, batch=16))
+        graph = retrain("unmade", "whole", method="distill", steps=10, batch=16)
+        prompt_id = client.queue(graph)
 
-        def stop(number: str, step: int, _: int) -> None:
-            if number == "retrain" and step >= 2:
+        def stop(number: str, step: float, steps: float) -> None:
+            if number == "retrain" and step > 0 and list(repairs.rglob("*.safetensors")):
                 client.interrupt(prompt_id)
 
         with pytest.raises(Interrupted):
             client.wait(prompt_id, stop)
-    assert 2 <= len(set((recorded / "repairs").glob("*/*.safetensors")) - before) < 8
+    assert 1 <= len(list(repairs.rglob("*.safetensors"))) < 8
     assert not (recorded / "unmade").exists()
 
 
-def test_layers_are_made_and_loaded_again_only_when_a_file_behind_them_is_another(recorded, server):
+def test_cancel_is_heard_within_the_closed_form(recorded, server):
+    with ComfyClient(server.address) as client:
+        prompt_id = client.queue(retrain("uncounted", method="closed form"))
+        seen: list[tuple[float, float]] = []
+
+        def stop(number: str, step: float, steps: float) -> None:
+            if number == "retrain" and 0 < step < steps:
+                seen.append((step, steps))
+                client.interrupt(prompt_id)
+
+        with pytest.raises(Interrupted):
+            client.wait(prompt_id, stop)
+    assert seen
+    assert len(list((recorded / "uncounted").glob("?.safetensors"))) < 6
+
+
+def test_what_did_not_change_is_not_trained_again_and_what_was_deleted_is(recorded, server):
     shutil.copytree(recorded / "states", recorded / "kept")
-    graph = retrain("kept_layers", method="closed form", hidden_states="kept", layers="0-1")
-    graph["replaced"] = node("FluxPokeLoadReplacedFlux", **{**replaced()["replaced"]["inputs"], "folder": ["retrain", 0]})
+    graph = retrain("kept_layers", "kept", method="closed form", layers="0-1")
+    graph |= replaced(["retrain", 0], plan=["plan", 0], unet_name="as in the plan")
     first = recorded / "kept_layers" / "0.safetensors"
     with ComfyClient(server.address) as client:
 
         def ran(seed: int) -> set[str]:
-            return {"retrain", "replaced"} & set(client.run(drawing(graph, seed=seed)).executed)
+            return {"plan", "retrain", "replaced"} & set(client.run(drawing(graph, seed=seed)).executed)
 
-        assert ran(1) == {"retrain", "replaced"}
-        made = first.stat().st_mtime_ns
-        assert ran(2) == {"retrain", "replaced"}  # sees the files of the run before
-        assert first.stat().st_mtime_ns == made
-        assert ran(3) == set()
+        assert ran(1) == {"plan", "retrain", "replaced"}
+        assert ran(2) == set()
         first.unlink()
-        assert ran(4) == {"retrain", "replaced"}
+        assert ran(3) == {"retrain", "replaced"}
         assert first.exists()
-        more = record("block states", model=["tiny", 0], folder="kept")
-        client.run(drawing({"tiny": node("FluxPokeLoadTinyFlux"), "more": more}, seed=9))
+        assert ran(4) == {"retrain", "replaced"}, "the file is there again, which is another state than it was found in"
+        assert ran(5) == set()
+        more = {"more": states("BlockStates", "tiny", "kept")}
+        client.run(drawing({"tiny": node("FluxPokeLoadTinyFlux"), **more}, seed=9))
         made = first.stat().st_mtime_ns
-        assert ran(4) == {"retrain", "replaced"}
+        assert ran(6) == {"plan", "retrain", "replaced"}
         assert first.stat().st_mtime_ns > made
-    assert "'NoneType' object has no attribute 'strip'" not in server.log.read_text()
+
+
+def test_layers_of_another_plan_are_not_written_over_and_every_plan_has_a_folder_of_its_own(recorded, server):
+    quarter = {**plan()["inputs"], "img_cut": 128, "save_as": "quarter"}
+    with ComfyClient(server.address) as client:
+        client.run(retrain("taken", method="closed form", layers="0-1"))
+        before = {path.name: path.read_bytes() for path in (recorded / "taken").glob("*.safetensors")}
+        other = retrain("taken", method="closed form", layers="0-1") | {"plan": node("FluxPokePlanByCount", **quarter)}
+        with pytest.raises(UserError, match="taken"):
+            client.run(other)
+        assert {path.name: path.read_bytes() for path in (recorded / "taken").glob("*.safetensors")} == before
+
+        own = retrain("", method="closed form", layers="0-1") | {"plan": node("FluxPokePlanByCount", **quarter)}
+        own["show"] = node("PreviewAny", source=["retrain", 0])
+        (name,) = client.run(own).outputs["show"]["text"]
+        assert re.fullmatch(r"retrained_layers/[0-9a-f]{8}", name)
+        graph = {"plan": node("FluxPokeLoadPlan", file="quarter", unet_name="as in the plan")}
+        graph |= replaced("", plan=["plan", 0], unet_name="as in the plan")
+        assert "2 layers replaced" in client.run(drawing(graph)).texts["replaced"]
+        with pytest.raises(UserError, match="Connect the plan that they belong to, or choose both"):
+            client.run(drawing(replaced("")))
 
 
 def test_cancel_keeps_finished_layers_and_leaves_the_host_in_order(recorded, server):
@@ -250,7 +293,7 @@ def test_one_workflow_retrains_in_one_go_and_another_runs_with_its_layers(server
         assert retrained > cut_only + 3
         again = client.run(workflow("run_with_replaced_layers_tiny"))
         assert again.outputs["13"]["text"] == ["img512_txt512_single1024"]
-        assert f"PSNR {retrained} dB" in again.texts["10"]
+        assert f"PSNR {retrained:.2f} dB" in again.texts["10"]
         assert len(again.files("images", "12")) == 4
 
 
@@ -269,24 +312,20 @@ def test_all_in_one_runs_what_is_chosen_and_nothing_else(server, workflow):
             drawn = np.stack([np.asarray(Image.open(io.BytesIO(client.fetch(file)))) for file in files])
             return {graph[number]["class_type"] for number in result.executed}, drawn
 
-        others = {"FluxPokeRecordHiddenStates", "FluxPokeLoadPrunedFlux", "FluxPokeLoadReplacedFlux"}
-        for use, missing in (("pruned", "There is no plan"), ("replaced", "holds no retrained layers")):
-            with pytest.raises(UserError, match=missing):
+        others = {"FluxPokeRecord", "FluxPokeLoadPrunedFlux", "FluxPokeLoadReplacedFlux"}
+        for use in ("pruned", "replaced"):
+            with pytest.raises(UserError, match="There is no plan"):
                 draw(use)
         ran, normal = draw("normal")
         assert not ran & others
         ran, analysed = draw("analysis")
-        assert ran & others == {"FluxPokeRecordHiddenStates"}
+        assert ran & others == {"FluxPokeRecord"}
         assert np.array_equal(analysed, normal)
 
-        recordings = {name: graph[numbers["FluxPokeLoadPrunedFlux"]]["inputs"][name] for name in ("hidden_states", "file")}
-        folder = graph[numbers["FluxPokeLoadReplacedFlux"]]["inputs"]["folder"]
-        making = retrain(folder, hidden_states=recordings["hidden_states"], steps=10)
-        making["plan"] = node(
-            "FluxPokePlanByBudget", unet_name=TINY, budget="share of neurons", amount=0.5, score="obs", multiple=32, protect="",
-            save_as=graph[numbers["FluxPokeLoadPlan"]]["inputs"]["file"], **recordings,
-        )  # fmt: skip
-        client.run(making)
+        for group in ("plan", "retrain"):
+            client.run(
+                json.loads(json.dumps(workflow(f"flux_poke_all_in_one_tiny.{group}")).replace("all_in_one_tiny", "chosen_tiny"))
+            )
         ran, pruned = draw("pruned")
         assert ran & others == {"FluxPokeLoadPrunedFlux"}
         ran, replaced_layers = draw("replaced")

@@ -28,6 +28,7 @@ PROMPT = "a handwritten three"
 DOUBLES = [Block("double", index) for index in range(2)]
 SINGLES = [Block("single", index) for index in range(4)]
 TAP, SAMPLE, DECODE, ANIMATE = "2", "6", "7", "8"
+DECODING = "FluxPokeDecodeBlockPreviews"
 
 
 @pytest.fixture
@@ -127,13 +128,13 @@ def test_pictures_are_the_same_with_and_without_taps_and_a_recording_beneath_the
 
     tapped, plain = seeing(seed=7, batch=2), seeing(seed=7, batch=2)
     plain[SAMPLE]["inputs"]["model"] = ["1", 0]
-    recording = {"model": ["1", 0], "file": "beneath taps", "ignore_padding": True, "positive_only": False}
+    recording = {"model": ["1", 0], "name": "beneath taps", "ignore_padding": True, "positive_only": False}
     tapped["30"] = {"class_type": "FluxPokeRecordInternals", "inputs": recording}
     tapped[TAP]["inputs"]["model"] = ["30", 0]
     with_taps = drawn(tapped)
     assert np.array_equal(with_taps, drawn(plain))
     assert with_taps.std() > 20  # something is drawn
-    assert Internals.load(host.output / "flux_poke" / "beneath taps.safetensors").steps == 4
+    assert Internals.load(host.recorded("beneath taps")).steps == 4
 
 
 def test_an_interrupt_while_sampling_and_one_while_decoding_leave_a_graph_that_runs(client: ComfyClient, host, seeing):
@@ -201,14 +202,14 @@ def test_options_of_decoding(client: ComfyClient, host, seeing):
     assert not result.outputs.get("11")
 
 
-def test_a_lens_fitted_on_recorded_tokens_foretells_the_last_block(client: ComfyClient, host, seeing):
+def test_a_lens_fitted_on_recorded_tokens_predicts_the_last_block(client: ComfyClient, host, seeing):
     root = host.output / "flux_poke"
     graph = seeing(seed=100, batch=16)
     graph[TAP] = {
-        "class_type": "FluxPokeRecordHiddenStates",
+        "class_type": "FluxPokeRecordLensRows",
         "inputs": {
-            "model": ["1", 0], "folder": "for a lens", "what": "lens rows", "streams": "all", "steps": 6, "rows": 16,
-            "max_gb": 1.0, "when_full": "stop", "sigma_from": 0.0, "sigma_to": 1.0, "probe_steps": 0, "sample_seed": 0,
+            "model": ["1", 0], "name": "for a lens", "rows": 16, "steps": 6, "max_gb": 1.0, "sigma_from": 0.0, "sigma_to": 1.0,
+            "sample_seed": 0,
         },
     }  # fmt: skip
     graph["20"] = {"class_type": "PreviewAny", "inputs": {"source": [SAMPLE, 0]}}
@@ -243,6 +244,28 @@ def test_a_prompt_that_comes_from_a_node_is_written_where_it_is_connected(client
     graph["3"]["inputs"]["text"] = ["20", 0]
     (folder,) = folders(host, client.run(graph))
     assert json.loads((folder / "metadata.json").read_text())["prompt"] == "an 8"
+
+
+def test_each_of_two_samplers_that_draw_with_a_tapped_model_is_decoded_as_its_own(client: ComfyClient, host, seeing):
+    graph = seeing("0, 11", seed=5)
+    inputs = graph[SAMPLE]["inputs"] | {"seed": 6, "steps": 6}
+    graph["20"] = {"class_type": "KSampler", "inputs": inputs}
+    graph["21"] = {"class_type": DECODING, "inputs": graph[DECODE]["inputs"] | {"after": ["20", 0]}}
+    result = client.run(graph)
+    seeds = {}
+    for node in (DECODE, "21"):
+        (found,) = result.files("flux_poke", node)
+        metadata = json.loads((host.output / found["subfolder"] / "metadata.json").read_text())
+        seeds[node] = metadata["seed"], metadata["num_steps"]
+    assert seeds == {DECODE: (5, 12), "21": (6, 6)}
+
+    graph["22"] = {"class_type": "LatentBatch", "inputs": {"samples1": [SAMPLE, 0], "samples2": ["20", 0]}}
+    graph["21"]["inputs"]["after"] = ["22", 0]
+    with pytest.raises(UserError, match=r"2 samplers drew with the tapped model \(nodes 20, 6\).* come from several of them"):
+        client.run(graph)
+    graph["21"]["inputs"]["after"] = ["5", 0]
+    with pytest.raises(UserError, match="come from none of them"):
+        client.run(graph)
 
 
 @pytest.mark.parametrize(
@@ -341,6 +364,24 @@ def test_capture_starts_a_comfyui_and_stops_it_and_where_that_disables_metadata_
     assert len(find_previews(folder)) == 2 * 6
     assert_says_nothing(folder)
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+
+
+def test_compare_refuses_a_file_before_anything_else_and_equal_images_are_alike_to_the_last_digit(client: ComfyClient, host):
+    image = {"class_type": "EmptyImage", "inputs": {"width": 48, "height": 32, "batch_size": 1, "color": 0x806020}}
+    compare = {"reference": ["1", 0], "variant": ["1", 0], "names": "", "file": "alike.csv"}
+    graph = {"1": image, "2": {"class_type": "FluxPokeCompare", "inputs": compare}}
+    client.run(graph)
+    with open(host.output / "flux_poke" / "alike.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (float(row["ssim"]), float(row["relative_mse"])) == (1.0, 0.0)
+    other = host.output / "flux_poke" / "theirs.json"
+    other.write_text('{"of": "others"}')
+    for name, sentence in (("alike.txt", "csv"), ("theirs.json", "theirs.json")):
+        compare["file"], compare["variant"] = name, ["3", 0]  # which does not fit the reference, and is not reached
+        graph["3"] = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 32, "batch_size": 1, "color": 0}}
+        with pytest.raises(UserError, match=sentence):
+            client.run(graph)
+    assert other.read_text() == '{"of": "others"}'
 
 
 def test_compare_says_how_far_images_and_latents_are_apart(client: ComfyClient, host):

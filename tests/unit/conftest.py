@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from flux_poke.flux.model import Flux
+from flux_poke.pruning.dense import Dense
+from flux_poke.pruning.plan import PruningPlan
+from flux_poke.recording.block_states import BlockStates
+from flux_poke.recording.call import Call
+from flux_poke.recording.recording import Recording
+from flux_poke.recording.rows import RowChoice, RowRecorder
+from flux_poke.recording.states import StateChoice, StateRecorder
+from flux_poke.recording.store import HiddenStates
+from flux_poke.recording.trajectories import trajectory
+from safetensors.torch import save_file
 from torch import Tensor
 
 Shapes = dict[str, tuple[int, ...]]
+#: Noise levels of the run that `Recorded` draws its images in.
+SIGMAS = torch.linspace(1, 0, 5)
 
 
 def flux_shapes(
@@ -120,6 +134,29 @@ def tensors() -> Callable[..., dict[str, Tensor]]:
     return flux_tensors
 
 
+@contextmanager
+def skipped(model: Flux, index: int) -> Iterator[None]:
+    """Double block `index` stands where it did and does not run, as under guidance by skipped layers on a host."""
+    block = model.double_blocks[index]
+    kind = type(block)
+
+    class Passed(kind):  # type: ignore[misc, valid-type]
+        def __call__(self, *args, img, txt, **kwargs):
+            return img, txt
+
+    block.__class__ = Passed
+    try:
+        yield
+    finally:
+        block.__class__ = kind
+
+
+@pytest.fixture
+def skipping() -> Callable[[Flux, int], AbstractContextManager[None]]:
+    """`with skipping(model, index):` calls of the model leave out double block `index`."""
+    return skipped
+
+
 @pytest.fixture
 def inputs() -> Callable[..., dict[str, Tensor]]:
     return flux_inputs
@@ -130,3 +167,61 @@ def model(request) -> Flux:
     """A random model of each family, with and without guidance."""
     family, *guidance = request.param.split()
     return Flux.load(flux_tensors(family, guidance=bool(guidance)))
+
+
+class Recorded:
+    """A small FLUX with half of every MLP cut, and a recording of its block states and rows of 12 images."""
+
+    def __init__(self, tensors, folder: Path, family: str):
+        state = tensors(family)
+        for site in Dense.of(state).layout.sites:  # neurons of 12 features, which so can stand in for each other
+            up, generator = state[f"{site.up}.weight"], torch.Generator().manual_seed(site.index)
+            features = torch.randn(12, 128, generator=generator) / 3.5
+            up[site.up_row :] = 0.3 * torch.randn(len(up) - site.up_row, 12, generator=generator) @ features
+        self.path = folder / f"{family}.safetensors"
+        save_file(state, self.path)
+        self.dense = Dense.open(self.path)
+        self.flux = Flux.load(self.dense.tensors)
+        widths = {site.name: site.width for site in self.dense.layout.sites}
+        kept = {name: torch.arange(0, width, 2) for name, width in widths.items()}
+        self.plan = PruningPlan(family, self.dense.fingerprint, kept, widths, "magnitude", "every other neuron")
+        self.recording = self.record(folder / family)
+        self.folder = self.recording.states_folder
+        self.states, self.rows = BlockStates.open(self.folder), HiddenStates.open(self.folder)
+
+    def record(self, folder: Path, seed: int = 0, images: int = 12) -> Recording:
+        """Block states, rows and trajectories of images that are drawn from `seed`, added to the recording in `folder`."""
+        recording, layout = Recording.at(folder), self.dense.layout
+        store = HiddenStates.for_model(recording.states_folder, layout.family, self.dense.fingerprint)
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(images, layout.in_channels // layout.patch**2, 6 * layout.patch, 6, generator=generator)
+        context = torch.randn(images, 20, layout.context, generator=generator)
+        vector = torch.randn(images, layout.vector, generator=generator) if layout.vector else None
+        points, _ = trajectory(self.flux, noise, SIGMAS, context, vector)
+        choice = StateChoice(4, dtype=torch.float32)
+        recorders = (
+            StateRecorder("blocks", store, choice, indices=range(5)),
+            RowRecorder(layout.sites, store, RowChoice(rows=36, steps=4)),
+            StateRecorder("trajectories", store, choice),
+        )
+        with ExitStack() as runs, torch.no_grad():
+            begun = [runs.enter_context(recorder.run()) for recorder in recorders]
+            for step, point in enumerate(points):
+                call = Call.at(point.x, point.sigma, SIGMAS, step, context=context)
+                with ExitStack() as watched:
+                    for run in begun:
+                        watched.enter_context(run.watching(self.flux, call))
+                    point.run(self.flux)
+        return recording
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory) -> Recorded:
+    return Recorded(flux_tensors, tmp_path_factory.mktemp("recorded"), "flux1")
+
+
+@pytest.fixture(scope="session", params=["flux1", "flux2"])
+def either(request, recorded, tmp_path_factory) -> Recorded:
+    if request.param == "flux1":
+        return recorded
+    return Recorded(flux_tensors, tmp_path_factory.mktemp("recorded"), request.param)

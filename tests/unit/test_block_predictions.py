@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -210,7 +211,45 @@ def test_blocks_are_chosen_by_kind_and_range():
     assert names == ["double-0", "double-1", "single-1", "single-2"]
 
 
-@pytest.mark.parametrize("text", ["", "every 0", "every", "some", "5-2", "-1"])
+@pytest.mark.parametrize("blocks", ["all", "single 0", "double 1"])
+def test_a_call_that_skips_a_block_is_not_tapped(skipping, blocks):
+    run, taps, without = Run("flux1"), BlockTaps(), BlockTaps()
+    x, sigma = run.noise, torch.ones(2)
+    call = Call.at(x, sigma, run.sigmas)
+    recorder = recorder_of(run, blocks)
+    with recorder.watching(run.flux, call, without):
+        run.flux(x, sigma, run.context, run.vector)
+    with recorder.watching(run.flux, call, taps):
+        run.flux(x, sigma, run.context, run.vector)
+    for index in (0, 1):
+        with recorder.watching(run.flux, call, taps), skipping(run.flux, index):
+            run.flux(x, sigma, run.context, run.vector)
+    assert taps.skipping == 2
+    assert list(taps) == list(without)
+    assert all(torch.equal(taps.latent(tap), without.latent(tap)) for tap in taps)
+
+
+def test_taps_of_one_run_stay_as_they_are_while_another_runs(tmp_path):
+    run, first, second = Run("flux1"), BlockTaps(memory_limit=0, folder=tmp_path), BlockTaps(memory_limit=0, folder=tmp_path)
+    recorder = recorder_of(run, "single 2")
+    run.sample(recorder, first)
+    before = [first.latent(tap) for tap in first]
+    run.noise = torch.randn_like(run.noise)
+    run.sample(recorder, second)
+    assert all(torch.equal(first.latent(tap), latent) for tap, latent in zip(first, before, strict=True))
+    assert not any(torch.equal(second.latent(tap), latent) for tap, latent in zip(second, before, strict=True))
+
+
+@pytest.mark.parametrize("text", ["0-20000000", "0-999999999", "every 999999999"])
+def test_a_range_of_steps_takes_no_memory(text):
+    tracemalloc.start()
+    chosen = StepChoice.parse(text)
+    assert [step for step in (0, 7, 19) if step in chosen] == ([0] if "every" in text else [0, 7, 19])
+    assert tracemalloc.get_traced_memory()[1] < 100_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("text", ["", "every 0", "every", "some", "5-2", "-1", "1" * 5000])
 def test_steps_that_are_not_understood_are_refused(text):
     with pytest.raises(UserError, match=r"Steps"):
         StepChoice.parse(text)

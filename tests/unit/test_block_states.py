@@ -1,6 +1,7 @@
 """Block states and trajectories (states.py, block_states.py): they are what the model saw and gave."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from flux_poke.flux.fingerprint import Fingerprint
 from flux_poke.flux.model import Flux
 from flux_poke.recording.block_states import BlockStates
 from flux_poke.recording.call import Call
-from flux_poke.recording.states import StateChoice, StateRecorder, estimated_state_bytes, places_around
+from flux_poke.recording.states import StateChoice, StateRecorder, estimated_state_bytes, indices_around
 from flux_poke.recording.store import MANIFEST, HiddenStates, Limit
 from flux_poke.recording.trajectories import Trajectories
 from safetensors.torch import load_file, save_file
@@ -44,7 +45,7 @@ def draw(flux, recorder, inputs, images=None, **told):
         return sorted(run.steps)
 
 
-def all_places(flux):
+def all_indices(flux):
     return range(flux.layout.depth + flux.layout.depth_single + 1)
 
 
@@ -52,9 +53,9 @@ def all_places(flux):
 @torch.no_grad()
 def test_each_block_turns_its_state_into_the_next(family, tensors, inputs, tmp_path):
     flux = Flux.load(tensors(family))
-    draw(flux, StateRecorder("blocks", store_of(flux, tmp_path), EXACT, places=all_places(flux)), inputs)
+    draw(flux, StateRecorder("blocks", store_of(flux, tmp_path), EXACT, indices=all_indices(flux)), inputs)
     states = BlockStates.open(tmp_path)
-    assert states.places == [0, 1, 2, 3, 4]
+    assert states.indices == [0, 1, 2, 3, 4]
     assert len(states) == 4
     state = states.batch(torch.arange(4), 0)
     double: object = state.vec
@@ -62,12 +63,12 @@ def test_each_block_turns_its_state_into_the_next(family, tensors, inputs, tmp_p
     if family == "flux2":
         double = (flux.double_stream_modulation_img(state.vec), flux.double_stream_modulation_txt(state.vec))
         single = flux.single_stream_modulation(state.vec)
-    for place in range(4):
-        state, after = states.batch(torch.arange(4), place), states.batch(torch.arange(4), place + 1)
-        if place < 2:
-            img, txt = flux.double_blocks[place](img=state.img, txt=state.txt, vec=double, pe=state.pe)
+    for block_index in range(4):
+        state, after = states.batch(torch.arange(4), block_index), states.batch(torch.arange(4), block_index + 1)
+        if block_index < 2:
+            img, txt = flux.double_blocks[block_index](img=state.img, txt=state.txt, vec=double, pe=state.pe)
         else:
-            tokens = flux.single_blocks[place - 2](torch.cat((state.txt, state.img), 1), vec=single, pe=state.pe)
+            tokens = flux.single_blocks[block_index - 2](torch.cat((state.txt, state.img), 1), vec=single, pe=state.pe)
             txt, img = tokens[:, :5], tokens[:, 5:]
         torch.testing.assert_close(img, after.img)
         torch.testing.assert_close(txt, after.txt)
@@ -80,14 +81,14 @@ def test_blocks_that_add_in_place_do_not_reach_what_was_recorded(flux, store, in
         kwargs["txt"].copy_(output[1])
         return kwargs["img"], kwargs["txt"]
 
-    recorder = StateRecorder("blocks", store, StateChoice(steps=4, dtype=torch.float32), places=all_places(flux))
+    recorder = StateRecorder("blocks", store, StateChoice(steps=4, dtype=torch.float32), indices=all_indices(flux))
     draw(flux, recorder, inputs)
     for block in flux.double_blocks:
         block.register_forward_hook(in_place, with_kwargs=True)
     draw(flux, recorder, inputs)
     states = BlockStates.open(store.folder)
-    for place in states.places:
-        plain, changed = states.batch(torch.arange(8), place), states.batch(torch.arange(8, 16), place)
+    for block_index in states.indices:
+        plain, changed = states.batch(torch.arange(8), block_index), states.batch(torch.arange(8, 16), block_index)
         torch.testing.assert_close(plain.img, changed.img)
         torch.testing.assert_close(plain.txt, changed.txt)
 
@@ -106,6 +107,18 @@ def test_trajectories_are_what_the_model_was_told_and_answered(store, flux, inpu
     assert [(c.image, c.prompt, c.seed, c.sigma) for c in captures] == [(0, "a", 7, SIGMAS[step]), (1, "b", 8, SIGMAS[step])]
 
 
+def test_prompts_and_seed_are_those_that_the_first_call_tells(store, flux, inputs):
+    given = inputs(flux)
+    recorder = StateRecorder("trajectories", store, StateChoice(4))
+    with recorder.run() as run, torch.no_grad():
+        first: dict[str, Any] = {"prompts": ("a", "b"), "seed": 7}
+        for step, told in enumerate((first, {}, {})):
+            with run.watching(flux, Call.at(given["x"], given["sigma"], SIGMAS, step, **told)):
+                flux(**given)
+    captures = [capture for shard in store.manifest.shards for capture in shard.captures]
+    assert [(c.prompt, c.seed) for c in captures] == [("a", 7), ("b", 7)] * 3
+
+
 def test_rows_without_an_image_are_left_out(store, flux, inputs):
     draw(flux, StateRecorder("trajectories", store, EXACT), inputs, images=[None, None, 0, 1])
     samples = Trajectories.open(store)
@@ -117,14 +130,14 @@ def test_rows_without_an_image_are_left_out(store, flux, inputs):
 
 def test_one_step_in_twenty_is_recorded_and_the_same_ones_for_the_same_seed(store, flux, inputs, tmp_path):
     again = store_of(flux, tmp_path / "again")
-    steps = [draw(flux, StateRecorder("blocks", s, places={0}), inputs) for s in (store, again)]
+    steps = [draw(flux, StateRecorder("blocks", s, indices={0}), inputs) for s in (store, again)]
     assert len(steps[0]) == 1
     assert steps[0] == steps[1]
 
 
 def test_only_the_states_around_the_chosen_blocks_are_stored_and_the_vector_once(store, flux, inputs):
-    places = places_around({Block("double", 1), Block("single", 1)}, flux.layout)
-    draw(flux, StateRecorder("blocks", store, places=places), inputs)
+    indices = indices_around({Block("double", 1), Block("single", 1)}, flux.layout)
+    draw(flux, StateRecorder("blocks", store, indices=indices), inputs)
     tensors = load_file(store.folder / store.manifest.shards[0].file)
     assert tensors.keys() == {f"{k}-{stream}" for k in (1, 2, 3, 4) for stream in ("img", "txt")} | {"vec", "pe"}
     assert tensors["1-img"].dtype == torch.bfloat16
@@ -133,15 +146,15 @@ def test_only_the_states_around_the_chosen_blocks_are_stored_and_the_vector_once
 
 @pytest.mark.parametrize("kind", ["blocks", "trajectories"])
 def test_the_estimate_is_what_is_taken(kind, store, flux, inputs):
-    places = all_places(flux)
-    draw(flux, StateRecorder(kind, store, EXACT, places=places), inputs)
-    estimate = estimated_state_bytes(kind, flux.layout, places, EXACT, calls=4, image_tokens=24, words=5)
+    indices = all_indices(flux)
+    draw(flux, StateRecorder(kind, store, EXACT, indices=indices), inputs)
+    estimate = estimated_state_bytes(kind, flux.layout, indices, EXACT, calls=4, image_tokens=24, words=5)
     pe = 29 * 64 * 4 * 4  # once a file, not once a row
     assert estimate == store.bytes(kind) + (2 * pe if kind == "blocks" else 4 * 4)
 
 
 def test_recording_stops_where_the_limit_is(store, flux, inputs):
-    recorder = StateRecorder("blocks", store, StateChoice(steps=4), Limit(250e3 / 1e9, "stop"), places=all_places(flux))
+    recorder = StateRecorder("blocks", store, StateChoice(steps=4), Limit(250e3 / 1e9, "stop"), indices=all_indices(flux))
     draw(flux, recorder, inputs)
     assert recorder.full
     assert 0 < store.bytes("blocks") <= 250e3
@@ -154,7 +167,7 @@ def test_recording_stops_where_the_limit_is(store, flux, inputs):
 def test_hooks_are_gone_afterwards_and_the_output_is_the_same(store, flux, inputs):
     with torch.no_grad():
         expected = flux(**inputs(flux, seed=0))
-        recorder = StateRecorder("blocks", store, StateChoice(steps=4), places={0, 4})
+        recorder = StateRecorder("blocks", store, StateChoice(steps=4), indices={0, 4})
         given = inputs(flux, seed=0)
         with recorder.run() as run, run.watching(flux, Call.at(given["x"], given["sigma"], SIGMAS, 0)):
             found = flux(**given)
@@ -173,7 +186,7 @@ def test_the_originals_folders_load(tmp_path):
             file[f"{k}-pe"] = torch.randn(1, 1, 8, 4, 2, 2)
         save_file({key: tensor.bfloat16() for key, tensor in file.items()}, tmp_path / f"{name}.safetensors")
     states = BlockStates.open(tmp_path)
-    assert states.places == [0, 1, 2]
+    assert states.indices == [0, 1, 2]
     assert states.image.tolist() == [0, 1]
     state = states.batch(torch.tensor([1]), 2)
     assert torch.equal(state.vec, file["2-vec"].bfloat16().float())
@@ -181,7 +194,7 @@ def test_the_originals_folders_load(tmp_path):
 
 
 def test_another_size_of_image_is_another_group(store, flux, inputs):
-    recorder = StateRecorder("blocks", store, StateChoice(steps=4), places={0, 1})
+    recorder = StateRecorder("blocks", store, StateChoice(steps=4), indices={0, 1})
     draw(flux, recorder, inputs)
     given = inputs(flux, batch=1)
     given["x"] = given["x"][..., :4]
@@ -193,7 +206,7 @@ def test_another_size_of_image_is_another_group(store, flux, inputs):
 
 
 def test_states_of_another_model_are_refused(store, flux, inputs, tensors):
-    draw(flux, StateRecorder("blocks", store, places={0, 1}), inputs)
+    draw(flux, StateRecorder("blocks", store, indices={0, 1}), inputs)
     states = BlockStates.open(store.folder)
     other = Fingerprint.of_tensors(tensors("flux1", seed=5))
     with pytest.raises(UserError, match="another model"):
@@ -215,7 +228,7 @@ def test_an_empty_folder_and_a_damaged_manifest_are_named(tmp_path, store):
 
 
 def test_images_are_told_apart_by_noise_and_text(store, flux, inputs):
-    recorders = [StateRecorder(kind, store, StateChoice(4), places={0}) for kind in ("trajectories", "blocks")]
+    recorders = [StateRecorder(kind, store, StateChoice(4), indices={0}) for kind in ("trajectories", "blocks")]
     found = []
     for recorder, seed, text in ((0, 1, 1), (1, 1, 1), (0, 2, 2), (1, 1, 2), (0, 1, 1)):
         given = {**inputs(flux, seed=seed), "context": inputs(flux, seed=text)["context"]}
@@ -225,3 +238,66 @@ def test_images_are_told_apart_by_noise_and_text(store, flux, inputs):
         assert run.drawing is not None
         found.append((run.drawing.first, "recorded before" in run.note))
     assert found == [(0, False), (0, False), (2, False), (4, False), (0, True)]
+
+
+@pytest.mark.parametrize("kind", ["blocks", "trajectories"])
+def test_a_call_that_skips_a_block_is_not_kept_and_said_to_be_left_out(kind, store, flux, inputs, skipping):
+    given = inputs(flux)
+    call = Call.at(given["x"], given["sigma"], SIGMAS, 0)
+    for indices in ({0, 4}, {3}):
+        before = len(store.manifest.shards)
+        recorder = StateRecorder(kind, store, StateChoice(4), indices=indices)
+        with recorder.run() as run, torch.no_grad():
+            for index in (0, 1):
+                with run.watching(flux, call), skipping(flux, index):
+                    flux(**given)
+            with run.watching(flux, call):
+                flux(**given)
+        assert run.note.startswith("2 model calls that skip blocks")
+        assert len(store.manifest.shards) == before + 1
+
+
+@pytest.mark.parametrize("kind", ["blocks", "trajectories"])
+def test_a_call_whose_numbers_are_not_finite_is_not_kept(kind, store, flux, inputs):
+    recorder = StateRecorder(kind, store, StateChoice(4), indices={0, 4})
+    given = {**inputs(flux), "context": torch.full((2, 5, 32), float("nan"))}
+    with recorder.run() as run, torch.no_grad(), run.watching(flux, Call.at(given["x"], given["sigma"], SIGMAS, 0)):
+        flux(**given)
+    assert "recorded numbers are not finite" in run.note
+    assert not store.manifest.shards
+    assert store.image_count() == 0
+
+
+def test_two_recordings_of_equal_shape_have_two_digests(flux, inputs, tmp_path):
+    digests = set()
+    for name in "ab":
+        store = store_of(flux, tmp_path / name)
+        for kind in ("blocks", "trajectories"):
+            draw(flux, StateRecorder(kind, store, EXACT, indices={0, 1}), inputs)
+        digests |= {BlockStates.open(store.folder).digest, Trajectories.open(store).digest}
+    assert len(digests) == 4
+
+
+def test_states_have_another_digest_once_more_are_recorded(store, flux, inputs):
+    for kind in ("blocks", "trajectories"):
+        draw(flux, StateRecorder(kind, store, EXACT, indices={0, 1}), inputs)
+    before = BlockStates.open(store.folder).digest, Trajectories.open(store).digest
+    draw(flux, StateRecorder("trajectories", store, StateChoice(1)), inputs)
+    assert BlockStates.open(store.folder).digest == before[0]
+    assert Trajectories.open(store).digest != before[1]
+
+
+@pytest.mark.parametrize("kind", ["blocks", "trajectories"])
+def test_states_that_are_not_finite_are_refused_where_they_are_read(kind, store, flux, inputs):
+    draw(flux, StateRecorder(kind, store, EXACT, indices={0, 1}), inputs)
+    path = store.folder / store.manifest.shards[0].file
+    tensors = load_file(path)
+    tensors["1-img" if kind == "blocks" else "velocity"][1] = float("inf")
+    save_file(tensors, path)
+    read = {
+        "blocks": lambda sample: BlockStates.open(store.folder).batch(torch.tensor([sample]), 1),
+        "trajectories": lambda sample: Trajectories.open(store).batch(torch.tensor([sample])),
+    }[kind]
+    read(0)
+    with pytest.raises(UserError, match=rf"{path.name} is damaged: \d+ numbers of"):
+        read(1)

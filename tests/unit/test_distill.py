@@ -1,9 +1,6 @@
 """Training a whole cut model against the dense velocity (retrain/distill.py, retrain/loop.py)."""
 
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,17 +8,13 @@ from flux_poke.errors import UserError
 from flux_poke.flux.model import Flux, SingleBlock
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan
-from flux_poke.pruning.repair import Repairs
 from flux_poke.pruning.surgery import Cut
-from flux_poke.recording.call import Call
-from flux_poke.recording.rows import RowChoice, RowRecorder
-from flux_poke.recording.states import StateChoice, StateRecorder
-from flux_poke.recording.store import HiddenStates
+from flux_poke.recording.split import held_out
 from flux_poke.recording.trajectories import Trajectories, trajectory, velocity_error
-from flux_poke.retrain.distill import distill, distill_layers
-from flux_poke.retrain.loop import split_images
-from flux_poke.retrain.options import Options, Progress
-from safetensors.torch import load_file, save_file
+from flux_poke.retrain.distill import distill
+from flux_poke.retrain.options import Options, TrainingStatus
+from flux_poke.retrain.problem import batch
+from safetensors.torch import load_file
 
 SIGMAS = torch.linspace(1, 0, 4)
 OPTIONS = Options(steps=40, learning_rate=1e-3, batch=4, eval_every=10, save_dtype="float32")
@@ -62,10 +55,10 @@ def test_samples_are_the_points_and_their_velocities(drawn):
 def test_distilled_model_is_nearer_to_the_dense_one_on_images_it_was_not_trained_on(tensors, family):
     drawn = Drawn(tensors, family)
     found = distill(drawn.cut, drawn.samples, OPTIONS)
-    _, images = split_images(drawn.samples.image, OPTIONS)
+    _, images = held_out(drawn.samples.image, OPTIONS.eval_share, OPTIONS.seed)
     assert len(images) == 2
-    held_out = [point[sorted(images)] for point in drawn.points]
-    before, after = (velocity_error(Flux.load(tensors), held_out) for tensors in (drawn.cut, {**drawn.cut, **found.tensors}))
+    points = [point[sorted(images)] for point in drawn.points]
+    before, after = (velocity_error(Flux.load(tensors), points) for tensors in (drawn.cut, {**drawn.cut, **found.tensors}))
     assert found.before == pytest.approx(before, rel=1e-3)
     assert found.after == pytest.approx(after, rel=1e-3)
     assert after < 0.97 * before
@@ -159,7 +152,7 @@ def test_adafactor_trains_as_well_with_a_fraction_of_the_state(drawn, tmp_path, 
 
 def test_event_files_hold_the_losses_that_were_told(drawn, tmp_path):
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    told: list[Progress] = []
+    told: list[TrainingStatus] = []
     distill(drawn.cut, drawn.samples, replace(OPTIONS, tensorboard=tmp_path), report=told.append)
     events = accumulators.EventAccumulator(str(tmp_path / "the whole model")).Reload()
     at_evaluations = [progress for progress in told if progress.step and progress.step % OPTIONS.eval_every == 0]
@@ -206,96 +199,6 @@ def test_a_training_that_was_cut_off_goes_on_bit_for_bit(drawn, optimizer, tmp_p
     assert all(torch.equal(rest[key], tensor) for key, tensor in whole.items())
 
 
-@pytest.fixture(scope="module")
-def many(tensors) -> Drawn:
-    return Drawn(tensors, images=80, words=10)
-
-
-@pytest.fixture(scope="module")
-def store(many, tmp_path_factory) -> HiddenStates:
-    """Trajectories, and enough rows for affine repair."""
-    store = HiddenStates.for_model(tmp_path_factory.mktemp("store"), "flux1", many.dense.fingerprint)
-    velocities = StateRecorder("trajectories", store, StateChoice(3, dtype=torch.float32))
-    rows = RowRecorder(many.dense.layout.sites, store, RowChoice(rows=48, steps=3))
-    with velocities.run() as run, rows.run() as row_run, torch.no_grad():
-        for step, point in enumerate(many.points):
-            call = Call.at(point.x, point.sigma, SIGMAS, step)
-            with run.watching(many.flux, call), row_run.watching(many.flux, call):
-                point.run(many.flux)
-    return HiddenStates.open(store.folder)
-
-
-def test_stats_tell_the_error_of_the_cut_apart_from_that_of_the_repair(many, store, tmp_path):
-    options = replace(OPTIONS, steps=2, eval_every=2)
-    stats = distill_layers(many.dense, many.plan, store, tmp_path / "layers", options, repairs=tmp_path / "repairs")[0]
-    held_out = [point[stats.held_out_images] for point in many.points]
-    affine = Repairs(many.dense, many.plan, "affine", rows=store, folder=tmp_path / "repairs")
-    for told, repairs in ((stats.relative_cut, None), (stats.relative_start, affine)):
-        assert told == pytest.approx(velocity_error(Flux.load(Cut(many.dense, many.plan, repairs)), held_out), rel=1e-3)
-    assert stats.relative_start < stats.relative_cut
-
-
-def test_repair_is_worked_out_by_whom_is_asked_and_only_where_it_is_needed(many, store, tmp_path):
-    asked: list[Repairs] = []
-
-    def prepare(repairs: Repairs) -> None:
-        assert all(repairs.lacks(name) for name in repairs)
-        asked.append(repairs)
-
-    given = many.dense, many.plan, store, tmp_path / "layers", replace(OPTIONS, steps=2, eval_every=2)
-    made = distill_layers(*given, prepare=prepare)
-    assert distill_layers(*given, prepare=prepare) == made
-    assert len(asked) == 1
-
-
-KILLED = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from flux_poke.recording.store import HiddenStates
-from flux_poke.pruning.dense import Dense
-from flux_poke.pruning.plan import PruningPlan
-from flux_poke.retrain import loop
-from flux_poke.retrain.distill import distill_layers
-from flux_poke.retrain.options import Options
-loop.SAVE_EVERY = 0.0
-dense, plan, store, out = map(Path, sys.argv[1:])
-options = Options(steps=20, batch=4, eval_every=5, save_dtype="float32")
-given = Dense.open(dense), PruningPlan.load(plan), HiddenStates.open(store), out, options
-distill_layers(*given, lambda progress: print(progress.step, flush=True))
-"""
-
-
-def test_killed_it_goes_on_ends_at_the_same_weights_and_is_not_done_again(drawn, tmp_path):
-    save_file({key: tensor.contiguous() for key, tensor in drawn.dense.tensors.items()}, tmp_path / "dense.safetensors")
-    drawn.plan.save(tmp_path / "plan.safetensors")
-    store = HiddenStates.for_model(tmp_path / "store", "flux1", drawn.dense.fingerprint)
-    with StateRecorder("trajectories", store, StateChoice(3, dtype=torch.float32)).run() as run, torch.no_grad():
-        for step, point in enumerate(drawn.points):
-            with run.watching(drawn.flux, Call.at(point.x, point.sigma, SIGMAS, step)):
-                point.run(drawn.flux)
-
-    def command(out: Path) -> list[str]:
-        paths = (tmp_path / "dense.safetensors", tmp_path / "plan.safetensors", tmp_path / "store", out)
-        return [sys.executable, "-c", KILLED, *map(str, paths)]
-
-    subprocess.run(command(tmp_path / "whole"), check=True, stdout=subprocess.DEVNULL)
-    with subprocess.Popen(command(tmp_path / "killed"), stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        while int(process.stdout.readline()) < 10:
-            pass
-        process.kill()
-    assert not list((tmp_path / "killed").glob("[0-9]*.safetensors"))
-    rest = subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True, text=True)
-    assert int(rest.stdout.split()[0]) >= 5
-    assert not subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True).stdout
-    for name in ("0.safetensors", "1.safetensors"):
-        whole, killed = (load_file(tmp_path / folder / name) for folder in ("whole", "killed"))
-        assert whole.keys() == killed.keys()
-        assert all(torch.equal(killed[key], tensor) for key, tensor in whole.items())
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -306,6 +209,10 @@ def test_killed_it_goes_on_ends_at_the_same_weights_and_is_not_done_again(drawn,
         {"eval_share": 0.9},
         {"optimizer": "sgd"},
         {"sequential": True, "thickness": 2},
+        {"learning_rate": float("inf")},
+        {"learning_rate": float("nan")},
+        {"seed": -1},
+        {"seed": 10**20},
     ],
 )
 def test_options_that_make_no_sense_are_refused(wrong):
@@ -317,3 +224,8 @@ def test_one_image_is_too_few(drawn):
     alone = Trajectories.of([point[:1] for point in drawn.points])
     with pytest.raises(UserError, match="at least 2"):
         distill(drawn.cut, alone, OPTIONS)
+
+
+def test_batches_are_the_same_on_every_machine_and_in_every_version_of_python():
+    groups = [torch.arange(10), torch.arange(10, 14)]
+    assert [batch(groups, 3, 7, step).tolist() for step in (0, 5)] == [[12, 13, 11], [2, 5, 3]]

@@ -1,6 +1,7 @@
 """Sampled rows (store.py, rows.py): they are what the MLPs read, shared out evenly, and safe on disk."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -14,6 +15,8 @@ from flux_poke.recording.call import Call, TokenMask
 from flux_poke.recording.rows import RowChoice, RowRecorder, estimated_bytes
 from flux_poke.recording.split import held_out
 from flux_poke.recording.store import MANIFEST, HiddenStates, Limit
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
 
@@ -268,22 +271,23 @@ def test_amplifications_add_up_by_noise_level(store):
     store.add_amplification({"single-0": {1.0: (1.0, 2)}})
     found = HiddenStates.open(store.folder)
     assert found.manifest.amplification == {"single-0": {1.0: (4.0, 4), 0.5: (4.0, 1)}}
-    assert found.amplification == {"single-0": 2.5}
+    assert found.amplification == {"single-0": pytest.approx((0.5 * 4 + 1) / 1.5)}  # the lowest level counts half
 
 
 def test_amplifications_measured_at_other_noise_levels_compare(store):
-    """Both are 1 + 4 sigma; each alone has another mean."""
+    """Both are 1 + 4 sigma: 1, 2 and 5 at all levels; each alone has another mean."""
     store.add_amplification(
         {"single-0": {0.0: (1.0, 1), 1.0: (10.0, 2)}, "single-1": {0.0: (1.0, 1), 0.25: (2.0, 1), 1.0: (5.0, 1)}}
     )
-    assert store.amplification == pytest.approx({"single-0": 8 / 3, "single-1": 8 / 3})
+    assert store.amplification == pytest.approx({"single-0": 7.5 / 2.5, "single-1": 7.5 / 2.5})
 
 
 def test_rows_count_by_the_amplification_at_their_noise_level(store):
     sigma = torch.tensor([1.0, 0.75, 0.5, 0.1])
     assert store.importance("single-0", sigma).tolist() == [1, 1, 1, 1]
-    store.add_amplification({"single-0": {1.0: (1.0, 1), 0.5: (9.0, 3)}})
-    torch.testing.assert_close(store.importance("single-0", sigma), torch.tensor([1.0, 2.0, 3.0, 3.0]) / 2)
+    store.add_amplification({"single-0": {1.0: (1.0, 1), 0.5: (9.0, 3), 0.1: (9.0, 1)}})
+    mean = (1 + 3 + 0.5 * 9) / 2.5
+    torch.testing.assert_close(store.importance("single-0", sigma), torch.tensor([1.0, 2.0, 3.0, 3.0]) / mean)
     assert store.importance("single-1", sigma).tolist() == [1, 1, 1, 1]
 
 
@@ -345,3 +349,98 @@ def test_images_of_a_run_that_was_given_up_do_not_count(store, flux, inputs):
         given_up()
     assert store.image_count() == 0
     assert len(store.manifest.drawings) == 1
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_run_whose_rows_are_not_finite_is_left_out_with_the_count(store, flux, inputs, wrong):
+    recorder = RowRecorder(flux.layout.sites, store, RowChoice(rows=4, steps=1))
+    given = {**inputs(flux), "context": torch.full((2, 5, 32), wrong)}
+    with recorder.run() as run, torch.no_grad():
+        for step in range(5):
+            with run.watching(flux, call_of(given, step)):
+                flux(**given)
+    assert re.search(r"[\d,]+ recorded numbers are not finite", run.note)
+    assert not store.manifest.shards
+    assert store.image_count() == 0
+    assert draw(flux, recorder, inputs)[0].note == ""
+    assert store.count("double-img-0") == 8
+
+
+def test_rows_that_are_not_finite_are_refused_where_they_are_read(store, flux, inputs):
+    draw(flux, RowRecorder(flux.layout.sites, store, RowChoice(rows=4)), inputs)
+    path = store.folder / store.manifest.shards[0].file
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    tensors["single-0.x"][2, 5] = float("nan")
+    save_file(tensors, path, metadata)
+    with pytest.raises(UserError, match=r"rows-00000\.safetensors is damaged: 1 numbers of single-0\.x are not finite"):
+        everything(store, "single-0")
+    assert len(everything(store, "single-1")) == 8
+
+
+@pytest.mark.parametrize("damage", ["sigma is missing", "a part is shorter"])
+def test_a_shard_that_lacks_something_is_named(store, flux, inputs, damage):
+    draw(flux, RowRecorder(flux.layout.sites, store, RowChoice(rows=4)), inputs)
+    path = store.folder / store.manifest.shards[0].file
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    sigma = tensors.pop("single-0.sigma")
+    if damage == "a part is shorter":
+        tensors["single-0.sigma"] = sigma[1:].clone()
+    save_file(tensors, path, metadata)
+    with pytest.raises(UserError, match=r"rows-00000\.safetensors is damaged at single-0"):
+        everything(store, "single-0")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"file": "../x.safetensors"}, {"kind": "cows"}, {"file": "lens-00000.safetensors"}, {"id": None}]
+)
+def test_a_manifest_names_files_of_its_own_folder_alone(store, flux, inputs, wrong):
+    draw(flux, RowRecorder(flux.layout.sites, store, RowChoice(rows=4)), inputs)
+    manifest = json.loads((store.folder / MANIFEST).read_text())
+    manifest["shards"][0] |= wrong
+    (store.folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        HiddenStates.open(store.folder)
+
+
+@pytest.mark.parametrize("wrong", [{0.5: [float("nan"), 1]}, {0.5: [-1.0, 1]}, {0.5: [1.0, 0]}, {-0.5: [1.0, 1]}, {0.5: 1.0}])
+def test_amplifications_that_cannot_have_been_measured_are_damage(store, wrong):
+    manifest = json.loads((store.folder / MANIFEST).read_text())
+    manifest["amplification"] = {"single-0": wrong}
+    (store.folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        HiddenStates.open(store.folder)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_call_that_skips_a_block_is_left_out_and_said_to_be(store, flux, inputs, skipping, index):
+    recorder = RowRecorder(flux.layout.sites, store, RowChoice(rows=4, steps=5))
+    given = inputs(flux)
+    with recorder.run() as run, torch.no_grad():
+        for step in range(5):
+            with run.watching(flux, call_of(given, step)):
+                flux(**given)
+            with run.watching(flux, call_of(given, step)), skipping(flux, index):
+                flux(**given)
+    assert run.note.startswith("5 model calls that skip blocks")
+    assert store.count("double-img-0") == store.count("single-0") == 2 * 4 * 5
+
+
+def test_no_step_within_the_range_of_noise_levels_is_said(store, flux, inputs):
+    run, _ = draw(flux, RowRecorder(flux.layout.sites, store, RowChoice(sigmas=(0.85, 0.95))), inputs)
+    assert run.note == "No step of this run has a noise level from 0.85 to 0.95: nothing was recorded of it."
+
+
+@pytest.mark.parametrize("sigmas", [(0.0, 1.0), (0.0, 0.9), (0.3, 0.7)])
+@pytest.mark.parametrize("steps", [None, 1, 4, 9])
+def test_at_most_is_never_less_than_what_is_written(store, flux, inputs, sigmas, steps):
+    choice = RowChoice(rows=5, steps=steps, sigmas=sigmas)
+    draw(flux, RowRecorder(flux.layout.sites, store, choice), inputs)
+    assert store.bytes("rows") <= estimated_bytes(flux.layout.sites, 128, choice, steps=5, images=2)
+
+
+@pytest.mark.parametrize("gigabytes", [0, -1, float("nan"), float("inf"), 10**20])
+def test_a_limit_that_is_not_a_size_is_refused(gigabytes):
+    with pytest.raises(UserError, match="number of gigabytes above 0"):
+        Limit(gigabytes)

@@ -3,6 +3,7 @@
 import pytest
 from flux_poke.errors import UserError
 from flux_poke.flux.layout import Layout, Site, canonical_key, read_layout
+from flux_poke.flux.model import Flux
 
 
 def test_flux1_dev_has_the_published_sizes(shapes):
@@ -115,3 +116,14 @@ def test_a_site_that_is_not_there_is_named_with_those_that_are(shapes):
         UserError, match=r"no MLP called 'double-img-2'; it has double-img-0 to double-txt-1 and single-0 to single-1"
     ):
         read_layout(shapes("flux1")).site("double-img-2")
+
+
+@pytest.mark.parametrize("family", ["flux1", "flux2", "chroma"])
+def test_a_layout_made_of_sizes_is_that_of_a_checkpoint(shapes, family):
+    sizes = {"hidden": 256, "depth": 3, "depth_single": 5, "context": 40}
+    assert Layout.of(family, vector=24, **sizes) == read_layout(shapes(family, **sizes))
+
+
+def test_a_layout_of_other_ratio_and_channels_is_that_of_the_model_made_from_it():
+    layout = Layout.of("flux1", 128, 1, 2, context=8, vector=8, guidance=True, ratio=2, channels=16)
+    assert read_layout({key: value.shape for key, value in Flux(layout).state_dict().items()}) == layout

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from flux_poke.analysis.lens import Lens, fit_lens
@@ -15,6 +17,8 @@ from flux_poke.recording.lens_rows import LensRecorder, LensRows
 from flux_poke.recording.rows import RowChoice
 from flux_poke.recording.store import HiddenStates, Limit
 from flux_poke.tiny.training import tiny_layout
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
@@ -112,8 +116,7 @@ def test_the_fit_is_ridge_regression_of_the_distance_to_the_last_block(store):
     states, images = related(noise=0.3)
     lens = fit_lens(rows_of(store, states, images))
     x, y = states["double-0"].double().numpy(), states["single-1"].double().numpy()
-    held_out = torch.randperm(20, generator=torch.Generator().manual_seed(0))[:4]
-    new = torch.isin(images, held_out).numpy()
+    new = torch.isin(images, torch.tensor(random.Random(20).sample(range(20), 4))).numpy()
     found = []
     for alpha in (1e-4, 1e-3, 1e-2, 1e-1):
         centred = x[~new] - x[~new].mean(0)
@@ -161,6 +164,29 @@ def test_a_file_gives_back_the_lens(store, tmp_path):
     assert torch.equal(again(FIRST, states["double-0"]), lens(FIRST, states["double-0"]))
 
 
+@pytest.mark.parametrize(("key", "wrong"), [("double-0.weight", float("nan")), ("double-0.bias", float("inf"))])
+def test_a_lens_with_numbers_that_are_not_finite_is_refused(store, tmp_path, key, wrong):
+    path = tmp_path / "lens.safetensors"
+    fit_lens(rows_of(store, *related())).save(path)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), load_file(path)
+    tensors[key].flatten()[0] = wrong
+    save_file(tensors, path, metadata)
+    with pytest.raises(UserError, match=r"damaged lens.*double block 0"):
+        Lens.load(path)
+
+
+def test_lens_rows_that_are_not_finite_are_left_out_and_refused_where_they_are_read(flux, store):
+    x, sigma, context, vector = call(flux)
+    note = record(LensRecorder(LAYOUT, store, RowChoice(rows=4)), flux, x, sigma, context, vector / 0).note
+    assert "not finite" in note
+    assert not store.manifest.shards
+    states, images = related()
+    states["double-0"][3] = float("inf")
+    with pytest.raises(UserError, match=r"lens-00000\.safetensors is damaged: 8 numbers of double-0 are not finite"):
+        fit_lens(rows_of(store, states, images))
+
+
 def test_other_files_and_folders_are_refused(store):
     with pytest.raises(UserError, match="holds no lens rows"):
         LensRows(store.folder)
@@ -173,7 +199,7 @@ def test_other_files_and_folders_are_refused(store):
 
 def test_a_lens_of_another_model_and_rows_of_one_image_are_refused(store):
     states, images = related()
-    with pytest.raises(UserError, match="at least 2 images"):
+    with pytest.raises(UserError, match="at least 2 are needed"):
         fit_lens(rows_of(store, states, torch.zeros_like(images)))
     with pytest.raises(UserError, match="of 2 blocks of width 8"):
         fit_lens(rows_of(store, states, images)).check_fits(LAYOUT)

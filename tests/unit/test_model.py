@@ -3,7 +3,7 @@
 import pytest
 import torch
 from flux_poke.errors import UserError
-from flux_poke.flux.model import Flux, rotate, rotations, run_blocks, sinusoids
+from flux_poke.flux.model import Flux, apply_rope, rope, run_blocks, timestep_embedding
 
 
 def test_the_velocity_has_the_shape_of_the_latents(model, inputs):
@@ -36,6 +36,14 @@ def test_guidance_and_vector_are_ignored_by_a_model_that_takes_none(tensors, inp
     assert torch.equal(model(**given), model(**given, vector=torch.ones(2, 24), guidance=torch.tensor([3.5, 2.0])))
 
 
+def test_guidance_and_vector_are_asked_for_by_a_model_that_takes_them(tensors, inputs):
+    model = Flux.load(tensors("flux1", guidance=True))
+    given = inputs(model)
+    for missing, said in (("vector", "takes pooled text"), ("guidance", "takes distilled guidance")):
+        with pytest.raises(UserError, match=said):
+            model(**{name: value for name, value in given.items() if name != missing})
+
+
 @pytest.mark.parametrize("family", ["flux1", "flux2"])
 def test_image_tokens_are_known_by_their_position_and_not_by_their_order(tensors, family):
     model = Flux.load(tensors(family))
@@ -55,8 +63,8 @@ def test_attention_sees_the_distance_of_two_positions_alone():
     q, k = torch.randn(2, 1, 1, 1, 32, generator=generator)
 
     def product(q_at: int, k_at: int) -> torch.Tensor:
-        turns = rotations(torch.tensor([float(q_at), float(k_at)]), 32, 10_000)
-        return (rotate(q, turns[:1]) * rotate(k, turns[1:])).sum()
+        turns = rope(torch.tensor([float(q_at), float(k_at)]), 32, 10_000)
+        return (apply_rope(q, turns[:1]) * apply_rope(k, turns[1:])).sum()
 
     for distance in (0, 1, 7):
         products = torch.stack([product(at, at + distance) for at in (0, 3, 50)])
@@ -74,7 +82,7 @@ def test_positions_of_flux2_number_the_words_and_those_of_flux1_do_not(tensors):
 
 def test_time_is_embedded_as_cosines_and_sines_of_1000_t():
     t = torch.tensor([0.0, 0.25, 1.0])
-    embedded = sinusoids(t, 8)
+    embedded = timestep_embedding(t, 8)
     frequencies = 10_000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
     angle = 1000 * t.double()[:, None] * frequencies
     expected = torch.cat((angle.cos(), angle.sin()), dim=1)

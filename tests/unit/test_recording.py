@@ -1,11 +1,12 @@
 """recording/neurons.py against activations computed by hand, without hooks, block by block."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
-from flux_poke.flux.model import Flux, attention, modulate, sinusoids
+from flux_poke.flux.model import Flux, attention, modulate, timestep_embedding
 from flux_poke.recording.call import Call, TokenMask
 from flux_poke.recording.neurons import InternalsRecorder, merge
 from torch import Tensor
@@ -31,9 +32,9 @@ def by_hand(model: Any, x, sigma, context, vector=None, guidance=None) -> dict[s
     gated, p, (height, width) = layout.family == "flux2", layout.patch, x.shape[-2:]
     patches = x.unflatten(2, (-1, p)).unflatten(4, (-1, p)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     img, txt = model.img_in(patches), model.txt_in(context)
-    vec = model.time_in(sinusoids(sigma, 256))
+    vec = model.time_in(timestep_embedding(sigma, 256))
     if guidance is not None:
-        vec = vec + model.guidance_in(sinusoids(guidance, 256))
+        vec = vec + model.guidance_in(timestep_embedding(guidance, 256))
     if vector is not None:
         vec = vec + model.vector_in(vector)
     words = txt.shape[1]
@@ -211,3 +212,44 @@ def test_recordings_of_one_mlp_add_up(model, inputs):
     assert torch.equal(total.fires, both.fires)
     assert total.tokens == both.tokens == a.tokens + b.tokens
     torch.testing.assert_close(total.sum_sq, both.sum_sq)
+
+
+def test_a_call_that_skips_a_block_does_not_count_and_is_said_to_be_left_out(model, inputs, skipping):
+    given = inputs(model)
+    recorder = InternalsRecorder(model.layout.sites)
+    with recorder.watching(model, call_of(given)):
+        model(**given)
+    with recorder.watching(model, call_of(given)), skipping(model, 1):
+        model(**given)
+    check(recorder, by_hand(model, **given))
+    assert recorder.calls == 1
+    assert recorder.note.startswith("1 model call that skips blocks")
+
+
+def test_a_call_that_was_interrupted_does_not_count(model, inputs):
+    given = inputs(model)
+    recorder = InternalsRecorder(model.layout.sites)
+    with recorder.watching(model, call_of(given)):
+        model(**given)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.single_blocks[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), recorder.watching(model, call_of(given)):
+        model(**given)
+    handle.remove()
+    check(recorder, by_hand(model, **given))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_run_whose_activations_are_not_finite_is_left_out_with_the_count(model, inputs, wrong):
+    given = inputs(model)
+    recorder = InternalsRecorder(model.layout.sites)
+    with recorder.watching(model, call_of(given)):
+        model(**given)
+    given["context"] = torch.full_like(given["context"], wrong)
+    with recorder.watching(model, call_of(given)):
+        model(**given)
+    assert recorder.results() == {}
+    assert re.search(r"The activations of \d of 6 MLPs are not finite \(first double-\w+-\d: \d+ neurons\)", recorder.note)

@@ -11,9 +11,12 @@ from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.lora import convert_lora
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.surgery import Cut
-from flux_poke.retrain.files import Layer, write_layer
+from flux_poke.retrain.files import Layer, LayerStats, write_layer
+from flux_poke.retrain.layers import retrain_layers
+from flux_poke.retrain.loop import Losses
+from flux_poke.retrain.options import Options
+from flux_poke.retrain.problem import Loss
 from flux_poke.retrain.replaced import Replaced, RetrainedLayers
-from flux_poke.retrain.stats import LayerStats, plan_stats
 from safetensors.torch import load_file, save_file
 
 PREFIXES = ("double_blocks.0.", "double_blocks.1.", "single_blocks.0.", "single_blocks.1.")
@@ -31,25 +34,23 @@ class Folder:
         whole = replace(PruningPlan.keeping_all(self.dense), kept=kept, score="magnitude", made="by chance")
         self.plan = replace(whole, predicted=dict.fromkeys(kept, 0.25))
 
-    def write(self, place: int, plan: PruningPlan) -> dict[str, torch.Tensor]:
-        """Layer `place`; what it holds, by the model's keys."""
-        cut, prefix = Cut(self.dense, plan), PREFIXES[place]
+    def write(self, block_index: int, plan: PruningPlan) -> dict[str, torch.Tensor]:
+        """Layer `block_index`; what it holds, by the model's keys."""
+        cut, prefix = Cut(self.dense, plan), PREFIXES[block_index]
         layers = ("_mlp.", "linear1.", "linear2.")
         own = {key: cut[key] + 0.01 for key in cut if key.startswith(prefix) and any(layer in key for layer in layers)}
-        stats = LayerStats(
-            layer=place, name=f"layer {place}", **plan_stats(self.dense.layout, plan, place), initial_loss=2.0, final_loss=1.0,
-            train_loss=1.0, relative_cut=0.5, relative_start=0.25, relative_final=0.125, method="both", data="block states",
-            steps=3, seconds=1.0, held_out_images=[1], save_dtype="float32",
-        )  # fmt: skip
-        write_layer(self.layers, Layer.of(self.dense, plan, place, own, stats, "test"))
+        cut_loss, start, final = (Loss(relative, 1.0, (relative,), (1.0,)) for relative in (0.5, 0.25, 0.125))
+        losses, more = Losses(cut_loss, start, final, None, 3), {"method": "both", "data": "block states"}
+        stats = LayerStats.of(self.dense, plan, block_index, Options(save_dtype="float32"), losses, 1.0, {1}, **more)
+        write_layer(self.layers, Layer.of(self.dense, plan, block_index, own, stats, "test"))
         return own
 
-    def write_as_original(self, place: int, plan: PruningPlan) -> None:
+    def write_as_original(self, block_index: int, plan: PruningPlan) -> None:
         """The whole block and nothing else, as the original flux-poke wrote it."""
-        cut, prefix = Cut(self.dense, plan), PREFIXES[place]
+        cut, prefix = Cut(self.dense, plan), PREFIXES[block_index]
         whole = {key.removeprefix(prefix): cut[key].contiguous() for key in cut if key.startswith(prefix)}
         self.layers.mkdir(exist_ok=True)
-        save_file(whole, self.layers / f"{place}.safetensors")
+        save_file(whole, self.layers / f"{block_index}.safetensors")
 
     def saved(self) -> Pruned:
         replaced = Replaced(self.dense, RetrainedLayers.open(self.layers, self.dense))
@@ -141,3 +142,68 @@ def test_a_layer_whose_tensors_disagree_is_refused(folder):
         save_file(wrong, path)
         with pytest.raises(UserError, match="disagree about its width"):
             RetrainedLayers.open(folder.layers, folder.dense)
+
+
+def test_layers_that_are_missing_are_named_and_stay_dense(recorded, tmp_path):
+    retrain_layers(recorded.dense, recorded.plan, recorded.states, "0, 2-3", tmp_path, Options(method="closed form"))
+    layers = RetrainedLayers.open(tmp_path, recorded.dense, 0, 3)
+    assert layers.missing == (1,)
+    assert "double block 1: left dense" in layers.describe_missing(recorded.dense.layout)
+    replaced = Replaced(recorded.dense, layers)
+    assert replaced.plan.masked_count == "img256_txt256_single512"
+    layout = Flux.load(replaced).layout
+    assert [layout.site(f"double-img-{index}").width for index in (0, 1)] == [256, 512]
+
+
+def test_the_originals_files_of_whole_blocks_load(recorded, tmp_path):
+    cut = Cut(recorded.dense, recorded.plan)
+    whole = {k.removeprefix("double_blocks.1."): cut[k].bfloat16() for k in cut if k.startswith("double_blocks.1.")}
+    save_file({key: tensor.contiguous() for key, tensor in whole.items()}, tmp_path / "1.safetensors")
+    replaced = Replaced(recorded.dense, RetrainedLayers.open(tmp_path, recorded.dense))
+    assert replaced.plan.masked_count == "img256_txt256_single0"
+    for key in cut:
+        expected = cut[key].bfloat16().float() if key.startswith("double_blocks.1.") else recorded.dense.tensors[key]
+        assert torch.equal(replaced[key], expected)
+
+
+def test_a_dense_file_in_fp8_with_scales_takes_layers_in(recorded, tmp_path):
+    state = {}
+    for key in recorded.dense.tensors:
+        tensor = recorded.dense.tensors[key]
+        if "_blocks." in key and key.endswith(".weight"):
+            state[f"{key.removesuffix('.weight')}.scale_weight"] = (scale := tensor.abs().max() / 448)
+            tensor = (tensor / scale).to(torch.float8_e4m3fn)
+        state[key] = tensor
+    save_file(state, tmp_path / "fp8.safetensors")
+    retrain_layers(recorded.dense, recorded.plan, recorded.states, "0", tmp_path / "layers", Options(steps=4, eval_every=2))
+    dense = Dense.open(tmp_path / "fp8.safetensors")
+    replaced = Replaced(dense, RetrainedLayers.open(tmp_path / "layers", dense))
+    name = "double_blocks.0.img_mlp.0"
+    found = replaced[f"{name}.weight"].float() * replaced[f"{name}.scale_weight"]
+    expected = load_file(tmp_path / "layers" / "0.safetensors")["img_mlp.0.weight"]
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    assert replaced.kind(f"{name}.weight") == ("F8_E4M3", (256, 128))
+
+
+def test_another_models_layers_and_shapes_that_do_not_fit_are_refused(recorded, tensors, tmp_path):
+    retrain_layers(recorded.dense, recorded.plan, recorded.states, "0", tmp_path, Options(method="closed form"))
+    with pytest.raises(UserError, match="another model"):
+        RetrainedLayers.open(tmp_path, Dense.of(tensors("flux1", seed=9)))
+    layer = load_file(tmp_path / "0.safetensors")
+    good = {key: tensor for key, tensor in layer.items() if not key.startswith("flux_poke.")}
+    for wrong, message in (
+        ({**good, "img_mlp.0.weight": good["img_mlp.0.weight"][:100]}, "disagree about its width"),
+        ({**good, "img_mlp.2.weight": good["img_mlp.2.weight"][:100]}, "does not fit"),
+        ({**good, "linear1.weight": good["img_mlp.0.weight"].clone()}, "has not"),
+    ):
+        (tmp_path / "bad").mkdir(exist_ok=True)
+        save_file({key: tensor.contiguous() for key, tensor in wrong.items()}, tmp_path / "bad" / "0.safetensors")
+        with pytest.raises(UserError, match=message):
+            RetrainedLayers.open(tmp_path / "bad", recorded.dense)
+    (tmp_path / "bad" / "0.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="damaged"):
+        RetrainedLayers.open(tmp_path / "bad", recorded.dense)
+    with pytest.raises(UserError, match="no layer from 2 to 3"):
+        RetrainedLayers.open(tmp_path, recorded.dense, 2, 3)
+    with pytest.raises(UserError, match="holds no retrained layers"):
+        RetrainedLayers.open(tmp_path / "nowhere", recorded.dense)

@@ -1,14 +1,7 @@
 """Retraining layers (retrain/layers.py, blocks.py, rows.py) and what is written and read of them (retrain/files.py)."""
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,70 +12,20 @@ from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.surgery import Cut
 from flux_poke.recording.block_states import BlockStates
-from flux_poke.recording.call import Call
 from flux_poke.recording.drawing import Wanted, record
 from flux_poke.recording.recording import Recording
-from flux_poke.recording.rows import RowChoice, RowRecorder
-from flux_poke.recording.states import StateChoice, StateRecorder
-from flux_poke.recording.store import HiddenStates
-from flux_poke.recording.trajectories import trajectory
+from flux_poke.recording.states import StateChoice
 from flux_poke.retrain.blocks import BlockProblem, Chain
-from flux_poke.retrain.files import PICTURE, STATS, draw_stats
+from flux_poke.retrain.files import PICTURE, STATS, draw_stats, stats_table
 from flux_poke.retrain.layers import choose_layers, grouped, retrain_layers
-from flux_poke.retrain.loop import held_out_loss
-from flux_poke.retrain.options import Options, Progress
+from flux_poke.retrain.options import Options
+from flux_poke.retrain.problem import held_out_loss
 from flux_poke.retrain.replaced import Replaced, RetrainedLayers
 from flux_poke.tiny.model import FOLDER
 from flux_poke.tiny.words import digit_prompts
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-SIGMAS = torch.linspace(1, 0, 5)
 QUICK = Options(steps=20, eval_every=10, learning_rate=1e-3, save_dtype="float32")
-
-
-class Recorded:
-    """A small FLUX with half of every MLP cut, and block states and rows of 12 images of it."""
-
-    def __init__(self, tensors, folder: Path, family: str):
-        state = tensors(family)
-        for site in Dense.of(state).layout.sites:  # neurons of 12 features, which so can stand in for each other
-            up, generator = state[f"{site.up}.weight"], torch.Generator().manual_seed(site.index)
-            features = torch.randn(12, 128, generator=generator) / 3.5
-            up[site.up_row :] = 0.3 * torch.randn(len(up) - site.up_row, 12, generator=generator) @ features
-        self.path = folder / f"{family}.safetensors"
-        save_file(state, self.path)
-        self.dense = Dense.open(self.path)
-        self.flux, layout = Flux.load(self.dense.tensors), self.dense.layout
-        widths = {site.name: site.width for site in layout.sites}
-        kept = {name: torch.arange(0, width, 2) for name, width in widths.items()}
-        self.plan = PruningPlan(family, self.dense.fingerprint, kept, widths, "magnitude", "every other neuron")
-        store = HiddenStates.for_model(folder / family, family, self.dense.fingerprint)
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(12, layout.in_channels // layout.patch**2, 6 * layout.patch, 6, generator=generator)
-        context = torch.randn(12, 20, layout.context, generator=generator)
-        vector = torch.randn(12, layout.vector, generator=generator) if layout.vector else None
-        points, _ = trajectory(self.flux, noise, SIGMAS, context, vector)
-        blocks = StateRecorder("blocks", store, StateChoice(4, dtype=torch.float32), places=range(5))
-        rows = RowRecorder(layout.sites, store, RowChoice(rows=36, steps=4))
-        with blocks.run() as run, rows.run() as row_run:
-            for step, point in enumerate(points):
-                call = Call.at(point.x, point.sigma, SIGMAS, step)
-                with run.watching(self.flux, call), row_run.watching(self.flux, call), torch.no_grad():
-                    point.run(self.flux)
-        self.folder = folder / family
-        self.states, self.rows = BlockStates.open(self.folder), HiddenStates.open(self.folder)
-
-
-@pytest.fixture(scope="module")
-def recorded(tensors, tmp_path_factory) -> Recorded:
-    return Recorded(tensors, tmp_path_factory.mktemp("recorded"), "flux1")
-
-
-@pytest.fixture(scope="module", params=["flux1", "flux2"])
-def either(request, recorded, tensors, tmp_path_factory) -> Recorded:
-    if request.param == "flux1":
-        return recorded
-    return Recorded(tensors, tmp_path_factory.mktemp("recorded"), request.param)
 
 
 def loss_after(recorded, tensors, first, last, samples):
@@ -145,7 +88,7 @@ def test_rows_alone_retrain_a_block(either, place, tmp_path):
 def test_the_target_of_two_blocks_is_the_state_after_the_second(recorded):
     chain = Chain.load(Cut(recorded.dense, recorded.plan), range(1, 3))  # a double and a single block
     problem = BlockProblem("two", chain, recorded.states, QUICK)
-    by_hand = loss_after(recorded, Cut(recorded.dense, recorded.plan), 1, 2, torch.cat(problem.judge))
+    by_hand = loss_after(recorded, Cut(recorded.dense, recorded.plan), 1, 2, torch.cat(problem.held_out))
     assert held_out_loss(problem, QUICK).relative == pytest.approx(by_hand, rel=1e-4)
     whole = BlockProblem("two", Chain.load(recorded.dense.tensors, range(1, 3)), recorded.states, QUICK)
     assert held_out_loss(whole, QUICK).relative < 1e-9
@@ -247,161 +190,6 @@ def test_just_evaluating_writes_nothing(recorded, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_layers_that_are_done_are_not_done_again(recorded, tmp_path):
-    first = retrain_layers(recorded.dense, recorded.plan, recorded.states, "0", tmp_path, QUICK)
-    written = (tmp_path / "0.safetensors").stat().st_mtime_ns
-    told: list[Progress] = []
-    again = retrain_layers(recorded.dense, recorded.plan, recorded.states, "0-1", tmp_path, QUICK, told.append)
-    assert again[0] == first[0]
-    assert (tmp_path / "0.safetensors").stat().st_mtime_ns == written
-    assert {progress.layer for progress in told} == {"double-1"}
-    retrain_layers(recorded.dense, recorded.plan, recorded.states, "0", tmp_path, Options(steps=3, save_dtype="float32"))
-    assert (tmp_path / "0.safetensors").stat().st_mtime_ns != written
-
-
-def test_layers_of_the_model_in_another_precision_are_made_anew(recorded, tmp_path):
-    options = Options(method="closed form", save_dtype="float32")
-    low = Dense.of({key: tensor.bfloat16() for key, tensor in recorded.dense.tensors.items()})
-    for dense in (recorded.dense, low):
-        retrain_layers(dense, recorded.plan, recorded.states, "0", tmp_path / "one", options)
-    retrain_layers(low, recorded.plan, recorded.states, "0", tmp_path / "other", options)
-    found, expected = (load_file(tmp_path / folder / "0.safetensors") for folder in ("one", "other"))
-    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
-
-
-def test_a_cancelled_training_keeps_finished_layers_and_goes_on_bit_for_bit(recorded, tmp_path, monkeypatch):
-    monkeypatch.setattr("flux_poke.retrain.loop.SAVE_EVERY", 0.0)
-
-    class Cancel(Exception):
-        pass
-
-    def cancel(progress):
-        if progress.layer == "double-1" and progress.step >= 10:
-            raise Cancel
-
-    retrain_layers(recorded.dense, recorded.plan, recorded.states, "0-1", tmp_path / "whole", QUICK)
-    with pytest.raises(Cancel):
-        retrain_layers(recorded.dense, recorded.plan, recorded.states, "0-1", tmp_path / "cut", QUICK, cancel)
-    assert (tmp_path / "cut" / "0.safetensors").exists()
-    assert not (tmp_path / "cut" / "1.safetensors").exists()
-    steps = []
-    retrain_layers(
-        recorded.dense, recorded.plan, recorded.states, "0-1", tmp_path / "cut", QUICK, lambda p: steps.append(p.step)
-    )
-    assert min(steps) == 10
-    assert not list((tmp_path / "cut").glob(".*.training.safetensors"))
-    for name in ("0.safetensors", "1.safetensors"):
-        whole, cut = load_file(tmp_path / "whole" / name), load_file(tmp_path / "cut" / name)
-        assert all(torch.equal(cut[key], tensor) for key, tensor in whole.items())
-
-
-KILLED = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from flux_poke.recording.block_states import BlockStates
-from flux_poke.pruning.checkpoint import save_pruned
-from flux_poke.pruning.dense import Dense
-from flux_poke.pruning.plan import PruningPlan
-from flux_poke.retrain import loop
-from flux_poke.retrain.layers import retrain_layers
-from flux_poke.retrain.options import Options
-loop.SAVE_EVERY = 0.0
-checkpoint, plan, states, out = map(Path, sys.argv[1:])
-dense = Dense.open(checkpoint)
-print("begun", flush=True)
-retrain_layers(dense, PruningPlan.load(plan), BlockStates.open(states), "0-3", out, Options(steps=60, eval_every=10))
-"""
-
-
-def test_killed_at_any_time_its_files_are_whole_or_absent_and_it_goes_on(recorded, tmp_path):
-    out = tmp_path / "layers"
-    recorded.plan.save(tmp_path / "plan.safetensors")
-    given = [str(recorded.path), str(tmp_path / "plan.safetensors"), str(recorded.folder), str(out)]
-    chance = random.Random(0)
-    for _ in range(2):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, *given], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(chance.uniform(0.05, 1.5))
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        for path in out.glob("*.safetensors"):
-            assert len(load_file(path)) >= 5
-        if (out / STATS).exists():
-            assert yaml.safe_load((out / STATS).read_text())
-    subprocess.run([sys.executable, "-c", KILLED, *given], check=True)
-    assert {path.name for path in out.glob("*.safetensors")} == {f"{n}.safetensors" for n in range(4)}
-    assert yaml.safe_load((out / STATS).read_text()).keys() == {f"layer{n}" for n in range(4)}
-
-
-def test_layers_that_are_missing_are_named_and_stay_dense(recorded, tmp_path):
-    retrain_layers(recorded.dense, recorded.plan, recorded.states, "0, 2-3", tmp_path, Options(method="closed form"))
-    layers = RetrainedLayers.open(tmp_path, recorded.dense, 0, 3)
-    assert layers.missing == (1,)
-    assert "double block 1: left dense" in layers.describe_missing(recorded.dense.layout)
-    replaced = Replaced(recorded.dense, layers)
-    assert replaced.plan.masked_count == "img256_txt256_single512"
-    layout = Flux.load(replaced).layout
-    assert [layout.site(f"double-img-{index}").width for index in (0, 1)] == [256, 512]
-
-
-def test_the_originals_files_of_whole_blocks_load(recorded, tmp_path):
-    cut = Cut(recorded.dense, recorded.plan)
-    whole = {k.removeprefix("double_blocks.1."): cut[k].bfloat16() for k in cut if k.startswith("double_blocks.1.")}
-    save_file({key: tensor.contiguous() for key, tensor in whole.items()}, tmp_path / "1.safetensors")
-    replaced = Replaced(recorded.dense, RetrainedLayers.open(tmp_path, recorded.dense))
-    assert replaced.plan.masked_count == "img256_txt256_single0"
-    for key in cut:
-        expected = cut[key].bfloat16().float() if key.startswith("double_blocks.1.") else recorded.dense.tensors[key]
-        assert torch.equal(replaced[key], expected)
-
-
-def test_a_dense_file_in_fp8_with_scales_takes_layers_in(recorded, tmp_path):
-    state = {}
-    for key in recorded.dense.tensors:
-        tensor = recorded.dense.tensors[key]
-        if "_blocks." in key and key.endswith(".weight"):
-            state[f"{key.removesuffix('.weight')}.scale_weight"] = (scale := tensor.abs().max() / 448)
-            tensor = (tensor / scale).to(torch.float8_e4m3fn)
-        state[key] = tensor
-    save_file(state, tmp_path / "fp8.safetensors")
-    retrain_layers(recorded.dense, recorded.plan, recorded.states, "0", tmp_path / "layers", QUICK)
-    dense = Dense.open(tmp_path / "fp8.safetensors")
-    replaced = Replaced(dense, RetrainedLayers.open(tmp_path / "layers", dense))
-    name = "double_blocks.0.img_mlp.0"
-    found = replaced[f"{name}.weight"].float() * replaced[f"{name}.scale_weight"]
-    expected = load_file(tmp_path / "layers" / "0.safetensors")["img_mlp.0.weight"]
-    assert (found - expected).norm() < 0.05 * expected.norm()
-    assert replaced.kind(f"{name}.weight") == ("F8_E4M3", (256, 128))
-
-
-def test_another_models_layers_and_shapes_that_do_not_fit_are_refused(recorded, tensors, tmp_path):
-    retrain_layers(recorded.dense, recorded.plan, recorded.states, "0", tmp_path, Options(method="closed form"))
-    with pytest.raises(UserError, match="another model"):
-        RetrainedLayers.open(tmp_path, Dense.of(tensors("flux1", seed=9)))
-    layer = load_file(tmp_path / "0.safetensors")
-    good = {key: tensor for key, tensor in layer.items() if not key.startswith("flux_poke.")}
-    for wrong, message in (
-        ({**good, "img_mlp.0.weight": good["img_mlp.0.weight"][:100]}, "disagree about its width"),
-        ({**good, "img_mlp.2.weight": good["img_mlp.2.weight"][:100]}, "does not fit"),
-        ({**good, "linear1.weight": good["img_mlp.0.weight"].clone()}, "has not"),
-    ):
-        (tmp_path / "bad").mkdir(exist_ok=True)
-        save_file({key: tensor.contiguous() for key, tensor in wrong.items()}, tmp_path / "bad" / "0.safetensors")
-        with pytest.raises(UserError, match=message):
-            RetrainedLayers.open(tmp_path / "bad", recorded.dense)
-    (tmp_path / "bad" / "0.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="damaged"):
-        RetrainedLayers.open(tmp_path / "bad", recorded.dense)
-    with pytest.raises(UserError, match="no layer from 2 to 3"):
-        RetrainedLayers.open(tmp_path, recorded.dense, 2, 3)
-    with pytest.raises(UserError, match="holds no retrained layers"):
-        RetrainedLayers.open(tmp_path / "nowhere", recorded.dense)
-
-
 def test_what_does_not_belong_together_is_refused(recorded, tensors, tmp_path):
     other = Dense.of(tensors("flux1", seed=9))
     with pytest.raises(UserError, match="another model"):
@@ -424,3 +212,27 @@ def test_layers_are_named_by_numbers_or_by_words(recorded):
             choose_layers(wrong, layout)
     assert grouped((0, 1, 2, 3), 3) == [range(0, 3), range(3, 4)]
     assert grouped((0, 2, 3), 2) == [range(0, 1), range(2, 4)]
+
+
+def test_more_blocks_together_than_follow_each_other_are_refused(recorded, tmp_path):
+    for layers, thickness in (("all", 5), ("0, 2-3", 3)):
+        options = Options(method="closed form", thickness=thickness)
+        with pytest.raises(UserError, match=f"no more than {thickness - 1} consecutive layers"):
+            retrain_layers(recorded.dense, recorded.plan, recorded.states, layers, tmp_path / "layers", options)
+    assert not (tmp_path / "layers").exists()
+
+
+def test_blocks_that_were_trained_together_are_one_line_of_the_table(recorded, tmp_path):
+    options = Options(method="closed form", thickness=2)
+    stats = retrain_layers(recorded.dense, recorded.plan, recorded.states, "all", tmp_path, options)
+    assert [layer.together for layer in stats] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    lines = stats_table(stats).splitlines()[1:]
+    assert [line.split("  ")[0] for line in lines] == ["double-0 to double-1", "single-0 to single-1"]
+
+
+def test_thresholds_in_the_stats_are_those_of_the_plan(recorded, tmp_path):
+    settings = {"by": "threshold", "img": 0.1234567890123, "txt": 1e-9, "single": 0.5, "on": "rate"}
+    plan = replace(recorded.plan, settings=settings)
+    retrain_layers(recorded.dense, plan, recorded.states, "0", tmp_path, Options(method="closed form"))
+    found = yaml.safe_load((tmp_path / STATS).read_text())["layer0"]
+    assert (found["img_threshold"], found["txt_threshold"]) == (0.1234567890123, 1e-9)

@@ -1,6 +1,10 @@
 """The tiny FLUX that ships: it draws what it is asked for."""
 
+import shutil
+
+import pytest
 import torch
+from flux_poke.errors import UserError
 from flux_poke.flux.checkpoint import Checkpoint
 from flux_poke.tiny.data import digit_accuracy, digit_images
 from flux_poke.tiny.model import FOLDER, TinyFlux
@@ -36,3 +40,17 @@ def test_an_image_depends_on_its_own_seed_and_prompt_alone():
     together = tiny.draw(["three", "a 7"], seed=5)
     alone = tiny.draw(["a 7"], seed=6)
     assert torch.allclose(together[1], alone[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["words.safetensors", "autoencoder.safetensors"])
+def test_files_beside_a_checkpoint_that_are_something_else_are_named(tmp_path, name):
+    shutil.copy(FOLDER / "flux.safetensors", tmp_path)
+    TinyFlux.load(tmp_path / "flux.safetensors")
+    for content, said in ((FOLDER / "flux.safetensors", "does not hold"), (None, "cannot be read as safetensors")):
+        if content is None:
+            (tmp_path / name).write_text("mine")
+        else:
+            shutil.copy(content, tmp_path / name)
+        with pytest.raises(UserError, match=rf"{name} {said}") as raised:
+            TinyFlux.load(tmp_path / "flux.safetensors")
+        assert "\n" not in str(raised.value)

@@ -123,8 +123,8 @@ def test_a_demo_replaces_what_a_demo_recorded_and_no_other_recordings(writers, t
     class Enough(Exception):
         pass
 
-    def first_steps(doing: str, part: float) -> None:
-        if part > 0:
+    def first_steps(what: str, done: float, total: float) -> None:
+        if what.startswith("drawing others"):
             raise Enough
 
     def recorded() -> int:

@@ -1,0 +1,44 @@
+"""The command line as a program: how it starts, and what it prints on consoles of any kind."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from flux_poke.commands.terminal import typed
+from flux_poke.tiny.model import FOLDER
+
+
+def flux_poke(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flux_poke.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, encoding="latin-1")
+
+
+def test_it_runs_as_a_module_and_tells_its_version():
+    ended = flux_poke("--version")
+    assert ended.returncode == 0
+    assert re.fullmatch(r"flux-poke (\d+\.\d+\.\d+|, not installed.*)\n", ended.stdout)
+
+
+def test_without_a_command_it_tells_which_there_are():
+    ended = flux_poke()
+    assert ended.returncode == 2
+    assert "Usage: flux-poke" in ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_console_that_lacks_characters_gets_the_others(tmp_path, encoding):
+    (tmp_path / "\u03c3.safetensors").symlink_to(FOLDER / "flux.safetensors")
+    ended = flux_poke("inspect", tmp_path / "\u03c3.safetensors", PYTHONIOENCODING=encoding)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "?.safetensors" in ended.stdout
+
+
+def test_what_to_type_next_is_what_runs_here(monkeypatch):
+    monkeypatch.setenv("UV", "/bin/uv")
+    assert typed("inspect", "a b.safetensors") == "uv run flux-poke inspect 'a b.safetensors'"
+    monkeypatch.delenv("UV")
+    assert typed("inspect", "x", "-o", 3) == "flux-poke inspect x -o 3"

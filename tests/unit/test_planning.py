@@ -136,7 +136,7 @@ def test_what_was_recorded_of_another_model_is_refused_by_every_plan(dense, reco
         manifest.write_text(kept.to_json())
     with pytest.raises(UserError, match="two models"):
         make_plan(dense, recording, what)
-    with pytest.raises(UserError, match="two models|another model"):
+    with pytest.raises(UserError, match=r"two models|another model"):
         make_plan(other, recording, what)
 
 
@@ -201,7 +201,7 @@ def test_one_unmeasured_mlp_is_said_in_a_note(dense, recording):
 def test_a_budget_by_a_score_of_internals_wants_rows_to_measure_it_on(dense, recording):
     alone = Recording.at(recording.folder.parent / "alone")
     recording.internals().save(alone.internals_file)
-    with pytest.raises(UserError, match="A budget by fluctuation .* holds no rows"):
+    with pytest.raises(UserError, match=r"A budget by fluctuation .* holds no rows"):
         make_plan(dense, alone, ByBudget(share=0.5, score="fluctuation"))
     assert make_plan(dense, alone, ByCount(img=5)).plan.cut == {"double-img-0": 5, "double-img-1": 5}
 

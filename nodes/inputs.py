@@ -79,8 +79,8 @@ def require_recorded(recording: Recording) -> None:
     """Raises `UserError` where nothing is recorded yet."""
     if not recording.kinds:
         raise UserError(
-            f"Nothing is recorded in '{host.name_of(recording.folder)}' yet: run a graph with a Record node first, and where it is "
-            "this graph, connect the sampler's latent to 'after'."
+            f"Nothing is recorded in '{host.name_of(recording.folder)}' yet: run a graph with a Record node first, and where "
+            "it is this graph, connect the sampler's latent to 'after'."
         )
 
 

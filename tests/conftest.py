@@ -1,6 +1,7 @@
 """A real ComfyUI server with this pack in its custom_nodes, for the host and browser tests.
 
-It is looked for at $COMFYUI_PATH, else ~/comfy/ComfyUI; where there is none, these tests are skipped. $COMFYUI_PATH_OLD names
+It is looked for at $COMFYUI_PATH, else ~/comfy/ComfyUI; where there is none, or what it requires is not installed in this
+environment, these tests are skipped. $COMFYUI_PATH_OLD names
 an older one for the compatibility tests.
 """
 
@@ -10,11 +11,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 from flux_poke.headless.client import ComfyClient
 from flux_poke.headless.server import ComfyServer
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
@@ -52,10 +55,32 @@ class Host:
         return ComfyServer(self.comfyui, arguments, log=self.base / "comfyui.log", environment={"OMP_NUM_THREADS": "1"})
 
 
-@pytest.fixture(scope="session")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+def require_comfyui() -> None:
+    """Skips where there is no ComfyUI that would start."""
     if not (COMFYUI / "main.py").is_file():
         pytest.skip(f"no ComfyUI at {COMFYUI} (set COMFYUI_PATH)")
+    if missing := uninstalled(COMFYUI / "requirements.txt"):
+        names = ", ".join(missing)
+        pytest.skip(f"ComfyUI requires what is not installed here ({names}): uv pip install -r {COMFYUI}/requirements.txt")
+
+
+def uninstalled(requirements: Path) -> list[str]:
+    """What a requirements file names for this machine and this environment lacks."""
+    missing = []
+    for line in requirements.read_text(encoding="utf-8").splitlines():
+        if (text := line.split("#")[0].strip()) and not text.startswith("-"):
+            wanted = Requirement(text)
+            if wanted.marker is None or wanted.marker.evaluate():
+                try:
+                    version(wanted.name)
+                except PackageNotFoundError:
+                    missing.append(wanted.name)
+    return missing
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    require_comfyui()
     return Host(COMFYUI, tmp_path_factory.mktemp("comfyui") / "base")
 
 
@@ -74,8 +99,7 @@ def client(server: ComfyServer) -> Iterator[ComfyClient]:
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """ComfyUI as a library, on the CPU; its folder is on `sys.path` for the length of the test alone."""
-    if not (COMFYUI / "main.py").is_file():
-        pytest.skip(f"no ComfyUI at {COMFYUI} (set COMFYUI_PATH)")
+    require_comfyui()
     # The repository's own folder `nodes` would hide ComfyUI's nodes.py.
     monkeypatch.setattr(sys, "path", [str(COMFYUI), *(entry for entry in sys.path if entry not in ("", os.getcwd()))])
     monkeypatch.setattr(sys, "argv", sys.argv[:1])

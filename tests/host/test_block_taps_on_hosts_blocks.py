@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +11,6 @@ from flux_poke.analysis.taps import BlockTaps, Tap, TapRecorder
 from flux_poke.flux.blocks import blocks_of, choose_blocks
 from flux_poke.flux.layout import read_layout
 from flux_poke.recording.call import Call
-
-COMFYUI = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
-
-pytestmark = pytest.mark.skipif(not COMFYUI.is_dir(), reason=f"no ComfyUI in {COMFYUI} (set COMFYUI_PATH)")
 
 SIZES = {
     "context_in_dim": 32,
@@ -40,13 +33,8 @@ WORDS = 5
 
 
 @pytest.fixture
-def comfy_flux(monkeypatch):
-    """ComfyUI's class, on the CPU; its folder is on `sys.path` for the length of the test alone."""
-    monkeypatch.setattr(sys, "path", [str(COMFYUI), *(entry for entry in sys.path if entry not in ("", os.getcwd()))])
-    monkeypatch.setattr(sys, "argv", sys.argv[:1])
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = True
+def comfy_flux(in_process):
+    """ComfyUI's class, on the CPU."""
     import comfy.ldm.flux.model
     import comfy.ops
 

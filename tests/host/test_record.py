@@ -102,6 +102,7 @@ def test_a_recording_knows_its_model_and_its_graph(client: ComfyClient, host, re
     internals = Internals.load(host.recorded("known"))
     tiny = TinyFlux.load(dtype=torch.float32)
     assert internals.family == "flux1"
+    assert internals.fingerprint is not None
     assert internals.fingerprint.matches(Fingerprint.of_tensors(tiny.flux.state_dict()))
     assert json.loads(internals.workflow["prompt"])["2"]["class_type"] == "FluxPokeRecordInternals"
     assert json.loads(internals.workflow["workflow"]) == {"nodes": []}

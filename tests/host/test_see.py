@@ -316,7 +316,7 @@ def test_a_folder_of_previews_is_animated_in_numeric_order(client: ComfyClient, 
     assert animated("gif", order="block") == pytest.approx([greys[tap] for tap in by_block], abs=6)
     first = [tap for tap in taps if tap.block == Block("single", 0)]
     assert animated("webp", block_type="single", max_blocks=1) == pytest.approx([greys[tap] for tap in first], abs=6)
-    with pytest.raises(UserError, match="no name inside"):
+    with pytest.raises(UserError, match="not a name inside"):
         animated("gif", folder="../..")
     with pytest.raises(UserError, match="holds no block previews"):
         animated("gif", folder="nothing here")

@@ -128,7 +128,7 @@ def test_what_cannot_be_recorded_to_is_refused_before_anything_is_drawn(tmp_path
     for name, said in {
         "another": "recorded on another model than",
         "file": "file is a file: expected a folder",
-        "foreign": "is no internals file|is not an internals file",
+        "foreign": "is not an internals file",
         "text": "cannot be read as safetensors",
         "folder": "is a folder",
         "damaged": "manifest.json is damaged",

@@ -72,6 +72,7 @@ def test_a_budget_saves_what_it_is_asked_for(dense, recording):
     share = make_plan(dense, recording, ByBudget(share=0.4, protect="double-1")).plan
     assert sum(share.cut.values()) == -(-0.4 * 3072 // 64) * 64
     assert not {"double-img-1", "double-txt-1"} & set(share.kept)
+    assert share.velocity_error is not None
     assert share.velocity_error > 0
     size = make_plan(dense, recording, ByBudget(gigabytes=2e-4, score="fluctuation")).plan
     cut = sum(size.cut.values())
@@ -244,5 +245,6 @@ def test_an_mlp_of_one_neuron_is_ranked(dense, recording, tensors):
     (recording.states_folder / "manifest.json").write_text(manifest.to_json())
     ranking = rank("obs", thin, recording, [site])["single-0"]
     assert ranking.order.tolist() == [0]
+    assert ranking.error is not None
     assert ranking.error[0].item() == 0
     assert ranking.error[1].item() > 0

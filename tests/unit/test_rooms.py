@@ -74,3 +74,9 @@ def test_rooms_on_one_floor_do_not_import_each_other_in_a_circle():
 def test_only_nodes_know_the_host(path: Path):
     if room_of(path) != "nodes":
         assert not {name[0] for name in imported(path)} & set(HOST)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_code_can_be_read_and_printed_on_any_windows_console(path: Path):
+    if not {"build", ".venv", "venv"} & {*path.relative_to(ROOT).parts}:
+        path.read_text(encoding="utf-8").encode("cp1252")

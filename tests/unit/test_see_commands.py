@@ -64,7 +64,7 @@ def test_compare_refuses_what_it_cannot_write_before_it_reads(tmp_path):
     (tmp_path / "notes.png").write_text("notes")
     missing = tmp_path / "missing.png"
     for option, name, said in (
-        ("--picture", "x.svg", "ends in one of .png, .jpg, .webp"),
+        ("--picture", "x.svg", "ending in one of .png, .jpg, .webp"),
         ("--picture", "notes.png", "something else than its ending says"),
         ("--out", "manifest.json", "is not a table of comparisons"),
         ("--out", "list.json", "is not a table of comparisons"),

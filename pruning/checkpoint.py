@@ -87,6 +87,7 @@ def save_pruned(path: str | os.PathLike[str], changed: Changed, fold: bool = Fal
     being left where a tensor holds a number that is not finite.
     """
     check_replaces(path, PRUNED_FORMAT)
+    changed.dense.release()
     report = changed.work_out(part(progress, 0, 2), fold)
     kinds = {key: changed.kind(key) for key in changed}
     folds: dict[str, Callable[[], Tensor]] = {}

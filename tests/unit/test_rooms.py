@@ -73,6 +73,7 @@ def test_rooms_on_one_floor_do_not_import_each_other_in_a_circle():
 def test_only_nodes_know_the_host(path: Path):
     if room_of(path) != "nodes":
         assert not {name[0] for name in imported(path)} & set(HOST)
+        assert "nodes" not in {name[1] for name in imported(path) if name[0] == "flux_poke" and len(name) > 1}
 
 
 def test_code_can_be_read_and_printed_on_any_windows_console():

@@ -169,7 +169,9 @@ def _write(
 
 def _require_finite(tensor: Tensor, key: str) -> Tensor:
     """`tensor`; raises `UserError` where it holds a number that is not finite. Numbers of 8 bits are not looked at."""
-    if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not torch.isfinite(tensor).all():
+    looked_at = tensor.is_floating_point() and tensor.dtype.itemsize > 1 and tensor.numel()
+    # Least and largest are not finite where any number is not; unlike isfinite(tensor), that takes no memory.
+    if looked_at and not torch.stack(tensor.aminmax()).isfinite().all():
         raise UserError(
             f"{key} holds numbers that are not finite, with which every picture is black: look at the model, the recording or "
             "the LoRA that it was made with."

@@ -31,7 +31,7 @@ def graph_value(hidden: Any, names: Collection[str], default: str = "") -> str:
 
 
 def running_graph() -> Mapping[str, Any]:
-    """The graph that runs now; a node that is not run anew, since nothing above it changed, knows an earlier one."""
+    """The graph that runs now; a node that is not run again, since nothing above it changed, knows an earlier one."""
     running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
     return running[0][2] if running else {}
 

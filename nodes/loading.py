@@ -4,7 +4,7 @@
     model = load_pruned(Pruned.open(path), "default")
 
 ComfyUI builds its model at the dense widths. Its linear layers here take no memory until they are loaded, and those of the
-MLPs take the width of what is loaded: at no time is there room for the dense model, in memory or on the device.
+MLPs take the width of what is loaded: the dense model is never allocated, in memory or on the device.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _reloadable(read: Callable[[], dict[str, Tensor]], weight_dtype: str, metada
         return _load(read(), weight_dtype, dict(metadata), disable_dynamic)
 
     model = load()
-    # torch.compile and hooked conditioning ask for the model anew.
+    # torch.compile and hooked conditioning ask for the model again.
     model.cached_patcher_init = (load, ())
     return model
 

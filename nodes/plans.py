@@ -231,7 +231,7 @@ class LoadPlan(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> str:
-        """Another one when the plan was written anew, or when what it was made from was."""
+        """Another one when the plan was written again, or when what it was made from was."""
         path = host.output_path(inputs["file"], ".safetensors")
         if not path.exists():
             return ""

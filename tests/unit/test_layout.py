@@ -1,5 +1,7 @@
 """flux/layout.py: what is read from key names and shapes."""
 
+from typing import Any
+
 import pytest
 from flux_poke.errors import UserError
 from flux_poke.flux.layout import Layout, Site, canonical_key, read_layout

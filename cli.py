@@ -14,23 +14,23 @@ import typer
 from .commands import layers, models, plans, recordings, views
 from .errors import UserError
 
-app = typer.Typer(
-    help="Open up FLUX: record, see, cut, repair and retrain its MLP neurons.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
-@app.callback()
-def about(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         try:
             typer.echo(f"flux-poke {metadata.version('flux-poke')}")
         except metadata.PackageNotFoundError:
             typer.echo("flux-poke, not installed: the version is in pyproject.toml")
         raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[bool, typer.Option("--version", help="Print it.", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    """Open up FLUX: record, see, cut, repair and retrain its MLP neurons."""
 
 
 for command in (

@@ -46,7 +46,7 @@ from .tiny.words import digit_prompts
 
 SUMMARY = "summary.json"
 
-RECORDED, MEASURED, TAUGHT = 120, 200, 60
+RECORDED, MEASURED, TAUGHT = 120, 100, 60
 #: Velocities are compared on the first of the measured images, all else on all of them.
 COMPARED = 50
 
@@ -138,7 +138,7 @@ def run_demo(out: Path, seed: int = 0, progress: Progress = silent) -> dict:
 
 
 def _make_room(out: Path) -> None:
-    """Removes what an earlier demo recorded in `out`, which would be added to; a recording that is no demo's is refused."""
+    """Removes what an earlier demo recorded in `out`, which would be added to; a recording that no demo made is refused."""
     recording = Recording.at(out)
     check_text(out / SUMMARY, "the summary of a demo", lambda text: "variants" in json.loads(text))
     for found in (recording.internals_file, recording.states_folder, recording.cache):

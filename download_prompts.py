@@ -5,7 +5,7 @@
     flux-poke download-prompts --limit 0                          # all there are: hours
 
 Reads the Hugging Face datasets server page by page (https://huggingface.co/docs/dataset-viewer/rows). What came so far
-stands beside the output as `NAME.txt.partial`, and how far it is in `NAME.txt.progress`: after an interrupt the same
+is beside the output as `NAME.txt.partial`, and how far it is in `NAME.txt.progress`: after an interrupt the same
 command goes on from there. The output itself appears when it is complete.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__" and not __package__:  # run as a file: the folder it stands in, whatever its name, is the package
+if __name__ == "__main__" and not __package__:  # run as a file: its folder, whatever its name, is the package
     import importlib.util
 
     _spec = importlib.util.spec_from_file_location("flux_poke", Path(__file__).resolve().with_name("__init__.py"))
@@ -184,7 +184,7 @@ def _resumed(saved: Path, partial: Path, datasets: Sequence[str], contains: str)
     return state
 
 
-def download_with_bar(
+def download_in_terminal(
     out: Path,
     datasets: Sequence[str],
     contains: str,
@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--server", default=SERVER, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     try:
-        download_with_bar(given.out, given.dataset or [*DATASETS], given.contains, given.limit, RowsServer(given.server))
+        download_in_terminal(given.out, given.dataset or [*DATASETS], given.contains, given.limit, RowsServer(given.server))
     except UserError as error:
         print(error, file=sys.stderr)
         return 1

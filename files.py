@@ -143,7 +143,7 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def check_beginning(path: str | os.PathLike[str]) -> None:
-    """Raises `UserError` where a file stands at `path` that is not what its ending says: a ".png" that is no PNG."""
+    """Raises `UserError` where a file stands at `path` that is not what its ending says: a ".png" that is not a PNG."""
     path = Path(path)
     start, beginnings = _BEGINNINGS.get(path.suffix.lower(), (0, (b"",)))
     with suppress(FileNotFoundError), open(path, "rb") as file:
@@ -156,7 +156,7 @@ def check_picture(path: str | os.PathLike[str], endings: Iterable[str] = FIGURES
     """Raises `UserError` where no picture can be written to `path`: another ending than `endings`, or another file is there."""
     path = Path(path)
     if path.suffix.lower() not in endings:
-        raise UserError(f"{path} is no picture that can be written: its name ends in one of {', '.join(endings)}.")
+        raise UserError(f"{path} is not a picture that can be written: expected a name ending in one of {', '.join(endings)}.")
     check_writable(path)
     check_beginning(path)
 
@@ -187,7 +187,7 @@ def check_replaces(path: str | os.PathLike[str], format: str | None) -> None:
         with safe_open(path, "np") as file:
             found = (file.metadata() or {}).get("format", "")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no safetensors file ({error}): remove it, or choose another name.") from error
+        raise UserError(f"{path} is not a safetensors file ({error}): remove it, or choose another name.") from error
     if found.rstrip(_VERSION) != (format or "").rstrip(_VERSION):
         raise UserError(
             f"{path} is something else and is not replaced: expected '{format}', found '{found or 'no format'}'. "
@@ -276,7 +276,7 @@ def stream_safetensors(
 ) -> None:
     """`write_safetensors` with one tensor in memory at a time.
 
-    `kinds` gives every key's type in the format's words ("BF16", …) and shape; `tensor(key)` is asked for each in turn, and
+    `kinds` gives every key's type in the format's words ("BF16", ...) and shape; `tensor(key)` is asked for each in turn, and
     must be of that type and shape. The format: 8 bytes little-endian length, JSON header padded to 8 bytes, data without gaps
     (huggingface/safetensors, README). Wider types come first, so that all stay aligned.
     """

@@ -31,7 +31,7 @@ class Contribution:
     """One tap in numbers, means over the batch.
 
     Attributes:
-        change: ‖tokens after the block - before‖ / ‖before‖.
+        change: |tokens after the block - before| / |before|.
         cosine: between its velocity and that of the step's last tapped block.
         error: squared error of its x0 against the final x0 (the last tap's), relative to the final x0's square.
     """
@@ -72,7 +72,7 @@ def contributions_figure(rows: Sequence[Contribution]) -> Figure:
     scale = ScalarMappable(Normalize(steps[0], max(steps[-1], steps[0] + 1)), "viridis")
     colors = dict(zip(steps, scale.to_rgba(np.array(steps)), strict=True))
     panels = (
-        ("change", "how much the block changes its tokens", "‖after - before‖ / ‖before‖", "linear"),
+        ("change", "how much the block changes its tokens", "|after - before| / |before|", "linear"),
         ("cosine", "how far its velocity points where the step's last block's does", "cosine", "linear"),
         ("error", "how far its x0 is from the final one", "squared error / square of the final x0", "log"),
     )
@@ -108,7 +108,7 @@ def lens_figure(lens: Lens) -> Figure:
     errors.plot(tuned, ".-", color="#4c5b8c", label="through the lens")
     errors.set_yscale("log")
     errors.set_ylabel("unexplained part", fontsize=8)
-    errors.set_title("how far each block's tokens foretell the last block's", fontsize=10, loc="left")
+    errors.set_title("how far each block's tokens predict the last block's", fontsize=10, loc="left")
     errors.legend(fontsize=8)
     # What a block adds is the error before it less the error after it; after the last one there is none.
     added = tuned - np.append(tuned[1:], 0.0)

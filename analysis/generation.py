@@ -6,7 +6,7 @@ folders = write_generations(output, [generation], taps, decode, finals=[image])
 {generation_id}/img_0.jpg, metadata.json, sheet.png, differences.png, contributions.png
 {generation_id}/intermediates/decoded/step_{s}/double_block_{i}.jpg, single_block_{i}.jpg
 
-find_previews(folder)                            # [(Tap, path), …], in numeric order; also from a `decoded` folder alone
+find_previews(folder)                            # [(Tap, path), ...], in numeric order; also from a `decoded` folder alone
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _write_latents(folders: Sequence[Path], taps: BlockTaps, view: View) -> None
 
 
 def preview_path(tap: Tap) -> Path:
-    """Where a block's prediction stands within its generation's folder."""
+    """Where a block's prediction is within its generation's folder."""
     return Path("intermediates") / "decoded" / f"step_{tap.step}" / f"{tap.block.kind}_block_{tap.block.index}.jpg"
 
 

@@ -6,7 +6,7 @@
     write_comparisons("comparison.csv", rows)        # or .json
     side_by_side(rows, images, reference).save("comparison.png")
 
-PSNR and SSIM are kornia's, which ComfyUI brings along: the same numbers on both sides, and nothing new on the host.
+PSNR and SSIM are kornia's, which ComfyUI installs: the same numbers on both sides, and nothing new on the host.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def compare(variant: Tensor, reference: Tensor, name: str = "", peak: float | No
 
 
 def comparison_table(rows: Sequence[Comparison]) -> str:
-    """One line a variant, fixed-width text."""
+    """One line per variant, fixed-width text."""
     width = max(8, *(len(row.name) for row in rows)) if rows else 8
     lines = [f"{'variant':<{width}}{'rel. MSE':>12}{'PSNR dB':>10}{'SSIM':>9}"]
     lines += [f"{row.name:<{width}}{row.relative_mse:>12.3g}{row.psnr:>10.2f}{row.ssim:>9.4f}" for row in rows]
@@ -104,7 +104,7 @@ def comparison_table(rows: Sequence[Comparison]) -> str:
 
 
 def check_comparisons(path: str | os.PathLike[str]) -> None:
-    """Raises `UserError` where `path` is neither .csv nor .json, or a file stands there that is no table of comparisons."""
+    """Raises `UserError` where `path` is neither .csv nor .json, or a file is there that is not a table of comparisons."""
     path = Path(path)
     if path.suffix == ".json":
         check_text(path, "a table of comparisons", lambda text: all([*row] == COLUMNS for row in json.loads(text)))
@@ -130,7 +130,7 @@ def write_comparisons(path: str | os.PathLike[str], rows: Sequence[Comparison]) 
 def side_by_side(
     rows: Sequence[Comparison], variants: Sequence[Tensor], reference: Tensor, heading: str = "reference"
 ) -> Image.Image:
-    """Reference, then each variant and where it differs, one row an image of the batch [batch, 3, height, width].
+    """Reference, then each variant and where it differs, one row per image of the batch [batch, 3, height, width].
 
     `rows` are the variants' measures. Differences have one scale, named above them. Latents are shown by their first three
     channels. At most `MOST_ROWS` images.
@@ -183,7 +183,7 @@ def read_images(path: str | os.PathLike[str]) -> Tensor:
         with open_safetensors(path) as file:
             if "latent_tensor" not in file.keys():
                 raise UserError(
-                    f"{path} is no latent: expected a tensor called latent_tensor, as ComfyUI's Save Latent writes."
+                    f"{path} is not a latent: expected a tensor called latent_tensor, as ComfyUI's Save Latent writes."
                 )
             return file.get_tensor("latent_tensor").float()
     return _read_image(path)[None]

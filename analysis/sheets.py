@@ -136,13 +136,13 @@ def _grid(
     draw.text((MARGIN, MARGIN), title, INK, heading)
     above = top - 6 - (line if sigmas else 0)
     draw.text((left - 10, above), "step", INK, label, anchor="rd")
-    crowded = label.getlength("σ 0.00") > width
+    crowded = label.getlength("\u03c3 0.00") > width
     for step, x in columns.items():
         if crowded and step % 5:
             continue
         draw.text((x + width / 2, above), str(step), INK, label, anchor="md")
         if sigmas:
-            draw.text((x + width / 2, top - 6), f"σ {sigmas[step]:.2f}", PALE, label, anchor="md")
+            draw.text((x + width / 2, top - 6), f"\u03c3 {sigmas[step]:.2f}", PALE, label, anchor="md")
     for block, y in rows.items():
         draw.text((left - 10, y + height / 2), block.title, KIND_COLORS[block.kind], label, anchor="rm")
         for step, x in columns.items():

@@ -70,8 +70,8 @@ def measure(checkpoint: Path, recording: Recording, multiple: int, scores: list[
         for share in SHARES:
             planned = make_plan(dense, recording, ByBudget(share=share, score=score, multiple=multiple))
             assert planned.plan.velocity_error is not None
-            cut = {stream: round(share * dense.layout.sites[0].width) for stream in ("img", "txt", "single")}
-            counted = make_plan(dense, recording, ByCount(**cut, score=score))
+            cut = round(share * dense.layout.sites[0].width)
+            counted = make_plan(dense, recording, ByCount(cut, cut, cut, score))
             (velocity, latent), by_count = errors(planned.plan, score), errors(counted.plan, score)
             found = (planned.plan.velocity_error, velocity, planned.plan.velocity_error / velocity, latent, *by_count)
             numbers = " | ".join(f"{value:.2f}" if place == 2 else f"{value:.2g}" for place, value in enumerate(found))

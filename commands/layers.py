@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .terminal import number, progress_bar, seed, spread, whole
+from .terminal import number, progress_bar, seed, spread, typed, whole
 
 if TYPE_CHECKING:
     from ..pruning.plan import PruningPlan
@@ -76,7 +76,7 @@ def retrain(
     typer.echo(stats_table(stats))
     if not training.just_evaluate:
         picture = draw_stats(folder)
-        typer.echo(f"{folder}: {len(stats)} layers, {picture}\nuv run flux-poke replace {folder} -o replaced.safetensors")
+        typer.echo(f"{folder}: {len(stats)} layers, {picture}\n{typed('replace', folder, '-o', 'replaced.safetensors')}")
 
 
 def _recording(plan: PruningPlan, override: Path | None) -> Recording:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from .terminal import drawable, progress_bar, spread
+from .terminal import drawable, progress_bar, spread, typed
 
 if TYPE_CHECKING:
     from ..pruning.planning import Request
@@ -91,7 +91,7 @@ def plan(
     device: Device = "cpu",
 ) -> None:
     """Choose which neurons to keep: by count, by threshold, or by a budget. Nothing is cut yet."""
-    from ..files import check_replaces, check_writable
+    from ..files import check_replaces, check_writable, write_picture
     from ..pruning.dense import Dense
     from ..pruning.plan import FORMAT
     from ..pruning.planning import make_plan
@@ -105,8 +105,8 @@ def plan(
         planned = make_plan(Dense.open(checkpoint), recorded, what, device, progress)
     planned.plan.save(path)
     if picture is not None:
-        planned.figure().savefig(picture, dpi=110)
-    for line in (planned.plan.table(), *planned.notes, f"{path}: uv run flux-poke prune {path} -o pruned.safetensors"):
+        write_picture(picture, planned.figure())
+    for line in (planned.plan.table(), *planned.notes, f"{path}: {typed('prune', path, '-o', 'pruned.safetensors')}"):
         typer.echo(line)
 
 

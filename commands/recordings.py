@@ -120,9 +120,10 @@ def download_prompts(
     dataset: Annotated[list[str] | None, typer.Option(help="Only this one (default: both).")] = None,
 ) -> None:
     """Fetch prompts that people gave to image models from two public datasets."""
-    from ..download_prompts import DATASETS, download_with_bar
+    from ..download_prompts import DATASETS, download_in_terminal
 
-    download_with_bar(out, dataset or [*DATASETS], contains, limit)
+    with progress_bar() as progress:
+        download_in_terminal(out, dataset or [*DATASETS], contains, limit, progress=progress)
 
 
 def show(
@@ -134,6 +135,7 @@ def show(
     from dataclasses import asdict
 
     from ..analysis.report import internals_figure, internals_summaries, internals_table
+    from ..files import write_picture
     from ..recording.recording import Recording
 
     internals = Recording.open(recording).internals()
@@ -143,7 +145,7 @@ def show(
     else:
         typer.echo(internals_table(internals))
     if picture:
-        internals_figure(internals).savefig(picture, dpi=110)
+        write_picture(picture, internals_figure(internals))
 
 
 def merge(

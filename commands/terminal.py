@@ -42,7 +42,7 @@ def drawable(path: Path | None) -> Path | None:
 
 
 def drawable_image(path: Path | None) -> Path | None:
-    """`drawable` for what is no figure but an image."""
+    """`drawable` for images, which are written as other formats than figures."""
     if path is not None:
         check_picture(path, IMAGES)
     return path

@@ -1,1 +1,1 @@
-"""Ground floor: what a FLUX checkpoint is, a transformer that runs it, and a tiny one to hold in the hand."""
+"""What a FLUX checkpoint is, and a transformer that runs it without ComfyUI."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-#: FLUX.1's latent format: unit-variance latents are (latents - shift) · scale.
+#: FLUX.1's latent format: unit-variance latents are (latents - shift) * scale.
 LATENT_SCALE, LATENT_SHIFT = 0.3611, 0.1159
 CHANNELS = 16
 

@@ -53,7 +53,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return self.shapes[self._stored[key]]
 
     def dtype(self, key: str) -> str:
-        """What the tensor's numbers are stored as, in the format's own words ("BF16", "F8_E4M3", …), without reading them."""
+        """What the tensor's numbers are stored as, in the format's own words ("BF16", "F8_E4M3", ...), without reading them."""
         return self._file.get_slice(self._stored[key]).get_dtype()
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
@@ -83,11 +83,12 @@ def require_format(
 ) -> dict[str, str]:
     """The header of a safetensors file whose `format` is `expected`.
 
-    Else raises `UserError`, saying that `path` is no `what`, with the sentence `advice` on what to do.
+    Else raises `UserError`, saying that `path` is not a `what`, with the sentence `advice` on what to do.
     """
     found = (metadata or {}).get("format", "a safetensors file of another kind")
     if found != expected:
-        raise UserError(f"{path} is no {what}: expected '{expected}', found '{found}'. {advice}".rstrip())
+        article = "an" if what[0] in "aeiou" else "a"
+        raise UserError(f"{path} is not {article} {what}: expected '{expected}', found '{found}'. {advice}".rstrip())
     return dict(metadata or {})
 
 

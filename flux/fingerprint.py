@@ -62,7 +62,7 @@ class Fingerprint:
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint) -> Fingerprint:
-        """Fingerprint of a file; raises `UserError` where its quantisation is not one scale a tensor or row."""
+        """Fingerprint of a file; raises `UserError` where its quantisation is not one scale per tensor or row."""
         stored = {key: checkpoint.shape(key) for key in checkpoint}
 
         def scale(key: str, index: int) -> float:
@@ -103,13 +103,13 @@ class Fingerprint:
 
 
 def row_scale(scale: Tensor, index: int, key: str) -> float:
-    """The factor of row `index` in a scale that has one number, or one a row; `UserError` for finer ones."""
+    """The factor of row `index` in a scale that has one number, or one per row; `UserError` for finer ones."""
     if scale.numel() == 1:
         return scale.float().item()
     if scale.squeeze().ndim == 1:
         return scale.float().flatten()[index].item()
     raise UserError(
-        f"{key} is quantised in blocks (scale of shape {tuple(scale.shape)}); expected one scale for the tensor or one a row. "
+        f"{key} is quantised in blocks (scale of shape {tuple(scale.shape)}); expected one per tensor or per row. "
         "Use a bf16, fp16 or fp8 file."
     )
 

@@ -210,7 +210,7 @@ def canonical_key(key: str, prefix: str = "") -> str:
 def read_layout(shapes: Mapping[str, Sequence[int]], source: str = "the state dict") -> Layout:
     """The layout of a checkpoint given as `{key: shape}`.
 
-    Raises `UserError`, naming `source`, where this is no FLUX.1, FLUX.2 or Chroma transformer.
+    Raises `UserError`, naming `source`, where this is not a FLUX.1, FLUX.2 or Chroma transformer.
     """
     prefix = _find_prefix(shapes, source)
     keys = {canonical_key(key, prefix): tuple(shape) for key, shape in shapes.items() if key.startswith(prefix)}

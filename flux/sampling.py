@@ -3,7 +3,7 @@
     sigmas = FluxTimer(steps=28, shift="dynamic").sigmas(image_tokens=4096)
     image = euler(lambda x, sigma: model(x, sigma, context, vector), noise, sigmas)
 
-sigma runs from 1 (noise) to 0 (image), with x = (1 - sigma) · image + sigma · noise and velocity = noise - image.
+sigma runs from 1 (noise) to 0 (image), with x = (1 - sigma) * image + sigma * noise and velocity = noise - image.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..errors import UserError
 class FluxTimer:
     """A schedule of `steps` Euler steps.
 
-    `shift` bends it towards noise: a number s maps t to s·t / (1 + (s - 1)·t) (1 leaves it linear, FLUX.1-schnell);
+    `shift` bends it towards noise: a number s maps t to s t / (1 + (s - 1) t) (1 leaves it linear, FLUX.1-schnell);
     "dynamic" is FLUX.1-dev's shift, which grows with the image; "flux2" is FLUX.2's, which depends on the steps too.
     """
 

@@ -4,7 +4,7 @@
     h = weights.activations(x)                       # [n, width], as they enter the down projection
     stored_like(new_down, checkpoint, f"{site.down}.weight")     # back to what the file stores, with its scale
 
-Quantised weights with one scale for the tensor or one a row (scaled fp8 files, ComfyUI's float8 and int8 layers) are undone
+Quantised weights with one scale for the tensor or one per row (scaled fp8 files, ComfyUI's float8 and int8 layers) are undone
 on the way in and made again on the way out. Finer ones are refused: their blocks lie across the columns that are cut.
 """
 
@@ -32,7 +32,7 @@ class SiteWeights:
     """One MLP in float32.
 
     Attributes:
-        up: [width, hidden]; gated: [2 · width, hidden], gates first. up_bias: as many, or None.
+        up: [width, hidden]; gated: [2 * width, hidden], gates first. up_bias: as many, or None.
         down: [hidden, width]. attn: [hidden, hidden] in single blocks, what linear2 does with the attention; else None.
         bias: of the down projection [hidden], or None.
     """
@@ -65,7 +65,7 @@ class SiteWeights:
         )
 
     def activations(self, x: Tensor) -> Tensor:
-        """The neurons [n, width] for rows x [n, hidden]: GELU(tanh), or silu(gate) · value in a gated MLP; float32."""
+        """The neurons [n, width] for rows x [n, hidden]: GELU(tanh), or silu(gate) * value in a gated MLP; float32."""
         return activation(self.site)(F.linear(x.to(self.up), self.up, self.up_bias))
 
 
@@ -87,7 +87,7 @@ def require_plain(tensors: Mapping[str, Tensor], key: str) -> None:
     if rotated or fine or (kind and kind not in _PLAIN_FORMATS):
         raise UserError(
             f"{key} is quantised as {kind or 'blocks with a scale each'}, from which single neurons cannot be taken out; "
-            "expected bf16, fp16, or 8 bits with one scale for the tensor or one a row. Use a bf16, fp16 or fp8 file."
+            "expected bf16, fp16, or 8 bits with one scale for the tensor or one per row. Use a bf16, fp16 or fp8 file."
         )
 
 

@@ -61,7 +61,7 @@ class Counter(io.ComfyNode):
             node_id="FluxPokeCounter",
             display_name="Counter",
             category=host.CATEGORY,
-            description="0, 1, 2 … one more each run, also over a restart of ComfyUI and when queued over the API.",
+            description="0, 1, 2, ...: one more each run, also over a restart of ComfyUI and when queued over the API.",
             inputs=[
                 io.String.Input("name", default="counter", tooltip="Counters of one name share their number."),
                 io.Int.Input("max", default=0, min=0, max=2**31 - 1, tooltip="Starts over at 0 after this many; 0 = never."),

@@ -87,6 +87,7 @@ def save_pruned(path: str | os.PathLike[str], changed: Changed, fold: bool = Fal
     being left where a tensor holds a number that is not finite.
     """
     check_replaces(path, PRUNED_FORMAT)
+    changed.dense.release()
     report = changed.work_out(part(progress, 0, 2), fold)
     kinds = {key: changed.kind(key) for key in changed}
     folds: dict[str, Callable[[], Tensor]] = {}
@@ -168,7 +169,9 @@ def _write(
 
 def _require_finite(tensor: Tensor, key: str) -> Tensor:
     """`tensor`; raises `UserError` where it holds a number that is not finite. Numbers of 8 bits are not looked at."""
-    if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not torch.isfinite(tensor).all():
+    looked_at = tensor.is_floating_point() and tensor.dtype.itemsize > 1 and tensor.numel()
+    # Least and largest are not finite where any number is not; unlike isfinite(tensor), that takes no memory.
+    if looked_at and not torch.stack(tensor.aminmax()).isfinite().all():
         raise UserError(
             f"{key} holds numbers that are not finite, with which every picture is black: look at the model, the recording or "
             "the LoRA that it was made with."

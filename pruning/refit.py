@@ -43,7 +43,7 @@ class RepairReport:
     """How well a repair does at one site, as squared error of the MLP's output relative to its variance.
 
     `before` is cut without repair, `bias` with the bias repaired, `after` with what was chosen: all on held-out images. Where
-    `method` is retrained, they are what the training was judged by (`retrain/stats.py`), of the block or the whole model.
+    `method` is retrained, they are what the training measured, of the block or the whole model.
     `predicted` is the certificate: the error of `method` on the rows it was fitted to. None = not measured. In outputs wider
     than `SKETCH` all four are estimates (`sketched`).
     """

@@ -114,6 +114,8 @@ def rank(
         rows = require_rows(recording.states(), dense, sites, what)
     if score != "obs":
         internals = require_internals(recording.internals(), dense, sites, f"the score {score}")
+        if score != "frequency":
+            internals.require_sums(f"the score {score}")
     rankings: dict[str, Ranking] = {}
     for done, site in enumerate(sites):
         progress(f"ranking {site.name}", done, len(sites))
@@ -198,12 +200,7 @@ def _by_internals(score: str, dense: Dense, site: Site, recorded: SiteInternals)
 
 def require_internals(internals: Internals, dense: Dense, sites: Sequence[Site], what: str) -> Internals:
     """`internals`, or `UserError` where they do not cover `sites` of `dense`; `what` needs them."""
-    if not internals.fingerprint.matches(dense.fingerprint):
-        raise UserError(
-            f"The internals were recorded on another model than {dense.source}: "
-            f"{internals.fingerprint.difference(dense.fingerprint)}. Record internals of this one, or choose the checkpoint "
-            "they belong to."
-        )
+    internals.require(dense.fingerprint, {site.name: site.width for site in dense.layout.sites}, dense.source)
     for site in sites:
         if site.name not in internals.sites or internals.sites[site.name].tokens == 0:
             raise UserError(

@@ -29,12 +29,6 @@ MANIFEST = "manifest.json"
 Kind = Literal["rows", "lens", "blocks", "trajectories"]
 
 
-#: What people call the kinds.
-TITLES = {
-    "internals": "internals", "rows": "rows", "lens": "lens rows", "blocks": "block states", "trajectories": "trajectories",
-}  # fmt: skip
-
-
 #: The nodes that record them, where it is not Record itself.
 NODES = {"lens": "Record Lens Rows", "blocks": "Record Block States", "trajectories": "Record Trajectories"}
 

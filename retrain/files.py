@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,12 +90,13 @@ class LayerStats:
     ) -> LayerStats:
         """Of a block that `plan` cuts; `images` are those held out, `more` are the other fields."""
         sites = sites_at(dense.layout, block_index)
-        lines = {f"{site.stream}_lines": len(plan.kept.get(site.name, range(site.width))) for site in sites}
+        lines: dict[str, Any] = {"img_lines": None, "txt_lines": None, "single_lines": None}
+        lines |= {f"{site.stream}_lines": len(plan.kept.get(site.name, range(site.width))) for site in sites}
         thresholds = plan.settings if plan.settings.get("by") == "threshold" else {}
         return cls(
             layer=block_index,
             name=blocks_of(dense.layout)[block_index].name,
-            **{"img_lines": None, "txt_lines": None, "single_lines": None, **lines},
+            **lines,
             img_threshold=thresholds.get("img"),
             txt_threshold=thresholds.get("txt"),
             initial_loss=losses.cut.mse,
@@ -219,12 +220,12 @@ def read_header(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def finished_stats(folder: Path, block_indices: Iterable[int], key: str) -> list[LayerStats] | None:
+def finished_stats(folder: Path, block_indices: Sequence[int], key: str) -> list[LayerStats] | None:
     """The stats of the layers of these blocks, if they are all there and were made in the way that `key` tells; else None."""
     files = layer_files(folder)
     paths = [files[index] for index in block_indices if index in files and read_header(files[index]).get("key") == key]
     stats = [stats for path in paths if (stats := LayerStats.read(path)) is not None]
-    return stats if len(stats) == len(list(block_indices)) else None
+    return stats if len(stats) == len(block_indices) else None
 
 
 def cut_blocks(layout: Layout, plan: PruningPlan) -> set[int]:

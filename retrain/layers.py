@@ -22,18 +22,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from ..errors import UserError
 from ..flux.blocks import blocks_of, choose_blocks, sites_at
 from ..flux.layout import Layout, Site
-from ..flux.weights import SiteWeights, full_precision
+from ..flux.weights import SiteWeights
 from ..progress import Progress, part, silent
 from ..pruning.dense import Dense
 from ..pruning.plan import PruningPlan
 from ..pruning.planning import require_device
-from ..pruning.refit import Repaired
 from ..pruning.scores import require_rows
 from ..pruning.surgery import Cut
 from ..recording.block_states import BlockStates
@@ -45,7 +43,7 @@ from .files import Layer, LayerStats, cut_blocks, finished_stats, require_own_fo
 from .loop import Losses, mean_losses, train_best
 from .options import Method, Options, Report, TrainingStatus
 from .replaced import Replaced, RetrainedLayers
-from .rows import ROWS_PER_SAMPLE, RowProblem, closed_form
+from .rows import ROWS_PER_SAMPLE, RowProblem, checkpoint_tensors, closed_form
 
 Data = BlockStates | HiddenStates
 
@@ -215,8 +213,9 @@ class _Trainer:
     def stats(self, group: range, losses: Losses, begun: float, images: Set[int]) -> list[LayerStats]:
         """Of every block in the group, whose losses are those of all of them together."""
         start = "cut" if losses.start == losses.cut else "closed form"
-        more = {"method": self.options.method, "data": self.data_name, "together": list(group), "start": start}
-        given = self.options, losses, time.monotonic() - begun, images
+        seconds, method = time.monotonic() - begun, self.options.method
+        more: dict[str, Any] = {"method": method, "data": self.data_name, "together": list(group), "start": start}
+        given = self.options, losses, seconds, images
         return [LayerStats.of(self.dense, self.plan, index, *given, **more) for index in group]
 
 
@@ -269,8 +268,11 @@ class _OnBlocks(_Trainer):
         found: dict[str, Tensor] = {}
         for number, site in enumerate(sites, start=2):
             weights = SiteWeights.read(self.dense.tensors, site, self.options.device)
-            rows = [fitted[site.name]], [held_out[site.name]]
-            found |= _down(site, closed_form(weights, self.plan.kept[site.name], *rows, part(progress, number, steps)))
+            kept, told = self.plan.kept[site.name], part(progress, number, steps)
+            repaired = closed_form(weights, kept, [fitted[site.name]], [held_out[site.name]], told)
+            found[f"{site.down}.weight"] = repaired.down
+            if repaired.bias is not None:
+                found[f"{site.down}.bias"] = repaired.bias
         return found
 
     def _follow(self, group: range) -> None:
@@ -307,31 +309,14 @@ class _OnRows(_Trainer):
             def repair(
                 told: Progress, site: Site = site, weights: SiteWeights = weights, problem: RowProblem = problem
             ) -> dict[str, Tensor]:
-                rows = (store.rows(site.name, images) for images in problem.images)
-                repaired = closed_form(weights, self.plan.kept[site.name], *rows, told)
+                fitted, held_out = (store.rows(site.name, images) for images in problem.images)
+                repaired = closed_form(weights, self.plan.kept[site.name], fitted, held_out, told)
                 return {"down": repaired.down} | ({} if repaired.bias is None else {"bias": repaired.bias})
 
             keys = [name for name, _ in problem.module.named_parameters()]
             within = part(progress, number, len(sites))
             found.append(train_best(problem, keys, repair, options, self.state_file(group, site.name), report, within))
-            tensors |= self._tensors(site, problem.module.site_weights())
+            tensors |= checkpoint_tensors(self.dense.tensors, problem.module.site_weights())
         stats = self.stats(group, mean_losses(found), begun, held_out)
         self.write(group, tensors, stats)
         return stats
-
-    def _tensors(self, site: Site, weights: SiteWeights) -> dict[str, Tensor]:
-        """Under the checkpoint's keys; in a single block with q, k and v as they are."""
-        up, up_bias = weights.up, weights.up_bias
-        if site.up_row:
-            up = torch.cat((full_precision(self.dense.tensors, f"{site.up}.weight", up.device)[: site.up_row], up))
-            if up_bias is not None:
-                up_bias = torch.cat((self.dense.tensors[f"{site.up}.bias"][: site.up_row].to(up_bias), up_bias))
-        down = weights.down if weights.attn is None else torch.cat((weights.attn, weights.down), dim=1)
-        tensors = {f"{site.up}.weight": up, f"{site.down}.weight": down}
-        biases = {f"{site.up}.bias": up_bias, f"{site.down}.bias": weights.bias}
-        return tensors | {key: tensor for key, tensor in biases.items() if tensor is not None}
-
-
-def _down(site: Site, repaired: Repaired) -> dict[str, Tensor]:
-    tensors = {f"{site.down}.weight": repaired.down}
-    return tensors if repaired.bias is None else tensors | {f"{site.down}.bias": repaired.bias}

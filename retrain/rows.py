@@ -11,14 +11,14 @@ what linear2 makes of the attention; the loss is relative to that output's mean 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..flux.weights import SiteWeights
+from ..flux.weights import SiteWeights, full_precision
 from ..progress import Progress, part, silent
 from ..pruning.moments import gather
 from ..pruning.refit import Repaired, affine, bias, choose
@@ -94,3 +94,16 @@ class RowProblem:
         with torch.no_grad():
             expected = self.dense(x, attn)
         return squared(self.module(x, attn), expected)[None]
+
+
+def checkpoint_tensors(dense: Mapping[str, Tensor], weights: SiteWeights) -> dict[str, Tensor]:
+    """The weights of an MLP under the checkpoint's keys; in a single block with q, k and v as in `dense`."""
+    site, up, up_bias = weights.site, weights.up, weights.up_bias
+    if site.up_row:
+        up = torch.cat((full_precision(dense, f"{site.up}.weight", up.device)[: site.up_row], up))
+        if up_bias is not None:
+            up_bias = torch.cat((dense[f"{site.up}.bias"][: site.up_row].to(up_bias), up_bias))
+    down = weights.down if weights.attn is None else torch.cat((weights.attn, weights.down), dim=1)
+    tensors = {f"{site.up}.weight": up, f"{site.down}.weight": down}
+    biases = {f"{site.up}.bias": up_bias, f"{site.down}.bias": weights.bias}
+    return tensors | {key: tensor for key, tensor in biases.items() if tensor is not None}

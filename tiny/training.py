@@ -95,9 +95,8 @@ def check_config(config: Any, source: str, images: int | None = None) -> None:
     """Raises `UserError`, calling the configuration `source`, where it lacks a key, has an unknown one, or a value that cannot
     be used; `images` is how many there are to train on, where that is known."""
     advice = "tiny/config.yaml shows all of them."
-    for name, keys in ((None, {"seed": int, **_KEYS}), *_KEYS.items()):
-        section = config if name is None else config[name]
-        where = source if name is None else f"{source}, section '{name}',"
+    for name, keys in (("", ["seed", *_KEYS]), *((name, [*keys]) for name, keys in _KEYS.items())):
+        section, where = (config[name], f"{source}, section '{name}',") if name else (config, source)
         if not isinstance(section, Mapping):
             raise UserError(f"{where} is expected to hold {', '.join(keys)}; found {section!r:.60}. {advice}")
         missing, unknown = [key for key in keys if key not in section], [key for key in section if key not in keys]
@@ -108,8 +107,8 @@ def check_config(config: Any, source: str, images: int | None = None) -> None:
     seed = config["seed"]
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise UserError(f"{source}: seed must be a whole number from 0 to 2^63 - 1; found {seed!r}.")
-    for name, keys in _KEYS.items():
-        for key, kind in keys.items():
+    for name, kinds in _KEYS.items():
+        for key, kind in kinds.items():
             value = config[name][key]
             if (type(value) is not int and (kind is int or type(value) is not float)) or not 0 < value < 1e9:
                 number = "whole number" if kind is int else "number such as 1.0e-3"
@@ -166,9 +165,9 @@ def tiny_layout(config: Mapping[str, Any]) -> Layout:
 
 def _batch(count: int, size: int, step: int) -> Tensor:
     """Indices [size] of the batch at `step`: every pass over all of them has its own order, the same in every run."""
-    epoch, place = divmod(step, count // size)
+    epoch, number = divmod(step, count // size)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch))
-    return order[place * size : (place + 1) * size]
+    return order[number * size : (number + 1) * size]
 
 
 def _train(

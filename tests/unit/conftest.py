@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -132,6 +132,29 @@ def shapes() -> Callable[..., Shapes]:
 @pytest.fixture(scope="session")
 def tensors() -> Callable[..., dict[str, Tensor]]:
     return flux_tensors
+
+
+@contextmanager
+def skipped(model: Flux, index: int) -> Iterator[None]:
+    """Double block `index` stands where it did and does not run, as under guidance by skipped layers on a host."""
+    block = model.double_blocks[index]
+    kind = type(block)
+
+    class Passed(kind):  # type: ignore[misc, valid-type]
+        def __call__(self, *args, img, txt, **kwargs):
+            return img, txt
+
+    block.__class__ = Passed
+    try:
+        yield
+    finally:
+        block.__class__ = kind
+
+
+@pytest.fixture
+def skipping() -> Callable[[Flux, int], AbstractContextManager[None]]:
+    """`with skipping(model, index):` calls of the model leave out double block `index`."""
+    return skipped
 
 
 @pytest.fixture

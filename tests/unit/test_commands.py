@@ -47,7 +47,7 @@ def test_what_to_cut_is_said_in_one_way(recorded, tmp_path, cuts):
         (("--gigabytes", 9), "ask for less"),
         (("--share", 0.5, "--multiple", 0), "multiple of at least 1"),
         (("--share", 0.5, "--protect", "double-9"), "double-img-9"),
-        (("--share", 0.5, "--picture", "x.foo"), "is no picture"),
+        (("--share", 0.5, "--picture", "x.foo"), "is not a picture"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_before_neurons_are_ranked(recorded, tmp_path, monkeypatch, wrong, said):

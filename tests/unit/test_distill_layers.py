@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -89,7 +90,7 @@ def test_the_error_of_the_whole_model_is_shown_once(tiny, tmp_path):
     assert len(rows) == 1
     assert "double-0 to single-3" in rows[0]
     assert "2,048" in rows[0]
-    assert [len(line.get_xdata()) for line in stats_figure(stats).axes[0].lines] == [1, 1, 1]
+    assert [np.size(line.get_xdata()) for line in stats_figure(stats).axes[0].lines] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_all_kinds_are_recorded_in_one_pass(everything):
     assert recording.internals().steps == 3 * 4
     assert recording.internals().sites["single-0"].tokens == 5 * 4 * (8 + 16)
     assert recording.fingerprint() is not None
-    assert set(recording.states().amplification) == set(recording.internals().sites)
+    assert set(recording.states().amplification) >= set(recording.internals().sites)
 
 
 def test_an_image_has_one_number_in_all_kinds(everything):
@@ -128,7 +128,7 @@ def test_what_cannot_be_recorded_to_is_refused_before_anything_is_drawn(tmp_path
     for name, said in {
         "another": "recorded on another model than",
         "file": "file is a file: expected a folder",
-        "foreign": "is no internals file|is not an internals file",
+        "foreign": "is not an internals file",
         "text": "cannot be read as safetensors",
         "folder": "is a folder",
         "damaged": "manifest.json is damaged",

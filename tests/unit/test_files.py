@@ -205,7 +205,7 @@ def test_files_of_another_kind_are_not_replaced(tmp_path):
                 write(plan)
             assert torch.equal(load_file(path)["x"], tensors["x"])
         path.write_text("notes")
-        with pytest.raises(UserError, match=r"model\.safetensors is no safetensors file"):
+        with pytest.raises(UserError, match=r"model\.safetensors is not a safetensors file"):
             write(plan)
         assert path.read_text() == "notes"
         path.unlink()
@@ -312,7 +312,9 @@ def test_a_figure_or_an_image_is_written_twice_into_one_file(tmp_path, ending):
             write_picture(path, Image.new("RGB", (8, 8)))
     assert names(tmp_path) == [path.name]
     assert path.stat().st_size > 30
-    with pytest.raises(UserError, match=r"is no picture that can be written: its name ends in one of \.png, \.jpg, "):
+    with pytest.raises(
+        UserError, match=r"is not a picture that can be written: expected a name ending in one of \.png, \.jpg, "
+    ):
         write_picture(tmp_path / "picture.txt", figure)
 
 

@@ -271,22 +271,23 @@ def test_amplifications_add_up_by_noise_level(store):
     store.add_amplification({"single-0": {1.0: (1.0, 2)}})
     found = HiddenStates.open(store.folder)
     assert found.manifest.amplification == {"single-0": {1.0: (4.0, 4), 0.5: (4.0, 1)}}
-    assert found.amplification == {"single-0": 2.5}
+    assert found.amplification == {"single-0": pytest.approx((0.5 * 4 + 1) / 1.5)}  # the lowest level counts half
 
 
 def test_amplifications_measured_at_other_noise_levels_compare(store):
-    """Both are 1 + 4 sigma; each alone has another mean."""
+    """Both are 1 + 4 sigma: 1, 2 and 5 at all levels; each alone has another mean."""
     store.add_amplification(
         {"single-0": {0.0: (1.0, 1), 1.0: (10.0, 2)}, "single-1": {0.0: (1.0, 1), 0.25: (2.0, 1), 1.0: (5.0, 1)}}
     )
-    assert store.amplification == pytest.approx({"single-0": 8 / 3, "single-1": 8 / 3})
+    assert store.amplification == pytest.approx({"single-0": 7.5 / 2.5, "single-1": 7.5 / 2.5})
 
 
 def test_rows_count_by_the_amplification_at_their_noise_level(store):
     sigma = torch.tensor([1.0, 0.75, 0.5, 0.1])
     assert store.importance("single-0", sigma).tolist() == [1, 1, 1, 1]
-    store.add_amplification({"single-0": {1.0: (1.0, 1), 0.5: (9.0, 3)}})
-    torch.testing.assert_close(store.importance("single-0", sigma), torch.tensor([1.0, 2.0, 3.0, 3.0]) / 2)
+    store.add_amplification({"single-0": {1.0: (1.0, 1), 0.5: (9.0, 3), 0.1: (9.0, 1)}})
+    mean = (1 + 3 + 0.5 * 9) / 2.5
+    torch.testing.assert_close(store.importance("single-0", sigma), torch.tensor([1.0, 2.0, 3.0, 3.0]) / mean)
     assert store.importance("single-1", sigma).tolist() == [1, 1, 1, 1]
 
 

@@ -194,7 +194,7 @@ def damaged(path: Path, name: str) -> None:
         ("noise", "cannot be read as safetensors"),
         ("text", "cannot be read as safetensors"),
         ("zip", "cannot be read as safetensors"),
-        ("other tensors", f"is no internals file: expected '{FORMAT}'"),
+        ("other tensors", f"is not an internals file: expected '{FORMAT}'"),
         ("other format", "found 'someone's internals 7'"),
         ("lacking sums", "is a damaged internals file"),
         ("lacking header", "is a damaged internals file"),

@@ -1,5 +1,7 @@
 """flux/layout.py: what is read from key names and shapes."""
 
+from typing import Any
+
 import pytest
 from flux_poke.errors import UserError
 from flux_poke.flux.layout import Layout, Site, canonical_key, read_layout
@@ -120,7 +122,7 @@ def test_a_site_that_is_not_there_is_named_with_those_that_are(shapes):
 
 @pytest.mark.parametrize("family", ["flux1", "flux2", "chroma"])
 def test_a_layout_made_of_sizes_is_that_of_a_checkpoint(shapes, family):
-    sizes = {"hidden": 256, "depth": 3, "depth_single": 5, "context": 40}
+    sizes: dict[str, Any] = {"hidden": 256, "depth": 3, "depth_single": 5, "context": 40}
     assert Layout.of(family, vector=24, **sizes) == read_layout(shapes(family, **sizes))
 
 

@@ -193,7 +193,7 @@ def test_other_files_and_folders_are_refused(store):
     with pytest.raises(UserError, match="holds no hidden states"):
         LensRows(store.folder.parent)
     rows_of(store, *related())
-    with pytest.raises(UserError, match="is no lens"):
+    with pytest.raises(UserError, match="is not a lens"):
         Lens.load(store.folder / "lens-00000.safetensors")
 
 

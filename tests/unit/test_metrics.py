@@ -134,7 +134,7 @@ def test_images_folders_and_latents_are_read(tmp_path):
 def test_what_is_no_image_is_refused(tmp_path):
     (tmp_path / "a.png").write_text("no image")
     save_file({"x": torch.zeros(1)}, tmp_path / "a.latent")
-    for name, match in (("a.png", "cannot be read as an image"), ("b.png", "cannot be read"), ("a.latent", "is no latent")):
+    for name, match in (("a.png", "cannot be read as an image"), ("b.png", "cannot be read"), ("a.latent", "is not a latent")):
         with pytest.raises(UserError, match=match):
             read_images(tmp_path / name)
     (tmp_path / "empty").mkdir()

@@ -71,9 +71,9 @@ def test_of_equal_neurons_the_lower_index_goes_first():
     assert order.tolist() == list(range(200))
 
 
-def test_an_exception_from_the_check_stops_it():
-    def cancel():
+def test_an_exception_from_progress_stops_it():
+    def cancel(what, done, total):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        eliminate(torch.eye(10, dtype=torch.float64), torch.eye(10, dtype=torch.float64), check=cancel)
+        eliminate(torch.eye(10, dtype=torch.float64), torch.eye(10, dtype=torch.float64), progress=cancel)

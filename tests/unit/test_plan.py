@@ -66,6 +66,16 @@ def test_frequency_cuts_the_rarest_and_of_equal_ones_the_first(dense, recording)
     assert order[:12].tolist() == [0, 50, 100, 150, 200, 250, 300, 350, 400, 450, 500, 1]
 
 
+def test_the_originals_counts_rank_by_frequency_and_by_nothing_else(dense, recording, tmp_path):
+    counts = {name: site.fires for name, site in recording.internals().sites.items()}
+    save_file(counts, tmp_path / "counts.safetensors")
+    originals = Recording.open(tmp_path / "counts.safetensors")
+    plans = [make_plan(dense, found, ByCount(img=100, score="frequency")).plan for found in (originals, recording)]
+    assert plans[0].kept["double-img-0"].tolist() == plans[1].kept["double-img-0"].tolist()
+    with pytest.raises(UserError, match="do not tell enough for the score fluctuation"):
+        rank("fluctuation", dense, originals)
+
+
 @pytest.mark.parametrize("score", ["magnitude", "fluctuation"])
 def test_scores_are_the_neurons_own_share_of_the_output(dense, recording, score):
     ranking = rank(score, dense, recording)["single-1"]
@@ -231,7 +241,7 @@ def test_a_header_that_cannot_be_is_refused(dense, tmp_path, change):
 
 def test_what_is_no_plan_or_no_model_is_said_in_a_sentence(dense, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "no.safetensors")
-    with pytest.raises(UserError, match="is no pruning plan"):
+    with pytest.raises(UserError, match="is not a pruning plan"):
         PruningPlan.load(tmp_path / "no.safetensors")
     with pytest.raises(UserError, match="not a FLUX checkpoint"):
         Dense.open(tmp_path / "no.safetensors")

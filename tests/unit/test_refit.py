@@ -69,7 +69,7 @@ def test_moments_of_weighted_rows_are_numpys(site_rows):
 
 def test_merged_moments_are_those_of_all_rows(site_rows):
     weights, rows, _ = site_rows
-    together, apart = gather(weights, [rows]), gather(weights, [rows[:300]]).merged(gather(weights, [rows[300:]]))
+    together, apart = gather(weights, [rows]), gather(weights, [rows[:300]]).merge(gather(weights, [rows[300:]]))
     assert (apart.count, apart.rows) == (together.count, together.rows)
     torch.testing.assert_close(apart.second, together.second, rtol=1e-4, atol=1e-5 * together.second.abs().max().item())
 

@@ -418,7 +418,7 @@ class Toy(nn.Module):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
 def test_amplification_is_the_velocitys_error_over_the_energy_of_what_was_added(recorded, compiled: bool):
-    """For v = 3y over n tokens: (9 Σ|noise|² / 9 Σ|y|²) / (Σ|noise|² / n) = n / Σ|y|²; by noise level."""
+    """For v = 3y over n tokens: (9 sum |noise|^2 / 9 sum |y|^2) / (sum |noise|^2 / n) = n / sum |y|^2; by noise level."""
     toy, x = Toy(), torch.randn(2, 11, 4)
     run = torch.compile(toy, backend="eager") if compiled else toy
     with torch.no_grad():

@@ -23,7 +23,6 @@ FLOORS = (
     {"cli"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-#: The statistics of a GPU are imported where they are used, and know the tile of the others.
 HOST = ("comfy", "comfy_api", "comfy_execution", "folder_paths", "server", "nodes", "execution")
 
 
@@ -74,3 +73,11 @@ def test_rooms_on_one_floor_do_not_import_each_other_in_a_circle():
 def test_only_nodes_know_the_host(path: Path):
     if room_of(path) != "nodes":
         assert not {name[0] for name in imported(path)} & set(HOST)
+        assert "nodes" not in {name[1] for name in imported(path) if name[0] == "flux_poke" and len(name) > 1}
+
+
+def test_code_can_be_read_and_printed_on_any_windows_console():
+    files = [*modules(), *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/*.py")]
+    assert len(files) > 150
+    for path in files:
+        path.read_text(encoding="utf-8").encode("cp1252")

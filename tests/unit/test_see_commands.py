@@ -64,7 +64,7 @@ def test_compare_refuses_what_it_cannot_write_before_it_reads(tmp_path):
     (tmp_path / "notes.png").write_text("notes")
     missing = tmp_path / "missing.png"
     for option, name, said in (
-        ("--picture", "x.svg", "ends in one of .png, .jpg, .webp"),
+        ("--picture", "x.svg", "ending in one of .png, .jpg, .webp"),
         ("--picture", "notes.png", "something else than its ending says"),
         ("--out", "manifest.json", "is not a table of comparisons"),
         ("--out", "list.json", "is not a table of comparisons"),
@@ -102,7 +102,7 @@ def test_lens_fit_writes_the_lens_and_its_picture(tmp_path):
     h = torch.randn(120, 8, generator=torch.Generator().manual_seed(0))
     rows = {"double-0": h, "single-0": 2 * h + 1, "image": torch.arange(12).repeat_interleave(10), "sigma": torch.ones(120)}
     fingerprint = Fingerprint.of_tensors(TinyFlux.load().flux.state_dict())
-    HiddenStates.for_model(tmp_path / "rows", "flux1", fingerprint).append("lens", rows)
+    HiddenStates.for_model(tmp_path / "rows" / "hidden_states", "flux1", fingerprint).append("lens", rows)
     output = run("lens", "fit", tmp_path / "rows", "--out", tmp_path / "lens.safetensors", "--picture", tmp_path / "lens.png")
     assert "120 tokens of 12 images" in output
     (error,) = Lens.load(tmp_path / "lens.safetensors").errors.values()

@@ -12,9 +12,7 @@ TESTS = Path(__file__).parents[1]
 
 def test_a_comfyui_whose_requirements_are_missing_is_skipped_with_the_command_that_installs_them(tmp_path: Path):
     (tmp_path / "main.py").touch()
-    (tmp_path / "requirements.txt").write_text(
-        "torch\nno-such-package-anywhere>=1 # why\nnot-here; python_version < '3'\n"
-    )
+    (tmp_path / "requirements.txt").write_text("torch\nno-such-package-anywhere>=1 # why\nnot-here; python_version < '3'\n")
     command = [sys.executable, "-m", "pytest", "-rs", "-q", "-p", "no:cacheprovider", str(TESTS / "host" / "test_computing.py")]
     command.append(str(TESTS / "host" / "test_block_taps_on_hosts_blocks.py"))
     environment = {**os.environ, "COMFYUI_PATH": str(tmp_path)}

@@ -3,6 +3,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from flux_poke.errors import UserError
 from flux_poke.flux.checkpoint import Checkpoint
 from flux_poke.flux.model import Flux
-from flux_poke.pruning.checkpoint import Pruned, inspect, save_pruned
-from flux_poke.pruning.dense import Dense
+from flux_poke.pruning.checkpoint import Pruned, inspect, save_changed, save_pruned, save_weights
+from flux_poke.pruning.dense import KEPT, Dense
 from flux_poke.pruning.plan import PruningPlan
+from flux_poke.pruning.refit import RepairReport
 from flux_poke.pruning.surgery import Cut
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -101,8 +104,8 @@ def test_a_cancelled_save_leaves_the_old_file(tensors, tmp_path):
     save_pruned(path, Cut(dense, random_plan(dense)))
     before = path.read_bytes()
 
-    def cancel(key, done, total):
-        if done == 20:
+    def cancel(what, done, total):
+        if what.startswith("writing") and done > 0.7 * total:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -177,7 +180,7 @@ def test_a_pruned_checkpoint_is_not_pruned_again_and_a_dense_one_is_not_taken_fo
     with pytest.raises(UserError, match="is pruned already"):
         Dense.open(tmp_path / "pruned.safetensors")
     save_file(dict(dense.tensors), tmp_path / "dense.safetensors")
-    with pytest.raises(UserError, match="no pruned checkpoint"):
+    with pytest.raises(UserError, match="not a pruned checkpoint"):
         Pruned.open(tmp_path / "dense.safetensors")
 
 
@@ -193,3 +196,66 @@ def test_writing_a_pruned_checkpoint_takes_memory_for_a_few_tensors_and_not_for_
     dense = Dense.open(path)
     save_pruned(tmp_path / "pruned.safetensors", Cut(dense, random_plan(dense)), progress=lambda *_: seen.append(mapped()))
     assert max(seen) - before < path.stat().st_size / 4
+
+
+def test_tensors_that_are_pruned_already_are_written_as_a_checkpoint_that_needs_no_other(tensors, tmp_path):
+    """Those of a model in memory with something merged into it, say a LoRA."""
+    dense = Dense.of(tensors("flux1"))
+    plan = replace(random_plan(dense), checkpoint="/home/somebody/dense.safetensors", recording="/home/somebody/portraits")
+    merged = {key: tensor * 1.5 for key, tensor in Cut(dense, plan).items()}
+    report = {name: RepairReport("bias", after=0.25) for name in plan.kept}
+    save_weights(tmp_path / "merged.safetensors", merged, plan, report, metadata={"made by": "somebody"})
+    found = Pruned.open(tmp_path / "merged.safetensors")
+    assert found.plan.digest == plan.digest
+    assert dict(found.report) == report
+    assert found.metadata["made by"] == "somebody"
+    assert found.tensors.keys() == merged.keys()
+    assert all(torch.equal(found.tensors[key], tensor) for key, tensor in merged.items())
+    Flux.load(found.tensors)
+    assert (found.plan.checkpoint, found.plan.recording) == ("dense.safetensors", "portraits")
+    assert "/home" not in str(found.metadata)
+
+    changed = {"img_in.bias": torch.ones(128)}
+    save_changed(tmp_path / "changed.safetensors", tmp_path / "merged.safetensors", changed, {})
+    again = Pruned.open(tmp_path / "changed.safetensors")
+    assert torch.equal(again.tensors["img_in.bias"], changed["img_in.bias"])
+    assert again.report == found.report
+    with pytest.raises(UserError, match="another model"):
+        save_changed(tmp_path / "changed.safetensors", tmp_path / "merged.safetensors", {"img_im.bias": torch.ones(1)}, {})
+
+
+def test_what_does_not_belong_together_or_is_not_finite_is_not_written(tensors, tmp_path):
+    dense, path = Dense.of(tensors("flux1")), tmp_path / "out.safetensors"
+    plan, other = random_plan(dense), random_plan(dense, 0.25)
+    cut = dict(Cut(dense, plan))
+    report = {name: RepairReport("none") for name in plan.kept}
+    with pytest.raises(UserError, match=r"its plan leaves .* they do not belong together"):
+        save_weights(path, cut, other, report)
+    for number in (float("nan"), float("inf")):
+        cut["single_blocks.1.linear2.bias"] = torch.full((128,), number)
+        with pytest.raises(UserError, match=r"single_blocks.1.linear2.bias holds numbers that are not finite"):
+            save_weights(path, cut, plan, report)
+    broken = Dense.of({**dense.tensors, "img_in.bias": torch.full((128,), float("nan"))})
+    with pytest.raises(UserError, match=r"img_in.bias holds numbers that are not finite"):
+        save_pruned(path, Cut(broken, replace(plan, fingerprint=broken.fingerprint)))
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda kept: kept * 0, "damaged pruned checkpoint"),
+        (lambda kept: kept + 500, "damaged pruned checkpoint"),
+        (lambda kept: kept[:0], "damaged pruned checkpoint"),
+        (lambda kept: kept[:-1], "do not belong together"),
+    ],
+)
+def test_kept_indices_that_cannot_be_are_refused_in_a_pruned_checkpoint(tensors, tmp_path, change, said):
+    dense, path = Dense.of(tensors("flux1")), tmp_path / "pruned.safetensors"
+    save_pruned(path, Cut(dense, random_plan(dense)))
+    whole, name = {key: tensor.clone() for key, tensor in load_file(path).items()}, f"{KEPT}single-0"
+    with safe_open(path, "pt") as file:
+        header = dict(file.metadata())
+    save_file({**whole, name: change(whole[name]).contiguous()}, tmp_path / "other.safetensors", header)
+    with pytest.raises(UserError, match=said):
+        Pruned.open(tmp_path / "other.safetensors")

@@ -167,7 +167,7 @@ def test_a_configuration_that_is_none_is_refused_in_a_sentence(content, tmp_path
         read_config(path)
 
 
-def linear_training() -> tuple[nn.Module, torch.optim.Optimizer]:
+def linear_training() -> tuple[nn.Linear, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())

@@ -11,7 +11,6 @@ from flux_poke.analysis.lens import Lens
 from flux_poke.cli import app
 from flux_poke.demo import run_demo
 from flux_poke.errors import UserError
-from flux_poke.files import write_text
 from flux_poke.flux.blocks import Block
 from flux_poke.pruning.checkpoint import save_changed, save_pruned
 from flux_poke.pruning.dense import Dense
@@ -19,6 +18,7 @@ from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.surgery import Cut
 from flux_poke.recording.internals import Internals
 from flux_poke.recording.statistics import SiteInternals
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -45,7 +45,7 @@ def writers(tensors, tmp_path) -> dict[str, Write]:
     save_file({key: tensor.contiguous() for key, tensor in whole.items()}, layers / "1.safetensors")
 
     def replaced(path: Path) -> None:
-        command = ["replace", str(dense.source), "--layers-dir", str(layers), "--out", str(path)]
+        command = ["replace", str(layers), "--checkpoint", str(dense.source), "--out", str(path)]
         app(command, standalone_mode=False)
 
     def changed(path: Path) -> None:
@@ -88,10 +88,10 @@ def test_a_writer_replaces_its_own_kind_of_file_and_no_other(kind, writers, tmp_
 @pytest.mark.parametrize(
     ("command", "inputs"),
     [
-        ("plan internals --checkpoint dense", ["internals", "dense"]),
-        ("prune dense --plan plan --internals internals", ["dense", "plan", "internals"]),
-        ("replace dense --layers-dir layers", ["dense", "layers/1"]),
-        ("lens fit rows", ["internals"]),
+        ("plan internals --checkpoint dense --img-cut 9", ["internals", "dense"]),
+        ("prune plan --checkpoint dense --recording internals", ["dense", "plan", "internals"]),
+        ("replace layers --checkpoint dense", ["dense", "layers/1"]),
+        ("lens fit internals", ["internals"]),
     ],
 )
 def test_a_command_never_writes_to_what_it_reads(command, inputs, writers, tmp_path, monkeypatch):
@@ -109,12 +109,13 @@ def test_a_command_never_writes_to_what_it_reads(command, inputs, writers, tmp_p
 
 def test_a_comparison_is_not_drawn_over_what_was_compared(tmp_path):
     for name in ("dense.png", "pruned.png"):
-        write_text(tmp_path / name, name)
+        Image.new("RGB", (16, 16)).save(tmp_path / name)
+    before = (tmp_path / "pruned.png").read_bytes()
     for option in ("--picture", "--out"):
         with pytest.raises(UserError, match=r"pruned\.png is also what is read"):
             app(["compare", *map(str, (tmp_path / "dense.png", tmp_path / "pruned.png", option, tmp_path / "pruned.png"))],
                 standalone_mode=False)  # fmt: skip
-    assert (tmp_path / "pruned.png").read_text() == "pruned.png"
+    assert (tmp_path / "pruned.png").read_bytes() == before
 
 
 def test_a_demo_replaces_what_a_demo_recorded_and_no_other_recordings(writers, tmp_path, monkeypatch):

@@ -180,7 +180,7 @@ def test_a_pruned_checkpoint_is_not_pruned_again_and_a_dense_one_is_not_taken_fo
     with pytest.raises(UserError, match="is pruned already"):
         Dense.open(tmp_path / "pruned.safetensors")
     save_file(dict(dense.tensors), tmp_path / "dense.safetensors")
-    with pytest.raises(UserError, match="not a pruned checkpoint"):
+    with pytest.raises(UserError, match="is not a pruned checkpoint"):
         Pruned.open(tmp_path / "dense.safetensors")
 
 

@@ -188,7 +188,7 @@ def test_what_a_probe_asks_of_the_model_is_not_counted(load, record, target, wat
         watched = watch(watched, one)
     assert torch.equal(sample(watched), drawn)
     store = recorder.store
-    assert store.amplification.keys() == alone.sites.keys()
+    assert alone.sites.keys() <= store.amplification.keys()
     assert {store.count(name) for name in alone.sites} == {4 * STEPS * 2}
     for name, site in where.recording.internals().sites.items():
         assert site.tokens == alone.sites[name].tokens
@@ -197,11 +197,13 @@ def test_what_a_probe_asks_of_the_model_is_not_counted(load, record, target, wat
 
 @pytest.mark.parametrize("sampler", ["heun", "dpm_2"])
 def test_samplers_that_call_more_often_are_probed_once_a_step(load, watch, rows, sampler):
+    from flux_poke.recording.amplification import probed_steps
+
     model = load(FLUX1)
     recorder, start = rows(model, probe_steps=2)
     sample(watch(model, start), sampler=sampler)
     for levels in recorder.store.manifest.amplification.values():
-        assert [times for _, times in levels.values()] == [1, 1]
+        assert [times for _, times in levels.values()] == [1] * len(probed_steps(STEPS, 2))
 
 
 @pytest.fixture

@@ -389,4 +389,4 @@ while kills < 30 or runs < 30:  # on a busy machine, many die before they have d
 check(add_to_file(path, one), runs + 1)
 """
     in_a_process(code, tmp_path / "internals.safetensors")
-    assert {path.name for path in tmp_path.iterdir()} <= {"internals.safetensors", "internals.safetensors.lock"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"internals.safetensors", ".internals.safetensors.lock"}

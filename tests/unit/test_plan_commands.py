@@ -50,7 +50,7 @@ def plan(recorded: Path, *options: object) -> str:
 def test_prune_needs_the_plan_alone_and_repairs_as_goes_with_its_score(recorded, tmp_path, cuts, named, method):
     told = plan(recorded, *cuts, "-o", tmp_path / "plan.safetensors", "--picture", tmp_path / "plan.png")
     assert named in told
-    assert f"uv run flux-poke prune {tmp_path / 'plan.safetensors'}" in told.replace("\n", "")
+    assert f"flux-poke prune {tmp_path / 'plan.safetensors'} -o" in told.replace("\n", "")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     run("prune", tmp_path / "plan.safetensors", "-o", tmp_path / "pruned.safetensors")
     pruned = Pruned.open(tmp_path / "pruned.safetensors")
@@ -68,7 +68,7 @@ def test_without_a_name_a_plan_goes_beside_the_recording_and_replaces_no_other(r
     assert PruningPlan.load(default).settings["img"] == 7
     default.unlink()
     save_file({"mine": zeros(1)}, default)
-    with pytest.raises(UserError, match="is no pruning plan"):
+    with pytest.raises(UserError, match="is not a pruning plan"):
         plan(recorded, "--img-cut", 7)
     default.unlink()
 

@@ -182,7 +182,7 @@ def test_a_plan_knows_its_checkpoint_and_its_recording(dense, recording, tensors
     save_file(tensors("flux1", seed=9), tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="made for another model"):
         open_dense(plan, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="does not tell which"):
+    with pytest.raises(UserError, match="does not tell what checkpoint"):
         open_dense(replace(plan, checkpoint=""))
 
 

@@ -131,7 +131,11 @@ def _remove_abandoned(folder: Path) -> None:
             continue
         lock = FileLock(abandoned / _LOCK)
         try:
-            if not all(name in (_LOCK, _SAMPLE) or name.endswith(_NEW) for name in os.listdir(abandoned)):
+            # safetensors writes to a ".tmp..." beside it first
+            ours = (
+                name in (_LOCK, _SAMPLE) or name.endswith(_NEW) or name.startswith(".tmp") for name in os.listdir(abandoned)
+            )
+            if not all(ours):
                 continue
             lock.acquire(blocking=False)
         except (OSError, NotImplementedError):  # somebody is writing there

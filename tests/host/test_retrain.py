@@ -257,7 +257,7 @@ def test_layers_of_another_plan_are_not_written_over_and_every_plan_has_a_folder
 def test_cancel_keeps_finished_layers_and_leaves_the_host_in_order(recorded, server):
     def cancel_later():
         deadline = time.monotonic() + 120
-        while not (recorded / "cancelled" / "0.safetensors").exists() and time.monotonic() < deadline:
+        while not (recorded / "cancelled_layers" / "0.safetensors").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         with ComfyClient(server.address) as other:
             other.interrupt()
@@ -267,9 +267,9 @@ def test_cancel_keeps_finished_layers_and_leaves_the_host_in_order(recorded, ser
     with ComfyClient(server.address) as client:
         before = pictures(client, drawing({"tiny": node("FluxPokeLoadTinyFlux")}))
         with pytest.raises(Interrupted):
-            client.run(retrain("cancelled", method="gradient", steps=20_000))
+            client.run(retrain("cancelled_layers", method="gradient", steps=20_000))
         waiting.join()
-        kept = [path.name for path in (recorded / "cancelled").glob("*.safetensors") if not path.name.startswith(".")]
+        kept = [path.name for path in (recorded / "cancelled_layers").glob("*.safetensors") if not path.name.startswith(".")]
         assert "5.safetensors" not in kept
         assert np.array_equal(pictures(client, drawing({"tiny": node("FluxPokeLoadTinyFlux")})), before)
 

@@ -20,7 +20,7 @@ def flux_poke(*arguments: object, **environment: str) -> subprocess.CompletedPro
 def test_it_runs_as_a_module_and_tells_its_version():
     ended = flux_poke("--version")
     assert ended.returncode == 0
-    assert re.fullmatch(r"flux-poke (\d+\.\d+\.\d+|, not installed.*)\n", ended.stdout)
+    assert re.fullmatch(r"flux-poke( \d+\.\d+\.\d+|, not installed.*)\n", ended.stdout)
 
 
 def test_without_a_command_it_tells_which_there_are():

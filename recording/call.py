@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,7 +50,6 @@ class Call:
     Attributes:
         x: latents as the sampler holds them, [batch, channels, height, width]. sigma: their noise level [batch].
         sigmas: noise levels of the whole run, steps + 1 numbers: no device has to be waited for.
-        step: which of the run's steps this is, from 0.
         images: which image of the run each row of the batch is, from 0; None for rows that no image is read from (a negative
             prompt's, or a second positive prompt's).
         mask: which tokens count.
@@ -58,12 +58,12 @@ class Call:
         prompts: of each image, if known.
         references: latents of reference pictures, whose tokens follow those of the image.
         again: makes the same call once more, unwatched; the velocity.
+        known_step: which of the run's steps this is, where nobody has to be asked (see `step`).
     """
 
     x: Tensor
     sigma: Tensor
     sigmas: tuple[float, ...]
-    step: int
     images: tuple[int | None, ...]
     mask: TokenMask = field(default_factory=TokenMask)
     context: Tensor | None = None
@@ -72,6 +72,7 @@ class Call:
     prompts: tuple[str, ...] = ()
     references: tuple[Tensor, ...] = ()
     again: Callable[[], Tensor] | None = None
+    known_step: int | None = None
 
     @classmethod
     def at(
@@ -87,10 +88,16 @@ class Call:
         """Where `sigma` [batch] stands in the schedule `sigmas` [steps + 1], unless `step` says so; row i is image i, unless
         `images` says so."""
         levels = tuple(sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas)
-        if step is None:
-            now = sigma.max().item()
-            step = max(sum(level >= now for level in levels[:-1]) - 1, 0)
-        return cls(x, sigma, levels, step, tuple(range(len(x)) if images is None else images), mask or TokenMask(), **known)
+        rows = tuple(range(len(x)) if images is None else images)
+        return cls(x, sigma, levels, rows, mask or TokenMask(), known_step=step, **known)
+
+    @cached_property
+    def step(self) -> int:
+        """Which of the run's steps this is, from 0; the first who asks waits for the device, unless it was known."""
+        if self.known_step is not None:
+            return self.known_step
+        now = self.sigma.max().item()
+        return max(sum(level >= now for level in self.sigmas[:-1]) - 1, 0)
 
     @property
     def sigma_next(self) -> float:

@@ -106,6 +106,17 @@ def test_counts_equal_those_computed_by_hand(model, inputs):
     check(recorder, expected)
 
 
+def test_counting_asks_no_device_for_the_noise_level(model, inputs):
+    given = inputs(model)
+    recorder = InternalsRecorder(model.layout.sites)
+    unread = Call.at(given["x"], torch.empty(len(given["x"]), device="meta"), (1.0, 0.0))
+    with pytest.raises(RuntimeError):
+        _ = unread.step
+    with recorder.watching(model, unread):
+        model(**given)
+    check(recorder, by_hand(model, **given))
+
+
 def test_counts_add_up_over_two_calls(model, inputs):
     first, second = inputs(model), inputs(model, batch=3, words=9, seed=8)
     recorder = InternalsRecorder(model.layout.sites)

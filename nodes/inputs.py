@@ -50,6 +50,33 @@ def recording_output(tooltip: str = "What is recorded: for plans, retraining and
     return RecordingType.Output(display_name="recording", tooltip=tooltip)
 
 
+def noise_levels() -> list[io.Input]:
+    def level(name: str, default: float, which: str) -> io.Input:
+        tooltip = f"Only steps of at {which} this noise level (sigma)."
+        return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
+
+    return [level("sigma_from", 0.0, "least"), level("sigma_to", 1.0, "most")]
+
+
+def sample_seed() -> io.Input:
+    return io.Int.Input("sample_seed", default=0, min=0, max=2**31 - 1, tooltip="Of the steps and tokens that are drawn.")
+
+
+def counted_tokens() -> list[io.Input]:
+    return [
+        io.Boolean.Input(
+            "ignore_padding",
+            default=True,
+            tooltip="Leave out padded text and the tokens of reference pictures, where ComfyUI marks them (FLUX.2).",
+        ),
+        io.Boolean.Input(
+            "positive_only",
+            default=False,
+            tooltip="With CFG above 1: count what the positive prompt does, not the negative one.",
+        ),
+    ]
+
+
 def block_ranges() -> list[io.Input]:
     """First and last layers; -1 as the last one stands for the model's last."""
     return [

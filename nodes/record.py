@@ -13,7 +13,7 @@ from ..recording.rows import RowChoice, RowRecorder, estimated_bytes
 from ..recording.states import StateChoice, StateKind, StateRecorder, estimated_state_bytes, indices_around
 from ..recording.store import Limit
 from . import host
-from .inputs import model_input, recording_input, recording_output, watched_output
+from .inputs import counted_tokens, model_input, noise_levels, recording_input, recording_output, sample_seed, watched_output
 from .models import flux_layout, model_fingerprint
 from .record_options import RecordOptions, RecordOptionsType
 from .recorders import InternalsRun, Recorded, RowsRun, StoreRun
@@ -38,18 +38,6 @@ def limits(steps: str, gb: float) -> list[io.Input]:
         io.Int.Input("steps", default=0, min=0, max=1000, tooltip=f"{steps}, drawn at random; 0 = 5 % of them, at least one."),
         io.Float.Input("max_gb", default=gb, min=0.001, max=100000.0, step=0.1, tooltip="Disk space it may take, in GB."),
     ]
-
-
-def noise_levels() -> list[io.Input]:
-    def level(name: str, default: float, which: str) -> io.Input:
-        tooltip = f"Only steps of at {which} this noise level (sigma)."
-        return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
-
-    return [level("sigma_from", 0.0, "least"), level("sigma_to", 1.0, "most")]
-
-
-def sample_seed() -> io.Input:
-    return io.Int.Input("sample_seed", default=0, min=0, max=2**31 - 1, tooltip="Of the steps and tokens that are drawn.")
 
 
 def row_input(default: int, tooltip: str) -> io.Input:
@@ -138,16 +126,7 @@ class RecordInternals(RecordNode):
             inputs=[
                 model_input(),
                 *target_inputs(),
-                io.Boolean.Input(
-                    "ignore_padding",
-                    default=True,
-                    tooltip="Leave out padded text and the tokens of reference pictures, where ComfyUI marks them (FLUX.2).",
-                ),
-                io.Boolean.Input(
-                    "positive_only",
-                    default=False,
-                    tooltip="With CFG above 1: count what the positive prompt does, not the negative one.",
-                ),
+                *counted_tokens(),
             ],
             outputs=[watched_output(), recording_output()],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],

@@ -8,6 +8,7 @@ from typing import Literal
 from comfy_api.latest import io
 
 from . import host
+from .inputs import counted_tokens, noise_levels, sample_seed
 
 RecordOptionsType = io.Custom("RECORD_OPTIONS")
 
@@ -38,33 +39,14 @@ class RecordOptionsNode(io.ComfyNode):
                     options=["all", "img", "txt", "single"],
                     tooltip="Of which MLPs rows are kept: image, text, single blocks.",
                 ),
-                io.Float.Input(
-                    "sigma_from",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Rows of steps of at least this noise level.",
-                ),
-                io.Float.Input(
-                    "sigma_to", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Rows of steps of at most this noise level."
-                ),
+                *noise_levels(),
                 io.Combo.Input(
                     "when_full",
                     options=["thin", "stop"],
                     tooltip="At max_gb: halve every image's share while enough rows for a plan are left, or take no more.",
                 ),
-                io.Boolean.Input(
-                    "ignore_padding",
-                    default=True,
-                    tooltip="Do not count padded text and the tokens of reference pictures, where ComfyUI marks them (FLUX.2).",
-                ),
-                io.Boolean.Input(
-                    "positive_only",
-                    default=False,
-                    tooltip="With CFG above 1: count what the positive prompt does, not the negative one.",
-                ),
-                io.Int.Input("sample_seed", default=0, min=0, max=2**31 - 1, tooltip="Of the steps and tokens that are drawn."),
+                *counted_tokens(),
+                sample_seed(),
             ],
             outputs=[RecordOptionsType.Output(display_name="options", tooltip="For Record.")],
         )

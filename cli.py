@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import layers, models, plans, recordings, views
+from .commands import captures, convert, draw, fit, layers, models, plans, queue, recordings, views
 from .errors import UserError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -34,8 +34,9 @@ def about(
 
 
 for command in (
-    models.demo, recordings.record, recordings.download_prompts, plans.plan, plans.prune, layers.retrain, layers.replace,
-    models.inspect, views.capture, views.animate, views.compare,
+    models.demo, fit.fit, recordings.record, recordings.download_prompts, plans.plan, plans.prune, layers.retrain,
+    layers.replace, models.train, models.inspect, queue.queue, convert.convert, draw.draw, captures.capture,
+    captures.decode, views.animate, views.compare,
 ):  # fmt: skip
     app.command()(command)
 
@@ -43,10 +44,6 @@ internals = typer.Typer(help="Look at and add up recordings.", no_args_is_help=T
 internals.command()(recordings.show)
 internals.command()(recordings.merge)
 app.add_typer(internals, name="internals")
-
-train = typer.Typer(help="Make models from scratch.", no_args_is_help=True)
-train.command()(models.tiny)
-app.add_typer(train, name="train")
 
 lens = typer.Typer(help="The tuned lens on what blocks predict.", no_args_is_help=True)
 lens.command()(views.fit)
@@ -62,7 +59,7 @@ def main() -> None:
         app(args_with_files(sys.argv[1:]), prog_name="flux-poke")
     except UserError as error:
         typer.echo(f"Error: {error}", err=True)
-        sys.exit(1)
+        sys.exit(error.status)
     except OSError as error:
         found = error.filename or "A file"
         typer.echo(f"Error: {found} cannot be used ({error.strerror or error}): check the path and its permissions.", err=True)

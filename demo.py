@@ -1,10 +1,11 @@
-"""`flux-poke demo`: the whole loop on the tiny FLUX that ships, without ComfyUI.
+"""`flux-poke demo`: the whole loop on a tiny FLUX that ships, without ComfyUI.
 
-    summary = run_demo(Path("flux_poke_demo"), seed=0)
+    summary = run_demo(Path("flux_poke_demo"), seed=0, family="flux1")
 
-Records it, cuts half of its MLP neurons in several ways, and measures every variant against the dense model. Prompts and
-seeds of the drawings that are measured are not those that were recorded. All that is made lies in one folder: internals,
-rows, plans, pruned checkpoints, pictures and `summary.json`.
+Records it, cuts half of its MLP neurons in several ways, and in FLUX.1 half of all its parameters (`fitted`: neurons and ranks
+of modulation layers, which FLUX.2's blocks have none of), and measures every variant against the dense model. Prompts and seeds
+of the drawings that are measured are not those that were recorded. All that is made lies in one folder: internals, rows, plans,
+pruned checkpoints, pictures and `summary.json`.
 """
 
 from __future__ import annotations
@@ -18,20 +19,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from .analysis.report import internals_figure
 from .errors import UserError
 from .files import check_text, write_picture, write_text
+from .flux.layout import Family
 from .flux.model import Flux
-from .flux.sampling import FluxTimer
 from .progress import Progress, part, renamed, silent
 from .pruning.checkpoint import save_changed, save_pruned
 from .pruning.dense import Dense
 from .pruning.plan import PruningPlan
-from .pruning.planning import ByBudget, ByCount, Request, make_plan
+from .pruning.planning import ByBudget, ByCount, Planned, Request, make_plan
 from .pruning.refit import RepairReport
 from .pruning.repair import Repairs
 from .pruning.surgery import Cut
@@ -41,12 +41,12 @@ from .recording.rows import RowChoice
 from .recording.trajectories import Trajectories, relative_error, trajectory, velocity_error
 from .retrain.distill import distill
 from .tiny.data import digit_accuracy
-from .tiny.model import FOLDER, STEPS, TinyFlux
+from .tiny.model import SHIPPED, STEPS, TinyFlux
 from .tiny.words import digit_prompts
 
 SUMMARY = "summary.json"
 
-RECORDED, MEASURED, TAUGHT = 120, 100, 60
+RECORDED, MEASURED, TAUGHT = 200, 100, 60
 #: Velocities are compared on the first of the measured images, all else on all of them.
 COMPARED = 50
 
@@ -69,14 +69,14 @@ class Variant:
     seconds: float
 
 
-def run_demo(out: Path, seed: int = 0, progress: Progress = silent) -> dict:
+def run_demo(out: Path, seed: int = 0, progress: Progress = silent, family: Family = "flux1") -> dict:
     """Runs it, writes everything to `out`, which is a recording then, and returns what `summary.json` holds.
 
     Raises `UserError` where `out` holds a recording, or files of such names, that no demo made.
     """
     started = time.perf_counter()
     _make_room(out)
-    checkpoint, recording = FOLDER / "flux.safetensors", Recording.at(out)
+    checkpoint, recording = SHIPPED[family] / "flux.safetensors", Recording.at(out)
     dense = Dense.open(checkpoint)
     variants: list[Variant] = []
 
@@ -97,7 +97,7 @@ def run_demo(out: Path, seed: int = 0, progress: Progress = silent) -> dict:
     write_picture(out / "internals.png", internals_figure(recording.internals()))
 
     progress("drawing others to measure on", 20, 100)
-    exam = Exam.of(TinyFlux.load(), seed)
+    exam = Exam(TinyFlux.load(checkpoint), [digit_prompt(number, 1) for number in range(MEASURED)], seed)
     variants.append(exam.measured("dense", dense.tensors, PruningPlan.keeping_all(dense), "none", checkpoint.stat().st_size))
 
     half = dense.layout.sites[0].width // 2
@@ -105,10 +105,14 @@ def run_demo(out: Path, seed: int = 0, progress: Progress = silent) -> dict:
         "frequency-none": (ByCount(half, half, half, "frequency"), "none"),
         "fluctuation-bias": (ByCount(half, half, half, "fluctuation"), "bias"),
         "obs-affine": (ByCount(half, half, half, "obs"), "affine"),
-        "budget-obs-affine": (ByBudget(share=0.5, score="obs", multiple=32), "affine"),
+        "budget-obs-affine": (ByBudget(neurons=0.5, multiple=32), "affine"),
     }
+    if dense.layout.modulated:
+        requests["fitted"] = ByBudget(share=0.5, multiple=4), "affine"
+    made: dict[str, tuple[Planned, Cut]] = {}
     for number, (name, (what, repair)) in enumerate(requests.items()):
-        within = renamed(part(progress, 30 + 13 * number, 100, 13), f"cutting half of the neurons: {name}")
+        half_of = "all parameters" if name == "fitted" else "the neurons"
+        within = renamed(part(progress, 30 + 10 * number, 100, 10), f"cutting half of {half_of}: {name}")
         within("", 0, 1)
         begun = time.perf_counter()
         planned = make_plan(dense, recording, what, progress=part(within, 0, 3))
@@ -116,18 +120,21 @@ def run_demo(out: Path, seed: int = 0, progress: Progress = silent) -> dict:
         repairs = Repairs(dense, planned.plan, repair, recording)
         repairs.compute(part(within, 1, 3))
         cut = Cut(dense, planned.plan, repairs)
+        made[name] = planned, cut
         file = out / f"{name}.safetensors"
         save_pruned(file, cut)
         variants.append(exam.measured(name, cut, planned.plan, repair, file.stat().st_size, time.perf_counter() - begun))
-    write_picture(out / "budget.png", planned.figure())
+    write_picture(out / "budget.png", made[[*made][-1]][0].figure())
 
     progress("retraining all kept neurons against the dense model", 82, 100)
+    planned, cut = made["budget-obs-affine"]
     begun = time.perf_counter()
     texts = exam.tiny.words(prompts[:TAUGHT])
-    taught, _ = trajectory(exam.tiny.flux, exam.tiny.noise(TAUGHT, 30_000 + 1_000 * seed), FluxTimer(STEPS).sigmas(), *texts)
+    taught, _ = trajectory(exam.tiny.flux, exam.tiny.noise(TAUGHT, 30_000 + 1_000 * seed), exam.tiny.sigmas(), *texts)
     distilled = distill(cut, Trajectories.of(taught))
     file = out / "retrained.safetensors"
-    report = dict.fromkeys(planned.plan.kept, RepairReport("retrained", before=distilled.before, after=distilled.after))
+    measured = RepairReport("retrained", before=distilled.start.relative, after=distilled.final.relative)
+    report = dict.fromkeys(planned.plan.kept, measured)
     save_changed(file, out / "budget-obs-affine.safetensors", distilled.tensors, report)
     tensors = {**cut, **distilled.tensors}
     spent = time.perf_counter() - begun
@@ -152,17 +159,18 @@ def _make_room(out: Path) -> None:
 class Exam:
     """Drawings of the dense model that no recording saw, and how near a changed model comes to them."""
 
-    def __init__(self, tiny: TinyFlux, prompts: list[str], digits: list[int], noise: Tensor):
-        self.tiny, self.prompts, self.digits, self.noise = tiny, prompts, digits, noise
-        points, self.latents = trajectory(tiny.flux, noise, FluxTimer(STEPS).sigmas(), *tiny.words(prompts))
+    def __init__(self, tiny: TinyFlux, prompts: list[str], seed: int):
+        """`prompts` are for the digits 0 to 9, over and over."""
+        self.tiny, self.prompts = tiny, prompts
+        self.digits = [number % 10 for number in range(len(prompts))]
+        self.noise = tiny.noise(len(prompts), 500_000 + 1_000 * seed)
+        points, self.latents = trajectory(tiny.flux, self.noise, tiny.sigmas(), *tiny.words(prompts))
         self.points = [point[:COMPARED] for point in points]
-        self.images: dict[str, Tensor] = {"dense": tiny.autoencoder.decode(self.latents)}
+        self.images = {"dense": self.decoded(self.latents)}
 
-    @classmethod
-    def of(cls, tiny: TinyFlux, seed: int) -> Exam:
-        digits = [number % 10 for number in range(MEASURED)]
-        prompts = [digit_prompt(number, 1) for number in range(MEASURED)]
-        return cls(tiny, prompts, digits, tiny.noise(MEASURED, 500_000 + 1_000 * seed))
+    def decoded(self, latents: Tensor) -> Tensor:
+        """Images in 0..1; by tens, which stay in the processor's cache."""
+        return torch.cat([self.tiny.autoencoder.decode(some) for some in latents.split(10)])
 
     def measured(
         self, name: str, tensors: Mapping[str, Tensor], plan: PruningPlan, repair: str, size: int, seconds: float = 0.0
@@ -175,7 +183,7 @@ class Exam:
             velocity = velocity_error(changed.flux, self.points)
             latents = changed.sample(self.prompts, self.noise)
             latent = relative_error(self.latents, latents)
-            self.images[name] = self.tiny.autoencoder.decode(latents)
+            self.images[name] = self.decoded(latents)
             mse = (self.images[name] - self.images["dense"]).square().mean((1, 2, 3))
             psnr = (-10 * mse.log10()).mean().item()
         return Variant(
@@ -203,7 +211,6 @@ def digit_prompt(number: int, half: int) -> str:
 def variants_figure(variants: list[Variant], exam: Exam) -> Figure:
     """The same ten drawings by every variant, one row each, with what was measured beside them."""
     figure = Figure(figsize=(11, 0.85 * len(variants) + 0.2), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     rows = figure.subplots(len(variants), 2, width_ratios=(10, 5), squeeze=False)
     for variant, (picture, text) in zip(variants, rows, strict=True):
         picture.imshow(np.concatenate(list(exam.images[variant.name][:10].permute(0, 2, 3, 1).numpy()), axis=1))

@@ -30,7 +30,6 @@ from dataclasses import asdict, dataclass
 
 import requests
 from requests.adapters import HTTPAdapter
-from requests.exceptions import ChunkedEncodingError
 from urllib3 import Retry
 from urllib3.exceptions import HTTPError, ProtocolError, ReadTimeoutError
 
@@ -67,8 +66,8 @@ class Downloaded:
 
     def next(self) -> str | None:
         """The dataset that is furthest behind, so that a short list has prompts of all of them; None at the end."""
-        open_ = [name for name in self.rows if self.rows[name] < self.totals.get(name, 1)]
-        return min(open_, key=self.rows.__getitem__, default=None)
+        unread = [name for name in self.rows if self.rows[name] < self.totals.get(name, 1)]
+        return min(unread, key=self.rows.__getitem__, default=None)
 
 
 class RowsServer:
@@ -104,7 +103,7 @@ class RowsServer:
         while True:
             try:
                 return self.session.get(url, params=query, timeout=self.timeout)
-            except (requests.ConnectionError, ChunkedEncodingError) as error:
+            except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
                 # The adapter tries again until an answer begins; one that breaks off or stalls after that is left to us.
                 cause = error.args[0]
                 if not isinstance(cause, ProtocolError | ReadTimeoutError):
@@ -123,8 +122,7 @@ def download_prompts(
 ) -> int:
     """Writes at most `limit` (0 = all) different prompts that contain a text to `out`, one per line; how many there are.
 
-    Line breaks inside a prompt become spaces. The datasets take turns, page by page. Goes on where an interrupted call
-    with the same `out`, `datasets` and `contains` stopped; the result is that of a call that was not interrupted.
+    Line breaks inside a prompt become spaces. An interrupted call goes on with the same `out`, `datasets` and `contains`.
     Raises `UserError`, with everything so far kept, where the server cannot be reached or answers with something else.
     """
     out = Path(out)
@@ -171,11 +169,10 @@ def _resumed(saved: Path, partial: Path, datasets: Sequence[str], contains: str)
         return fresh
     try:
         state = Downloaded(**json.loads(saved.read_text(encoding="utf-8")))
-        whole = partial.stat().st_size >= state.size
-    except (OSError, ValueError, TypeError):
-        whole = False
-    if not whole:
-        raise UserError(f"{saved} does not belong to {partial}: delete both to start over.")
+        if partial.stat().st_size < state.size:
+            raise ValueError("lines are missing")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{saved} does not belong to {partial} ({error}): delete both to start over.") from error
     if (state.contains, list(state.rows)) != (contains, list(datasets)):
         raise UserError(
             f"{saved} belongs to a download of {' and '.join(state.rows)} with --contains {state.contains!r} that has not "

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
-from .progress import Progress, silent
+from .progress import Progress, silent, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,25 +40,26 @@ _DTYPES = {
 }  # fmt: skip
 _BYTES = dict(_DTYPES.values())
 
-#: What files with these endings begin with, from which byte on. XML says what it is after its own first line.
+#: What files with these endings begin with. XML says what it is after its own first line.
 _BEGINNINGS = {
-    ".png": (0, (b"\x89PNG\r\n\x1a\n",)),
-    ".jpg": (0, (b"\xff\xd8\xff",)),
-    ".jpeg": (0, (b"\xff\xd8\xff",)),
-    ".gif": (0, (b"GIF87a", b"GIF89a")),
-    ".webp": (8, (b"WEBP",)),
-    ".mp4": (4, (b"ftyp",)),
-    ".pdf": (0, (b"%PDF-",)),
-    ".svg": (0, (b"<svg", b"<?xml")),
+    ".png": rb"\x89PNG\r\n\x1a\n",
+    ".jpg": rb"\xff\xd8\xff",
+    ".jpeg": rb"\xff\xd8\xff",
+    ".gif": rb"GIF8[79]a",
+    ".webp": rb"RIFF.{4}WEBP",
+    ".mp4": rb".{4}ftyp",
+    ".pdf": rb"%PDF-",
+    ".svg": rb"<svg|<\?xml",
 }
 
 #: What figures of matplotlib, and images of Pillow, are written as.
 FIGURES = (".png", ".jpg", ".pdf", ".svg")
 IMAGES = (".png", ".jpg", ".webp")
 
-#: Names of the folders that hold a file while it is written, and of all that stands in one.
+#: Names of the folders that hold a file while it is written, and of all that stands in them.
 _UNFINISHED = re.compile(r"\.flux-poke-[a-z0-9_]{8}\.unfinished")
 _LOCK, _SAMPLE, _NEW = "lock", "as usual", ".new"
+_OURS = re.compile(rf"{_LOCK}|{_SAMPLE}|.*\{_NEW}|\.tmp.*", re.DOTALL)  # safetensors writes to a ".tmp..." first
 #: As much of a text as is read to see whose it is.
 _MOST_TEXT = 10_000_000
 #: What the names of formats end in.
@@ -71,9 +72,8 @@ PATIENCE, _LOOK = 600.0, 0.25
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Where to write a new file; it takes `path`'s place when the `with` ends well, and is gone otherwise.
 
-    It stands in a hidden folder beside `path`, where a library may put temporary files of its own, and its name ends in `.new`,
-    so that nobody takes it for a model. Raises `UserError` where the folder or the file cannot be written, and where `path`
-    has the ending of a picture and is something else.
+    It stands in a hidden folder beside `path`, where a library may put temporary files of its own, and nobody takes it for a
+    model. Raises `UserError` where it cannot be written, and where `path` has the ending of a picture and is something else.
     """
     given, path = Path(path), _target(path)
     with _explained(given):
@@ -84,8 +84,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         folder, lock = _claimed_folder(path)
     new = folder / f"{path.name}{_NEW}"
     try:
-        yield new
         with _explained(given):
+            yield new
             as_usual = folder / _SAMPLE  # what a new file may here, by umask or by the folder
             as_usual.touch()
             new.chmod(stat.S_IMODE(as_usual.stat().st_mode))
@@ -96,11 +96,54 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         lock.release()
         shutil.rmtree(folder, ignore_errors=True)
     if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        handle = os.open(path.parent, os.O_DIRECTORY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str], foreign: Callable[[Path], str | None]) -> Iterator[Path]:
+    """An empty folder to fill; it takes `path`'s place when the `with` ends well, and is gone otherwise.
+
+    `foreign(folder)` names what in a folder is not of the kind that is written. Raises `UserError` where a file stands at
+    `path`, or a folder with something foreign in it.
+    """
+    given, path = Path(path), Path(os.path.abspath(_target(path)))
+    with _explained(given):
+        check_folder(path, foreign)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path.parent)
+        folder, lock = _claimed_folder(path)
+    new, old = folder / f"{path.name}{_NEW}", folder / f"{path.name}.old{_NEW}"
+    try:
+        with _explained(given):
+            new.mkdir()
+            yield new
+            with whole():
+                if path.is_dir():
+                    os.replace(path, old)
+                try:
+                    os.replace(new, path)
+                except OSError:
+                    if old.is_dir():
+                        os.replace(old, path)
+                    raise
+    finally:
+        lock.release()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_folder(path: str | os.PathLike[str], foreign: Callable[[Path], str | None]) -> None:
+    """Raises `UserError` where `replacing_folder` would replace something else than its own kind."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file: choose another name for a folder.")
+    if path.is_dir() and os.path.samefile(path, os.getcwd()):
+        raise UserError(f"{path} is the folder that you are in, which cannot be replaced: name one in it.")
+    if path.is_dir() and (found := foreign(path)) is not None:
+        raise UserError(f"{path} holds {found}, which is something else and is not replaced: choose another folder.")
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
@@ -131,11 +174,7 @@ def _remove_abandoned(folder: Path) -> None:
             continue
         lock = FileLock(abandoned / _LOCK)
         try:
-            # safetensors writes to a ".tmp..." beside it first
-            ours = (
-                name in (_LOCK, _SAMPLE) or name.endswith(_NEW) or name.startswith(".tmp") for name in os.listdir(abandoned)
-            )
-            if not all(ours):
+            if not all(map(_OURS.fullmatch, os.listdir(abandoned))):
                 continue
             lock.acquire(blocking=False)
         except (OSError, NotImplementedError):  # somebody is writing there
@@ -149,10 +188,9 @@ def _remove_abandoned(folder: Path) -> None:
 def check_beginning(path: str | os.PathLike[str]) -> None:
     """Raises `UserError` where a file stands at `path` that is not what its ending says: a ".png" that is not a PNG."""
     path = Path(path)
-    start, beginnings = _BEGINNINGS.get(path.suffix.lower(), (0, (b"",)))
     with suppress(FileNotFoundError), open(path, "rb") as file:
-        found = file.read(start + 16)
-        if found and not found[start:].startswith(beginnings):
+        found = file.read(16)
+        if found and not re.match(_BEGINNINGS.get(path.suffix.lower(), b""), found, re.DOTALL):
             raise UserError(f"{path} is something else than its ending says, and is not replaced: choose another name.")
 
 
@@ -201,7 +239,7 @@ def check_replaces(path: str | os.PathLike[str], format: str | None) -> None:
 
 def check_not_read(path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
     """Raises `UserError` where `path`, which is to be written, is one of the `inputs`."""
-    if Path(path).resolve() in {Path(found).resolve() for found in inputs}:
+    if os.path.realpath(path) in {os.path.realpath(found) for found in inputs}:
         raise UserError(f"{path} is also what is read: choose another name for what is written.")
 
 
@@ -232,7 +270,7 @@ def locked(path: str | os.PathLike[str], progress: Progress = silent, patience: 
     """
     path = _target(path)
     hidden = path.with_name(f".{path.name}.lock")
-    owner = path.with_name(f".{path.name}.owner")
+    owner, whose = path.with_name(f".{path.name}.owner"), "another program"
     lock, began = FileLock(hidden), time.monotonic()
     with _explained(path, "locked"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -241,10 +279,9 @@ def locked(path: str | os.PathLike[str], progress: Progress = silent, patience: 
                 lock.acquire(timeout=_LOOK)
                 break
             if time.monotonic() - began > patience:
-                raise UserError(
-                    f"{path} has been locked for {patience:.0f} s by {_read_owner(owner)}: wait until that has ended, "
-                    "or end it."
-                )
+                with suppress(OSError):
+                    whose = owner.read_text() or whose
+                raise UserError(f"{path} has been locked for {patience:.0f} s by {whose}: wait until it has ended, or end it.")
             progress(f"waiting for {path.name}", 0, 1)
     try:
         with suppress(OSError):  # whose lock it is; it does without
@@ -256,19 +293,12 @@ def locked(path: str | os.PathLike[str], progress: Progress = silent, patience: 
         lock.release()
 
 
-def _read_owner(owner: Path) -> str:
-    try:
-        return owner.read_text() or "another program"
-    except OSError:
-        return "another program"
-
-
 def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """A safetensors file, replaced as a whole; raises `UserError` where a file of another `format` stands there."""
     from safetensors.torch import save_file
 
     check_replaces(path, metadata.get("format"))
-    with replacing(path) as new, _explained(Path(path)):
+    with replacing(path) as new:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, new, dict(metadata))
 
 
@@ -280,9 +310,9 @@ def stream_safetensors(
 ) -> None:
     """`write_safetensors` with one tensor in memory at a time.
 
-    `kinds` gives every key's type in the format's words ("BF16", ...) and shape; `tensor(key)` is asked for each in turn, and
-    must be of that type and shape. The format: 8 bytes little-endian length, JSON header padded to 8 bytes, data without gaps
-    (huggingface/safetensors, README). Wider types come first, so that all stay aligned.
+    `kinds` gives every key's type in the format's words ("BF16", ...) and shape, `tensor(key)` each in turn. The format: 8
+    bytes little-endian length, JSON header padded to 8 bytes, data without gaps (huggingface/safetensors, README). Wider types
+    come first, so that all stay aligned.
     """
     import torch
 
@@ -292,11 +322,11 @@ def stream_safetensors(
     end = 0
     for key in order:
         dtype, shape = kinds[key]
-        start, end = end, end + _BYTES[dtype] * math.prod(shape)
+        start, end = end, end + bytes_of(kinds[key])
         header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(path) as new, _explained(Path(path)), open(new, "wb") as file:
+    with replacing(path) as new, open(new, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in order:
             value = tensor(key).detach().cpu().contiguous()
@@ -306,23 +336,40 @@ def stream_safetensors(
                 file.write(value.reshape(-1).view(torch.uint8).numpy().data)
 
 
+def size_text(size: float) -> str:
+    """Bytes in words: GB from a tenth of one on, else MB."""
+    return f"{size / 1e9:.4g} GB" if size >= 1e8 else f"{size / 1e6:.4g} MB"
+
+
 def kind_of(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
     """A tensor's type, in the words of the safetensors format, and its shape."""
     return _DTYPES[str(tensor.dtype).removeprefix("torch.")][0], tuple(tensor.shape)
 
 
+def torch_type(word: str) -> Any:
+    """torch's type for the word of the safetensors format."""
+    import torch
+
+    return getattr(torch, next(name for name, (known, _) in _DTYPES.items() if known == word))
+
+
+def bytes_of(kind: tuple[str, tuple[int, ...]]) -> int:
+    """Bytes that a tensor of a type, in the words of the safetensors format, and shape takes in a file."""
+    return _BYTES[kind[0]] * math.prod(kind[1])
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """A UTF-8 text file, replaced as a whole."""
-    with replacing(path) as new, _explained(Path(path)):
+    with replacing(path) as new:
         new.write_text(text, encoding="utf-8")
 
 
 def write_picture(path: str | os.PathLike[str], picture: Any) -> None:
     """A figure of matplotlib or an image of Pillow as what the ending of `path` says, replaced as a whole."""
-    path = Path(path)
-    check_picture(path, FIGURES if hasattr(picture, "savefig") else IMAGES)
-    with replacing(path) as new, _explained(path):
-        if hasattr(picture, "savefig"):
-            picture.savefig(new, format=path.suffix[1:].lower(), dpi=110)
+    format, figure = Path(path).suffix[1:].lower(), hasattr(picture, "savefig")
+    check_picture(path, FIGURES if figure else IMAGES)
+    with replacing(path) as new:
+        if figure:
+            picture.savefig(new, format=format, dpi=110)
         else:
-            picture.save(new, {".jpg": "JPEG"}.get(path.suffix.lower(), path.suffix[1:]))
+            picture.save(new, {"jpg": "JPEG"}.get(format, format))

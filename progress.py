@@ -10,7 +10,10 @@ work, which then loses nothing that was finished: this is how Cancel comes in.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 #: Told what is being done, how much of it is done, and of how much; an exception from it cancels.
 Progress = Callable[[str, float, float], None]
@@ -28,3 +31,22 @@ def part(progress: Progress, done: float, total: float, size: float = 1.0) -> Pr
 def renamed(progress: Progress, what: str) -> Progress:
     """The same progress under one name, whatever the inner work calls its steps."""
     return lambda _, done, total: progress(what, done, total)
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """Ctrl-C waits for the end of the `with`: for work of a moment that is done whole or not at all.
+
+    Only the main thread is interrupted by it, so in others there is nothing to wait for.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)

@@ -3,12 +3,14 @@
     prompts = read_prompts("prompts.txt", pattern='"')       # those that contain a quotation mark
     prompt, index = pick(prompts, 7)                         # wraps around at the end
     prompt, index = pick(prompts, RANDOM, seed=1)
+    recorded, measured = split_prompts(prompts)              # never the same in both
 
 `SHIPPED` is the short list that comes with the package; `download_prompts.py` fetches long ones.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -23,7 +25,8 @@ from .errors import UserError
 SHIPPED = Path(__file__).with_name("prompts.txt")
 #: The index that stands for any prompt.
 RANDOM = -1
-
+#: Prompts to record where no number is given, and to leave to measure on: one of five, and no more than this.
+ENOUGH, MEASURED = 60, 20
 
 #: Looks for a regular expression in lines: reads [pattern, lines] and writes the numbers of those it is found in, or why not.
 _SEARCH = """
@@ -49,12 +52,11 @@ def read_prompts(path: str | os.PathLike[str] = SHIPPED, pattern: str = "") -> l
     try:
         with open(path, encoding="utf-8-sig") as file:  # editors on Windows put a byte order mark in front
             prompts = [line.strip() for line in file if not line.isspace()]
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is not there: expected a text file with one prompt per line.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8.") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}): expected a text file with one prompt per line.") from error
+        why = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise UserError(f"{path} {why}: expected a text file with one prompt per line.") from error
     if not prompts:
         raise UserError(f"{path} holds no prompts: expected one per line.")
     found = _matching(prompts, pattern) if pattern else prompts
@@ -89,6 +91,22 @@ def _matching(prompts: Sequence[str], pattern: str) -> list[str]:
     if isinstance(found, str):
         raise UserError(f"The regular expression {pattern!r} cannot be read: {found}.")
     return [prompts[number] for number in found]
+
+
+def split_prompts(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those to record, and those to measure on; in an order that is drawn by what they say.
+
+    So a file may be sorted, and lines that are added to it hardly move the others from one side to the other. Raises
+    `UserError` where there are fewer than three different ones.
+    """
+    different = sorted({*prompts}, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
+    if len(different) < 3:
+        raise UserError(
+            f"There are {len(different)} different prompts, and at least 3 are needed, 2 to record and 1 to measure on; "
+            f"{ENOUGH + MEASURED} or more are best."
+        )
+    measured = min(MEASURED, max(1, len(different) // 5))
+    return different[:-measured], different[-measured:]
 
 
 def pick(prompts: Sequence[str], index: int, seed: int | None = None) -> tuple[str, int]:

@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..files import check_beginning, check_writable, replacing
 from ..flux.blocks import BlockKind
 from ..progress import Progress, silent
+from .decoding import read_picture
 from .sheets import captioned
 from .taps import Tap
 
@@ -63,11 +64,7 @@ def captioned_frames(
     """Each preview read and captioned "Step 3 · double block 7"; `font_size` 0 leaves captions out."""
     widest = max((tap.title for tap, _ in previews), key=len, default="")
     for done, (tap, path) in enumerate(previews, start=1):
-        try:
-            with Image.open(path) as image:
-                frame = image.convert("RGB")
-        except OSError as error:
-            raise UserError(f"{path} cannot be read as an image ({error}): delete it or decode the previews again.") from error
+        frame = read_picture(path)
         frame = captioned(frame, tap.title, font_size, widest) if font_size else frame
         progress(f"frame {done} of {len(previews)}", done, len(previews))
         yield frame
@@ -95,20 +92,15 @@ def write_animation(path: str | os.PathLike[str], frames: Iterable[Image.Image],
     first = next(frames, None)
     if first is None:
         raise UserError("There are no frames to animate.")
-    everything = itertools.chain((first,), _of_one_size(frames, first.size))
+    size = first.size
+    alike = (frame if frame.size == size else frame.resize(size, Image.Resampling.LANCZOS) for frame in frames)
     with replacing(path) as new:
         if format == "mp4":
-            _write_mp4(new, everything, first.size, fps)
+            _write_mp4(new, itertools.chain((first,), alike), size, fps)
         else:
             quality = {"quality": 90} if format == "webp" else {}
             duration = round(1000 / fps)
-            next(everything).save(
-                new, format.upper(), save_all=True, append_images=everything, duration=duration, loop=0, **quality
-            )
-
-
-def _of_one_size(frames: Iterable[Image.Image], size: tuple[int, int]) -> Iterator[Image.Image]:
-    return (frame if frame.size == size else frame.resize(size, Image.Resampling.LANCZOS) for frame in frames)
+            first.save(new, format.upper(), save_all=True, append_images=alike, duration=duration, loop=0, **quality)
 
 
 def _write_mp4(path: Path, frames: Iterable[Image.Image], size: tuple[int, int], fps: float) -> None:

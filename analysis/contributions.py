@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
 from torch.nn import functional as F
 
 from .lens import Lens
@@ -47,17 +46,15 @@ def block_contributions(taps: BlockTaps, number: int | None = None) -> list[Cont
     taps.check_not_empty()
     rows = slice(None) if number is None else slice(number, number + 1)
     ordered = list(taps)
-    last_of_step = {tap.step: tap for tap in ordered}
     final = taps.latent(ordered[-1])[rows].flatten(1)
     found = []
-    goal: dict[int, Tensor] = {}
-    for tap in ordered:
-        if tap.step not in goal:
-            goal = {tap.step: taps.velocity(last_of_step[tap.step])[rows].flatten(1)}
-        cosine = F.cosine_similarity(taps.velocity(tap)[rows].flatten(1), goal[tap.step])
-        x0 = taps.latent(tap)[rows].flatten(1)
-        error = (x0 - final).square().sum(1) / final.square().sum(1)
-        found.append(Contribution(tap, taps.change(tap)[rows].mean().item(), cosine.mean().item(), error.mean().item()))
+    for _, of_step in groupby(ordered, lambda tap: tap.step):
+        tapped = list(of_step)
+        goal = taps.velocity(tapped[-1])[rows].flatten(1)
+        for tap in tapped:
+            cosine = F.cosine_similarity(taps.velocity(tap)[rows].flatten(1), goal)
+            error = (taps.latent(tap)[rows].flatten(1) - final).square().sum(1) / final.square().sum(1)
+            found.append(Contribution(tap, taps.change(tap)[rows].mean().item(), cosine.mean().item(), error.mean().item()))
     return found
 
 
@@ -66,8 +63,7 @@ def contributions_figure(rows: Sequence[Contribution]) -> Figure:
     blocks = sorted({row.tap.block for row in rows})
     steps = sorted({row.tap.step for row in rows})
     place = {block: index for index, block in enumerate(blocks)}
-    figure = Figure(figsize=_size(len(blocks), 8.5), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = _figure(len(blocks), 8.5)
     axes = figure.subplots(3, 1, sharex=True)
     scale = ScalarMappable(Normalize(steps[0], max(steps[-1], steps[0] + 1)), "viridis")
     colors = dict(zip(steps, scale.to_rgba(np.array(steps)), strict=True))
@@ -98,8 +94,7 @@ def lens_figure(lens: Lens) -> Figure:
     blocks = sorted(lens.errors)
     tuned = np.array([lens.errors[block] for block in blocks])
     raw = np.array([lens.raw_errors[block] for block in blocks])
-    figure = Figure(figsize=_size(len(blocks) + 1, 6.5), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = _figure(len(blocks) + 1, 6.5)
     figure.suptitle(
         f"Lens fitted on {lens.rows:,} tokens of {lens.images:,} images, errors on images it was not fitted on", fontsize=11
     )
@@ -124,8 +119,8 @@ def lens_figure(lens: Lens) -> Figure:
     return figure
 
 
-def _size(blocks: int, height: float) -> tuple[float, float]:
-    return max(7.0, min(16.0, 3 + 0.22 * blocks)), height
+def _figure(blocks: int, height: float) -> Figure:
+    return Figure(figsize=(max(7.0, min(16.0, 3 + 0.22 * blocks)), height), layout="constrained", facecolor="white")
 
 
 def _name_blocks(axes: Sequence[Any], names: Sequence[str]) -> None:

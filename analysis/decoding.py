@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ..errors import UserError
 from .taps import BlockTaps, Tap, View
 
 #: Latents [batch, channels, h, w] to images [batch, 3, height, width] in 0..1.
@@ -34,23 +37,22 @@ def decode_taps(taps: BlockTaps, decode: Decode, batch: int = 4, view: View = "x
     Raises `UserError` where nothing was tapped.
     """
     taps.check_not_empty()
-    waiting: list[tuple[Tap, int, Tensor]] = []
-    for tap in taps:
-        latents = taps.to_autoencoder(taps.latent(tap, view))
-        waiting += [(tap, number, latent) for number, latent in enumerate(latents)]
-        while len(waiting) >= batch:
-            yield from _decoded(waiting[:batch], decode)
-            del waiting[:batch]
-    if waiting:
-        yield from _decoded(waiting, decode)
-
-
-def _decoded(waiting: list[tuple[Tap, int, Tensor]], decode: Decode) -> Iterator[Frame]:
-    images = decode(torch.stack([latent for _, _, latent in waiting]))
-    for (tap, number, _), image in zip(waiting, images, strict=True):
-        yield Frame(tap, number, to_picture(image))
+    places = ((tap, number) for tap in taps for number in range(taps.images))
+    latents = (latent for tap in taps for latent in taps.to_autoencoder(taps.latent(tap, view)))
+    while some := list(islice(latents, batch)):
+        for image in decode(torch.stack(some)):
+            yield Frame(*next(places), to_picture(image))
 
 
 def to_picture(image: Tensor) -> Image.Image:
     """An image [3, height, width] in 0..1 as a picture."""
     return Image.fromarray(image.float().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture in RGB; raises `UserError` where the file is none."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as an image ({error}): name a picture, or make it again.") from error

@@ -4,6 +4,7 @@ generation = Generation(model="flux1-dev", prompt="a fox", width=1024, height=10
 folders = write_generations(output, [generation], taps, decode, finals=[image])
 
 {generation_id}/img_0.jpg, metadata.json, sheet.png, differences.png, contributions.png
+{generation_id}/raw/step_{s}/double_block_{i}.safetensors, context.safetensors    (`raw.py`)
 {generation_id}/intermediates/decoded/step_{s}/double_block_{i}.jpg, single_block_{i}.jpg
 
 find_previews(folder)                            # [(Tap, path), ...], in numeric order; also from a `decoded` folder alone
@@ -15,7 +16,6 @@ import json
 import os
 import re
 import secrets
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,8 +28,10 @@ from ..errors import UserError
 from ..files import replacing, write_safetensors, write_text
 from ..flux.blocks import Block
 from ..progress import Progress, silent
+from ..recording.manifest import utc_now
 from .contributions import block_contributions, contributions_figure
 from .decoding import Decode, decode_taps
+from .raw import write_raw
 from .report import figure_pixels
 from .sheets import captioned, cell_size, contact_sheet, difference_sheet
 from .taps import BlockTaps, Tap, View
@@ -49,7 +51,7 @@ class Generation:
     timesteps: Sequence[float]
     guidance: float | None = None
     generation_id: str = field(default_factory=lambda: secrets.token_hex(4))
-    timestamp: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    timestamp: str = field(default_factory=utc_now)
 
     @property
     def num_steps(self) -> int:
@@ -91,10 +93,12 @@ def write_generations(
             f"The tapped run drew {taps.images} images, and {len(finals)} came as its result: expected the latents of that run."
         )
     folders = [Path(out) / generation.generation_id for generation in generations]
-    for folder, generation, final in zip(folders, generations, finals, strict=True):
+    exif = [None if in_pictures is None else generation for generation in generations]
+    for folder, generation, final, known in zip(folders, generations, finals, exif, strict=True):
         write_text(folder / "metadata.json", generation.to_json() + "\n")
-        save_jpeg(folder / "img_0.jpg", final, None if in_pictures is None else generation)
+        save_jpeg(folder / "img_0.jpg", final, known)
 
+    write_raw(folders, taps)
     text = [None if in_pictures is None else {**in_pictures, SOFTWARE: one.to_json()} for one in generations]
     for number, folder in enumerate(folders):
         chart = contributions_figure(block_contributions(taps, number))
@@ -105,24 +109,20 @@ def write_generations(
 
     steps, blocks = len(taps.steps), len({tap.block for tap in taps})
     small: list[dict[Tap, Image.Image]] = [{} for _ in generations]
-    total = len(taps) * len(generations)
     widest = max((tap.title for tap in taps), key=len)
     for done, frame in enumerate(decode_taps(taps, decode, batch, view), start=1):
         image = captioned(frame.image, frame.tap.title, widest=widest) if captions else frame.image
-        path = folders[frame.number] / preview_path(frame.tap)
-        save_jpeg(path, image, None if in_pictures is None else generations[frame.number])
+        save_jpeg(folders[frame.number] / preview_path(frame.tap), image, exif[frame.number])
         cell = cell_size(steps, blocks, frame.image)
         small[frame.number][frame.tap] = frame.image.resize(cell, Image.Resampling.LANCZOS)
         if show is not None:
             show(image)
-        progress(f"decoding {frame.tap.title}", done, total)
+        progress(f"decoding {frame.tap.title}", done, len(taps) * len(generations))
 
     sigmas = {step: taps.sigma(step) for step in taps.steps}
-    for number, (folder, one) in enumerate(zip(folders, generations, strict=True)):
-        sheet = contact_sheet(small[number], one.prompt, sigmas, finals[number])
-        differences = difference_sheet(small[number], finals[number], one.prompt, sigmas)
-        save_png(folder / "sheet.png", sheet, text[number])
-        save_png(folder / "differences.png", differences, text[number])
+    for folder, one, images, final, chunks in zip(folders, generations, small, finals, text, strict=True):
+        save_png(folder / "sheet.png", contact_sheet(images, one.prompt, sigmas, final), chunks)
+        save_png(folder / "differences.png", difference_sheet(images, final, one.prompt, sigmas), chunks)
     return folders
 
 
@@ -137,7 +137,6 @@ def _write_latents(folders: Sequence[Path], taps: BlockTaps, view: View) -> None
 
 
 def preview_path(tap: Tap) -> Path:
-    """Where a block's prediction is within its generation's folder."""
     return Path("intermediates") / "decoded" / f"step_{tap.step}" / f"{tap.block.kind}_block_{tap.block.index}.jpg"
 
 
@@ -150,10 +149,9 @@ def find_previews(folder: str | os.PathLike[str]) -> list[tuple[Tap, Path]]:
     for root in (folder / "intermediates" / "decoded", folder / "decoded", folder):
         found = []
         for path in root.glob("step_*/*_block_*.*"):
-            step = re.fullmatch(r"step_(\d+)", path.parent.name)
-            block = re.fullmatch(r"(double|single)_block_(\d+)\.(?:jpe?g|png|webp)", path.name)
-            if step and block:
-                found.append((Tap(int(step[1]), Block.named(f"{block[1]}-{block[2]}")), path))
+            name = f"{path.parent.name}/{path.name}"
+            if match := re.fullmatch(r"step_(\d+)/(double|single)_block_(\d+)\.(?:jpe?g|png|webp)", name):
+                found.append((Tap(int(match[1]), Block.named(f"{match[2]}-{match[3]}")), path))
         if found:
             return sorted(found)
     raise UserError(

@@ -80,14 +80,9 @@ class Lens:
         """Writes maps in bfloat16, errors in the header."""
         tensors = {f"{block.name}.weight": weight.bfloat16() for block, weight in self.weights.items()}
         tensors |= {f"{block.name}.bias": bias.bfloat16() for block, bias in self.biases.items()}
-        metadata = {
-            "format": FORMAT,
-            "family": self.family,
-            "errors": json.dumps({block.name: error for block, error in self.errors.items()}),
-            "raw_errors": json.dumps({block.name: error for block, error in self.raw_errors.items()}),
-            "rows": str(self.rows),
-            "images": str(self.images),
-        }
+        metadata = {"format": FORMAT, "family": self.family, "rows": str(self.rows), "images": str(self.images)}
+        for key, errors in (("errors", self.errors), ("raw_errors", self.raw_errors)):
+            metadata[key] = json.dumps({block.name: error for block, error in errors.items()})
         write_safetensors(path, tensors, metadata)
 
     @classmethod
@@ -96,30 +91,28 @@ class Lens:
         with open_safetensors(path) as file:
             metadata = require_format(file.metadata(), path, FORMAT, "lens", "`flux-poke lens fit` makes one.")
             try:
-                errors = {Block.named(name): error for name, error in json.loads(metadata["errors"]).items()}
-                raw = {Block.named(name): error for name, error in json.loads(metadata["raw_errors"]).items()}
-                lens = cls(
-                    family=metadata["family"],
-                    weights={block: file.get_tensor(f"{block.name}.weight") for block in errors},
-                    biases={block: file.get_tensor(f"{block.name}.bias") for block in errors},
-                    errors=errors,
-                    raw_errors=raw,
-                    rows=int(metadata["rows"]),
-                    images=int(metadata["images"]),
+                errors, raw = (
+                    {Block.named(name): error for name, error in json.loads(metadata[key]).items()}
+                    for key in ("errors", "raw_errors")
                 )
+                weights, biases = (
+                    {block: file.get_tensor(f"{block.name}.{part}") for block in errors} for part in ("weight", "bias")
+                )
+                rows, images = int(metadata["rows"]), int(metadata["images"])
+                lens = cls(metadata["family"], weights, biases, errors, raw, rows, images)
                 lens._check()
                 return lens
             except (KeyError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
                 raise UserError(f"{path} is a damaged lens ({error}): fit it again or use a copy.") from error
 
 
-def fit_lens(rows: LensRows, share: float = 0.2, device: torch.device | str = "cpu", progress: Progress = silent) -> Lens:
-    """A lens by ridge regression, each block's strength chosen from `ALPHAS` on the held-out `share` of the images.
+def fit_lens(rows: LensRows, device: torch.device | str = "cpu", progress: Progress = silent) -> Lens:
+    """A lens by ridge regression, each block's strength chosen from `ALPHAS` on the held-out images.
 
     The penalty is on the map's distance from the identity, so that few rows give the raw prediction and not zero.
     Raises `UserError` where there are fewer than two images to keep apart.
     """
-    _, held = held_out(rows.images, share)
+    _, held = held_out(rows.images)
     test_at = torch.isin(rows.images, torch.tensor(sorted(held))).to(device)
     *blocks, last = rows
     target = rows[last].to(device, torch.float32)

@@ -29,6 +29,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import check_text, write_text
 from ..flux.checkpoint import open_safetensors
+from .decoding import read_picture, to_picture
 from .sheets import GAP, GROUND, INK, MARGIN, PALE, font, heat_map
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -56,22 +57,23 @@ class Comparison:
     ssim: float
 
     @property
+    def measures(self) -> tuple[str, str]:
+        return f"relative MSE {self.relative_mse:.3g}", f"PSNR {self.psnr:.2f} dB · SSIM {self.ssim:.4f}"
+
+    @property
     def text(self) -> str:
-        return f"relative MSE {self.relative_mse:.3g} · PSNR {self.psnr:.2f} dB · SSIM {self.ssim:.4f}"
+        return " · ".join(self.measures)
 
 
 #: Of a written table.
 COLUMNS = [field.name for field in fields(Comparison)]
 
 
-def compare(variant: Tensor, reference: Tensor, name: str = "", peak: float | None = None) -> Comparison:
+def compare(variant: Tensor, reference: Tensor, name: str = "") -> Comparison:
     """The measures of `variant` against `reference`, both [batch, channels, height, width], over the whole batch.
 
-    Args:
-        peak: the range of values that PSNR and SSIM refer to; 1 for images, by default the reference's own range where it has
-            other than 3 channels (latents).
-
-    Raises `UserError` where the two have different shapes.
+    PSNR and SSIM refer to a range of 1; where there are other than 3 channels (latents), to the reference's own. Raises
+    `UserError` where the two have different shapes.
     """
     if variant.shape != reference.shape:
         raise UserError(
@@ -80,19 +82,14 @@ def compare(variant: Tensor, reference: Tensor, name: str = "", peak: float | No
     from kornia.metrics import ssim
 
     a, b = variant.detach().cpu().double(), reference.detach().cpu().double()
-    if peak is None:
-        peak = 1.0 if b.shape[1] == 3 else float(b.max() - b.min()) or 1.0
+    peak = 1.0 if b.shape[1] == 3 else float(b.max() - b.min()) or 1.0
     squares = (a - b).square()
     window = min(SSIM_WINDOW, *b.shape[-2:])
     error, power = squares.sum().item(), b.square().sum().item()
     # of equal images it is 1, which kornia's rounding misses
     similarity = ssim(a, b, window - 1 + window % 2, max_val=peak, padding="valid").mean().item() if error else 1.0
-    return Comparison(
-        name=name,
-        relative_mse=error / power if power else math.inf if error else 0.0,
-        psnr=10 * math.log10(peak**2 / squares.mean().item()) if error else math.inf,
-        ssim=similarity,
-    )
+    psnr = 10 * math.log10(peak**2 / squares.mean().item()) if error else math.inf
+    return Comparison(name, error / power if power else math.inf if error else 0.0, psnr, similarity)
 
 
 def comparison_table(rows: Sequence[Comparison]) -> str:
@@ -139,8 +136,7 @@ def side_by_side(
     most = max(float(np.quantile(difference, 0.995)) for difference in differences) or 1.0
     columns: list[tuple[tuple[str, ...], list[Image.Image]]] = [((heading,), _pictures(reference[:MOST_ROWS]))]
     for row, variant, difference in zip(rows, variants, differences, strict=True):
-        measures = f"relative MSE {row.relative_mse:.3g}", f"PSNR {row.psnr:.2f} dB · SSIM {row.ssim:.4f}"
-        columns.append(((row.name or "variant", *measures), _pictures(variant[:MOST_ROWS])))
+        columns.append(((row.name or "variant", *row.measures), _pictures(variant[:MOST_ROWS])))
         columns.append((("difference", f"white = {most:.3g}"), [heat_map(image / most) for image in difference]))
 
     height, width = reference.shape[-2:]
@@ -175,10 +171,8 @@ def read_images(path: str | os.PathLike[str]) -> Tensor:
         images = [_read_image(file) for file in files]
         for file, image in zip(files, images, strict=True):
             if image.shape != images[0].shape:
-                raise UserError(
-                    f"{file} is {_size(image[None])}, {files[0]} {_size(images[0][None])}: expected one size in a folder."
-                )
-        return torch.stack(images)
+                raise UserError(f"{file} is {_size(image)}, {files[0]} {_size(images[0])}: expected one size in a folder.")
+        return torch.cat(images)
     if path.suffix.lower() in LATENT_ENDINGS:
         with open_safetensors(path) as file:
             if "latent_tensor" not in file.keys():
@@ -186,25 +180,18 @@ def read_images(path: str | os.PathLike[str]) -> Tensor:
                     f"{path} is not a latent: expected a tensor called latent_tensor, as ComfyUI's Save Latent writes."
                 )
             return file.get_tensor("latent_tensor").float()
-    return _read_image(path)[None]
+    return _read_image(path)
 
 
 def _read_image(path: Path) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            return torch.tensor(np.asarray(image.convert("RGB"))).permute(2, 0, 1).float() / 255
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read as an image ({error}): expected a picture, a folder of them, or a latent."
-        ) from error
+    return torch.tensor(np.asarray(read_picture(path))).permute(2, 0, 1)[None].float() / 255
 
 
 def _pictures(images: Tensor) -> list[Image.Image]:
     """Images in 0..1 as they are, latents by three channels stretched to 0..1."""
-    images = images.detach().float().cpu()
     if images.shape[1] != 3:
         images = (images[:, :3] if images.shape[1] > 3 else images[:, :1].expand(-1, 3, -1, -1)) / 6 + 0.5
-    return [Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()) for image in images]
+    return [to_picture(image) for image in images]
 
 
 def _size(images: Tensor) -> str:

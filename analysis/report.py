@@ -52,37 +52,38 @@ class SiteSummary:
 
 
 def internals_summaries(internals: Internals) -> list[SiteSummary]:
-    """One summary per MLP, in the model's order."""
     return [SiteSummary.of(name, site) for name, site in internals.sites.items()]
 
 
 def internals_title(internals: Internals) -> str:
     """One line: family, neurons, runs, steps."""
-    neurons = sum(len(site.fires) for site in internals.sites.values())
-    runs = f"{internals.runs:,} run{'' if internals.runs == 1 else 's'}"
+    what = f"{sum(len(site.fires) for site in internals.sites.values()):,} neurons in {len(internals.sites)} MLPs"
     if internals.fingerprint is None:
-        return (
-            f"Counts of the original flux-poke: {neurons:,} neurons in {len(internals.sites)} MLPs; model and tokens are not "
-            "known, rates are relative to the busiest neuron"
-        )
-    return (
-        f"{FAMILY_NAMES[internals.family]}: {neurons:,} neurons in {len(internals.sites)} MLPs, "
-        f"{runs}, {internals.steps:,} model calls, last {internals.updated}"
-    )
+        unknown = "model and tokens are not known, rates are relative to the busiest neuron"
+        return f"Counts of the original flux-poke: {what}; {unknown}"
+    runs = f"{internals.runs:,} run{'' if internals.runs == 1 else 's'}, {internals.steps:,} model calls"
+    return f"{FAMILY_NAMES[internals.family]}: {what}, {runs}, last {internals.updated}"
 
 
 def internals_table(internals: Internals) -> str:
     """The title and one line per MLP, for people; fixed-width text."""
+    header = f"{'site':<15}{'neurons':>9}{'tokens':>13}{'fires':>8}{'dead':>7}{'rare':>7}{'always':>8}{'variance':>11}"
     lines = [
-        internals_title(internals),
-        f"{'site':<15}{'neurons':>9}{'tokens':>13}{'fires':>8}{'dead':>7}{'rare':>7}{'always':>8}{'variance':>11}",
-    ]
-    lines += [
         f"{s.name:<15}{s.neurons:>9,}{s.tokens:>13,}{s.rate:>8.1%}{s.dead:>7,}{s.rare:>7,}{s.always:>8,}{s.variance:>11.3g}"
         for s in internals_summaries(internals)
     ]
-    lines.append(f"fires: mean share of tokens · dead: never · rare: under {RARE:.1%} · always: over {1 - RARE:.1%}")
-    return "\n".join(lines)
+    legend = f"fires: mean share of tokens · dead: never · rare: under {RARE:.1%} · always: over {1 - RARE:.1%}"
+    return "\n".join([internals_title(internals), header, *lines, legend, *filter(None, [padding_note(internals)])])
+
+
+def padding_note(internals: Internals) -> str:
+    """What is to be known of words that only fill a text up; empty where none of them counts."""
+    if internals.fingerprint is None or not (internals.padded or (internals.padded is None and internals.family == "flux1")):
+        return ""
+    return (
+        "What short texts are filled up with counts as words in txt and single MLPs, where the text encoder does so (FLUX.1's, "
+        "up to 256 words): ComfyUI's conditioning does not tell. Calibrate leaves it out."
+    )
 
 
 def internals_figure(internals: Internals) -> Figure:
@@ -91,7 +92,6 @@ def internals_figure(internals: Internals) -> Figure:
     summaries = internals_summaries(internals)
     height = max(4.5, 0.16 * len(names) + 2.2)
     figure = Figure(figsize=(13, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     figure.suptitle(internals_title(internals), fontsize=11)
     ranked, histogram, ends = figure.subplots(1, 3, width_ratios=(5, 4, 2), sharey=True)
 
@@ -131,7 +131,6 @@ def internals_figure(internals: Internals) -> Figure:
 
 def figure_pixels(figure: Figure) -> np.ndarray:
     """The figure as pixels [height, width, 3], uint8."""
-    canvas = figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg)
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -32,26 +32,20 @@ def contact_sheet(
     final: Image.Image | None = None,
 ) -> Image.Image:
     """All predictions as one picture: steps (and their noise levels) across, blocks down, the final image on the right."""
-    steps, blocks = _axes(images)
-    cell = cell_size(len(steps), len(blocks), next(iter(images.values())))
-    small = {tap: image.resize(cell, Image.Resampling.LANCZOS) for tap, image in images.items()}
-    return _grid(small, cell, title, sigmas, final)
+    return _grid(_small(images), title, sigmas, final)
 
 
 def difference_sheet(
     images: Mapping[Tap, Image.Image], final: Image.Image, title: str = "", sigmas: Mapping[int, float] | None = None
 ) -> Image.Image:
     """How far each prediction is from the final image: mean difference of the channels, one scale for all."""
-    steps, blocks = _axes(images)
-    cell = cell_size(len(steps), len(blocks), final)
-    goal = _values(final.resize(cell, Image.Resampling.LANCZOS))
-    differences = {
-        tap: np.abs(_values(image.resize(cell, Image.Resampling.LANCZOS)) - goal).mean(-1) for tap, image in images.items()
-    }
+    small = _small(images)
+    goal = _values(final.resize(next(iter(small.values())).size, Image.Resampling.LANCZOS))
+    differences = {tap: np.abs(_values(image) - goal).mean(-1) for tap, image in small.items()}
     most = max(float(np.quantile(difference, 0.99)) for difference in differences.values()) or 1.0
     heat = {tap: heat_map(difference / most) for tap, difference in differences.items()}
     note = f"difference to the final image: black 0, white {most:.2f} of full scale"
-    return _grid(heat, cell, f"{title} · {note}" if title else note, sigmas, final)
+    return _grid(heat, f"{title} · {note}" if title else note, sigmas, final)
 
 
 def heat_map(values: np.ndarray) -> Image.Image:
@@ -86,6 +80,33 @@ def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
     return whole
 
 
+def prompt_grid(rows: Mapping[str, Sequence[Image.Image]], largest: int = 256) -> Image.Image:
+    """Pictures of prompts, a row for each with its prompt above it; small pictures are enlarged, and none exceeds `largest`."""
+    side = max(max(one.size) for row in rows.values() for one in row)
+    scale = max(1, 128 // side) if side <= largest else largest / side
+    cells = [
+        [one.resize((round(one.width * scale), round(one.height * scale)), Image.Resampling.LANCZOS) for one in row]
+        for row in rows.values()
+    ]
+    text, line = font(14), 24
+    width = 2 * MARGIN + max(sum(one.width + GAP for one in row) for row in cells)
+    width = max(width, 2 * MARGIN + min(900, round(max(text.getlength(prompt) for prompt in rows))))
+    height = 2 * MARGIN + sum(line + GAP + max(one.height for one in row) + GAP * 3 for row in cells)
+    whole = Image.new("RGB", (width, height), GROUND)
+    draw, top = ImageDraw.Draw(whole), MARGIN
+    for prompt, row in zip(rows, cells, strict=True):
+        shown = prompt
+        while text.getlength(shown) > width - 2 * MARGIN:
+            shown = f"{shown.removesuffix('...')[:-1]}..."
+        draw.text((MARGIN, top), shown, INK, text)
+        left, top = MARGIN, top + line
+        for one in row:
+            whole.paste(one, (left, top))
+            left += one.width + GAP
+        top += max(one.height for one in row) + GAP * 4
+    return whole
+
+
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib: the same picture on every machine."""
@@ -103,19 +124,21 @@ def _axes(images: Mapping[Tap, Image.Image]) -> tuple[list[int], list[Block]]:
     return sorted({tap.step for tap in images}), sorted({tap.block for tap in images})
 
 
+def _small(images: Mapping[Tap, Image.Image]) -> dict[Tap, Image.Image]:
+    steps, blocks = _axes(images)
+    cell = cell_size(len(steps), len(blocks), next(iter(images.values())))
+    return {tap: image.resize(cell, Image.Resampling.LANCZOS) for tap, image in images.items()}
+
+
 def _values(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"), np.float32) / 255
 
 
 def _grid(
-    cells: Mapping[Tap, Image.Image],
-    cell: tuple[int, int],
-    title: str,
-    sigmas: Mapping[int, float] | None,
-    final: Image.Image | None,
+    cells: Mapping[Tap, Image.Image], title: str, sigmas: Mapping[int, float] | None, final: Image.Image | None
 ) -> Image.Image:
     steps, blocks = _axes(cells)
-    width, height = cell
+    width, height = next(iter(cells.values())).size
     label, heading = font(max(11, min(15, height // 4))), font(20)
     line = round(1.35 * label.size)
     left = MARGIN + round(max(label.getlength(block.title) for block in blocks)) + 10

@@ -19,12 +19,11 @@ import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from einops import rearrange
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -32,13 +31,16 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..flux.blocks import Block, blocks_of
 from ..flux.layout import Layout
+from ..flux.model import unpatchify
 from ..recording.call import Call
-from ..recording.hooks import watching_blocks, watching_image_tokens
+from ..recording.hooks import watching_blocks, watching_tokens
 from .lens import Lens
 
 #: x0 is what the block takes for the image; "euler" is where one Euler step by its velocity leads.
 View = Literal["x0", "euler"]
 
+#: What names of raw tensors begin with.
+RAW = "raw."
 #: How much a block changes its tokens is measured on at most about this many of them, evenly spaced.
 CHANGE_TOKENS = 128
 
@@ -89,6 +91,7 @@ class StepChoice:
         return any(step in steps for steps in self.ranges)
 
 
+@dataclass(eq=False)
 class BlockTaps:
     """Block predictions of one sampling run, in order; iterating gives the taps, `latent` reads one.
 
@@ -97,30 +100,32 @@ class BlockTaps:
     Args:
         denoise: how the model's output becomes x0.
         to_autoencoder: brings latents from the model's space to the autoencoder's, where the two differ.
+        raw: keep what the predictions are made of as well, see `raw`.
         memory_limit: bytes to hold in memory; the steps beyond go to disk and are deleted with this object.
         folder: where they go to, by default the system's folder for temporary files.
     """
 
-    def __init__(
-        self,
-        denoise: Denoise = flow_denoise,
-        to_autoencoder: Callable[[Tensor], Tensor] = lambda latents: latents,
-        memory_limit: int = 2**30,
-        folder: Path | None = None,
-    ):
-        self.denoise = denoise
-        self.to_autoencoder = to_autoencoder
-        self.memory_limit = memory_limit
-        self.folder = folder
-        self.skipping = 0
-        self._steps: dict[int, _Step] = {}
-        self._disk: tempfile.TemporaryDirectory | None = None
+    denoise: Denoise = flow_denoise
+    to_autoencoder: Callable[[Tensor], Tensor] = lambda latents: latents
+    memory_limit: int = 2**30
+    folder: Path | None = None
+    raw: bool = False
+    skipping: int = field(default=0, init=False)
+    _steps: dict[int, _Step] = field(default_factory=dict, init=False)
+    _disk: tempfile.TemporaryDirectory | None = field(default=None, init=False)
 
-    def add(self, call: Call, velocities: Mapping[Block, Tensor], changes: Mapping[Block, Tensor]) -> None:
+    def add(
+        self,
+        call: Call,
+        velocities: Mapping[Block, Tensor],
+        changes: Mapping[Block, Tensor],
+        raw: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Adds what was seen at one step; a step that is visited again is replaced."""
         tensors = {block.name: velocity for block, velocity in velocities.items()}
+        tensors |= {f"{RAW}{name}": value for name, value in (raw or {}).items()}
         tensors["x"] = call.part(call.x).float().cpu()
-        new = _Step(call.part(call.sigma).cpu(), call.sigma_next, tuple(sorted(velocities)), dict(changes), tensors)
+        new = _Step(call.part(call.sigma).cpu(), call.sigma_next, changes, tensors)
         self._steps.pop(call.step, None)
         if self.bytes_in_memory + sum(tensor.nbytes for tensor in tensors.values()) > self.memory_limit:
             if self._disk is None:
@@ -142,10 +147,10 @@ class BlockTaps:
         return sum(tensor.nbytes for tensors in held for tensor in tensors.values())
 
     def __iter__(self) -> Iterator[Tap]:
-        return (Tap(number, block) for number, step in sorted(self._steps.items()) for block in step.blocks)
+        return (Tap(number, block) for number, step in sorted(self._steps.items()) for block in sorted(step.changes))
 
     def __len__(self) -> int:
-        return sum(len(step.blocks) for step in self._steps.values())
+        return sum(len(step.changes) for step in self._steps.values())
 
     def check_not_empty(self) -> None:
         """Raises `UserError` where nothing was tapped."""
@@ -166,7 +171,6 @@ class BlockTaps:
         return tuple(sorted(self._steps))
 
     def sigma(self, step: int) -> float:
-        """Noise level at the beginning of a step."""
         return self._steps[step].sigma.flatten()[0].item()
 
     def velocity(self, tap: Tap) -> Tensor:
@@ -183,6 +187,26 @@ class BlockTaps:
         sigma = step.sigma.view(-1, 1, 1, 1)
         return x + (x - x0) / sigma * (step.sigma_next - sigma)
 
+    def raw_of(self, step: int, image: int) -> dict[str, dict[str, Tensor]]:
+        """What was kept of one image at a step, empty where it is not `raw`.
+
+        By block, its tokens `img` and `txt` [tokens, hidden] and `change`; as "context", `x` [channels, height, width],
+        `sigma`, `sigma_next`, `vec` [hidden], and `text` [words, width].
+        """
+        found: dict[str, dict[str, Tensor]] = {}
+        step_ = self._steps[step]
+        for key in step_.names:
+            if key.startswith(RAW):
+                block, name = key.removeprefix(RAW).split(".")
+                found.setdefault(block, {})[name] = step_.read(key)[image]
+        for tapped, change in step_.changes.items():
+            if tapped.name in found:
+                found[tapped.name]["change"] = change[image]
+        if found:
+            levels = {"sigma": step_.sigma[image], "sigma_next": torch.tensor(step_.sigma_next), "x": step_.read("x")[image]}
+            found["context"] |= levels
+        return found
+
     def change(self, tap: Tap) -> Tensor:
         """|tokens after the block - before| / |before| of each image [batch], on evenly spaced image tokens."""
         return self._steps[tap.step].changes[tap.block].float()
@@ -194,9 +218,15 @@ class _Step:
 
     sigma: Tensor
     sigma_next: float
-    blocks: tuple[Block, ...]
-    changes: dict[Block, Tensor]
+    changes: Mapping[Block, Tensor]
     tensors: dict[str, Tensor] | Path
+
+    @property
+    def names(self) -> list[str]:
+        if isinstance(self.tensors, Path):
+            with safe_open(self.tensors, framework="pt") as file:
+                return [*file.keys()]
+        return [*self.tensors]
 
     def read(self, key: str) -> Tensor:
         if isinstance(self.tensors, Path):
@@ -211,16 +241,8 @@ class TapRecorder:
     With a `lens`, each block's tokens go through its affine map before the final layer.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        blocks: Collection[Block],
-        steps: StepChoice = StepChoice(),
-        lens: Lens | None = None,
-    ):
-        self.layout = layout
-        self.steps = steps
-        self.lens = lens
+    def __init__(self, layout: Layout, blocks: Collection[Block], steps: StepChoice = StepChoice(), lens: Lens | None = None):
+        self.layout, self.steps, self.lens = layout, steps, lens
         everything = blocks_of(layout)
         self._last = len(everything)
         self._tapped = {everything.index(block) + 1: block for block in sorted(blocks)}
@@ -236,18 +258,21 @@ class TapRecorder:
             return
         patch = self.layout.patch
         height, width = call.x.shape[-2:]
-        grid = -(-height // patch), -(-width // patch)
-        tokens = grid[0] * grid[1]
+        tokens = -(-height // patch) * -(-width // patch)
         states: dict[Block, Tensor] = {}
         samples: dict[int, Tensor] = {}
         velocities: dict[Block, Tensor] = {}
+        raw: dict[str, Tensor] = {}
 
         @torch.no_grad()
-        def see(block_index: int, img: Tensor) -> None:
+        def see(block_index: int, img: Tensor, txt: Tensor) -> None:
             img = call.part(img)[:, :tokens]
             samples[block_index] = img[:, :: max(1, tokens // CHANGE_TOKENS)].to(torch.float32, copy=True)
             if block_index in self._tapped and block_index != self._last:
                 states[self._tapped[block_index]] = img.clone()
+            if taps.raw and block_index in self._tapped:
+                name = self._tapped[block_index].name
+                raw[f"{name}.img"], raw[f"{name}.txt"] = (part.to("cpu", copy=True) for part in (img, call.part(txt)))
 
         @torch.no_grad()
         def predict(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Tensor) -> None:
@@ -255,32 +280,31 @@ class TapRecorder:
                 return
             others = [_rows(value, call) for value in args[1:]]
             named = {key: _rows(value, call) for key, value in kwargs.items()}
+            if taps.raw:
+                raw["context.vec"] = (others[0] if others else named["vec"]).to("cpu", copy=True)
+                if call.context is not None:
+                    raw["context.text"] = call.part(call.context).to("cpu", copy=True)
             for block in list(states):
                 state = states.pop(block)
                 if self.lens is not None:
                     state = self.lens(block, state)
                 # forward, not a call: hooks (this one too) belong to the model's own call
-                velocities[block] = image(module.forward(state, *others, **named))
+                velocities[block] = unpatchify(module.forward(state, *others, **named), call.x, patch)
             if self._last in self._tapped:
-                velocities[self._tapped[self._last]] = image(call.part(out)[:, :tokens])
-
-        def image(out: Tensor) -> Tensor:
-            h, w = grid
-            out = rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=h, w=w, p=patch, q=patch)
-            return out[..., :height, :width]
+                velocities[self._tapped[self._last]] = unpatchify(call.part(out)[:, :tokens], call.x, patch)
 
         before_and_after = {block_index - 1 for block_index in self._tapped} | set(self._tapped)
         with ExitStack() as hooks:
             ran = hooks.enter_context(watching_blocks(model))
-            hook = model.get_submodule("final_layer").register_forward_hook(predict, with_kwargs=True)
-            hooks.callback(hook.remove)
-            hooks.enter_context(watching_image_tokens(model, before_and_after, see))
+            hooks.enter_context(model.get_submodule("final_layer").register_forward_hook(predict, with_kwargs=True))
+            hooks.enter_context(watching_tokens(model, before_and_after, see))
             yield
-        taps.skipping += bool(ran.blocks) and not ran.whole
+        taps.skipping += ran.skipped
         if velocities:
             moved = torch.stack(list(velocities.values())).cpu()  # one wait for the device a step
             changes = torch.stack([_change(samples[index - 1], samples[index]) for index in self._tapped]).cpu()
-            taps.add(call, dict(zip(velocities, moved, strict=True)), dict(zip(self._tapped.values(), changes, strict=True)))
+            changed = dict(zip(self._tapped.values(), changes, strict=True))
+            taps.add(call, dict(zip(velocities, moved, strict=True)), changed, raw)
 
 
 def _change(before: Tensor, after: Tensor) -> Tensor:

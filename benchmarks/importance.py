@@ -16,6 +16,7 @@ import tempfile
 from unittest import mock
 
 import torch
+from figures import figure
 from flux_poke.demo import MEASURED, RECORDED, Exam, Variant
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan
@@ -49,7 +50,7 @@ def prompts_of(split: int) -> tuple[list[str], list[str]]:
 def cut(exam: Exam, dense: Dense, recording: Recording) -> Variant:
     """Half of the neurons cut and repaired from scratch, measured."""
     shutil.rmtree(recording.cache, ignore_errors=True)
-    plan = make_plan(dense, recording, ByBudget(share=0.5, multiple=32)).plan
+    plan = make_plan(dense, recording, ByBudget(neurons=0.5, multiple=32)).plan
     return exam.measured("cut", Cut(dense, plan, Repairs(dense, plan, "affine", recording)), plan, "affine", 0)
 
 
@@ -63,7 +64,7 @@ def main() -> None:
     print("split   velocity error      final-latent error   digits read right       dense")
     for split in range(given.first, given.first + given.splits):
         recorded, measured = prompts_of(split)
-        exam = Exam(tiny, measured, [number % 10 for number in range(MEASURED)], tiny.noise(MEASURED, 500_000 + 1_000 * split))
+        exam = Exam(tiny, measured, split)
         whole = exam.measured("dense", dense.tensors, PruningPlan.keeping_all(dense), "none", 0)
         with tempfile.TemporaryDirectory() as folder:
             recording = Recording.at(folder)
@@ -72,12 +73,14 @@ def main() -> None:
             with mock.patch.object(HiddenStates, "importance", lambda store, site, sigma: torch.ones_like(sigma)):
                 alike = cut(exam, dense, recording)
             weighted = cut(exam, dense, recording)
-        print(
+        figure(
             f"{split:<8}{alike.velocity_error:.4f} -> {weighted.velocity_error:.4f}"
             f"   {alike.latent_error:.4f} -> {weighted.latent_error:.4f}"
             f"     {alike.digit_accuracy:.1%} -> {weighted.digit_accuracy:.1%}{whole.digit_accuracy:>13.1%}",
-            flush=True,
-        )
+            split=split, velocity_alike=alike.velocity_error, velocity=weighted.velocity_error,
+            latents_alike=alike.latent_error, latents=weighted.latent_error,
+            digits_alike=alike.digit_accuracy, digits=weighted.digit_accuracy, digits_dense=whole.digit_accuracy,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from figures import figure
 from flux_poke.flux.layout import Layout
 from flux_poke.flux.model import Flux
 from flux_poke.pruning.checkpoint import Pruned, save_pruned
@@ -64,10 +65,14 @@ def main() -> None:
                     seconds[path].append((time.perf_counter() - wall, time.process_time() - processor))
         for path, found in seconds.items():
             wall, processor = (statistics.median(times) for times in zip(*found, strict=True))
-            print(f"{path.stem}: {path.stat().st_size / 1e9:.3f} GB, {wall:.3f} s, processor {processor:.3f} s")
+            size = path.stat().st_size / 1e9
+            line = f"{path.stem}: {size:.3f} GB, {wall:.3f} s, processor {processor:.3f} s"
+            figure(line, file=path.stem, gb=size, clock_s=wall, processor_s=processor)
         pairs = zip(seconds[pruned], seconds[dense], strict=True)
         ratios = zip(*([a / b for a, b in zip(ours, stock, strict=True)] for ours, stock in pairs), strict=True)
-        print("pruned / stock loader: {:.3f}, processor {:.3f}".format(*map(statistics.median, ratios)))
+        clock, processor = map(statistics.median, ratios)
+        line = f"pruned / stock loader: {clock:.3f}, processor {processor:.3f}"
+        figure(line, pruned_to_stock=clock, pruned_to_stock_processor=processor)
 
 
 def write_dense(path: Path, single_blocks: int) -> Dense:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from figures import figure
 from flux_poke.flux.checkpoint import Checkpoint
 from flux_poke.pruning.plan import PruningPlan
 from load import write_dense
@@ -48,7 +49,9 @@ def main() -> None:
         replace(PruningPlan.keeping_all(dense), kept=kept).save(plan)
         largest = max(map(math.prod, Checkpoint(file).shapes.values())) * torch.bfloat16.itemsize
         print(f"a dense file of {file.stat().st_size / 1e9:.2f} GB, its largest tensor {largest / 1e9:.2f} GB")
-        print(f"peak resident: {peak('prune', plan, '-o', out, '--repair', 'none'):.2f} GB, Python with torch {peak():.2f} GB")
+        found, python = peak("prune", plan, "-o", out, "--repair", "none"), peak()
+        line = f"peak resident: {found:.2f} GB, Python with torch {python:.2f} GB"
+        figure(line, peak_gb=found, python_with_torch_gb=python, largest_tensor_gb=largest / 1e9)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import argparse
 import statistics
 
 import torch
+from figures import figure
 from flux_poke.analysis.taps import BlockTaps, TapRecorder
 from flux_poke.flux.blocks import blocks_of, choose_blocks
 from flux_poke.flux.layout import Layout
@@ -78,8 +79,9 @@ def main() -> None:
     print(f"{count} blocks of width {hidden}, {side**2 // 4} image tokens, {dtype}, {device}")
     rows = {"step": step, "tapped step": tapped_step, "floor: copies and calls": least, "added by tapping": tapped - plain}
     for name, seconds in rows.items():
-        print(f"{name:<24}{1000 * seconds:10.2f} ms   {seconds / step:8.4f} of a step")
-    print(f"{'added / floor':<24}{(tapped - plain) / least:10.2f}")
+        figure(f"{name:<24}{1000 * seconds:10.2f} ms   {seconds / step:8.4f} of a step", what=name, ms=1000 * seconds)
+    added = (tapped - plain) / least
+    figure(f"{'added / floor':<24}{added:10.2f}", added_to_floor=added)
 
 
 if __name__ == "__main__":

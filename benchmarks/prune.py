@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from figures import figure
 from flux_poke.flux.layout import Layout
 from flux_poke.flux.model import Flux
 from flux_poke.flux.weights import SiteWeights
@@ -32,7 +33,6 @@ from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.moments import gather
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.refit import affine, choose
-from flux_poke.pruning.repair import save_repaired
 from flux_poke.pruning.scores import obs
 from flux_poke.pruning.surgery import Cut
 from flux_poke.recording.store import Rows
@@ -66,7 +66,10 @@ def measure_blocks(device: torch.device, dtype: torch.dtype, repeats: int) -> No
         for cut in CUTS:
             found, ideal = ratio(seconds[cut], seconds[0.0]), operations[cut] / operations[0.0]
             share, saved = (1 - found) / (1 - ideal), memory[cut] / memory[0.0]
-            print(f"{kind:<8}{cut:>4.0%}{found:>13.3f}{ideal:>8.3f}{share:>24.1%}{saved:>15.3f}")
+            figure(
+                f"{kind:<8}{cut:>4.0%}{found:>13.3f}{ideal:>8.3f}{share:>24.1%}{saved:>15.3f}",
+                block=kind, cut=cut, time=found, ideal=ideal, share_of_saving=share, memory=saved,
+            )  # fmt: skip
 
 
 @contextmanager
@@ -74,7 +77,8 @@ def timed(what: str):
     wall, processor = time.perf_counter(), time.process_time()
     yield
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
-    print(f"{what:<56}{wall:>9.1f} s{processor:>9.1f} s{peak_memory():>9.1f} GB", flush=True)
+    line = f"{what:<56}{wall:>9.1f} s{processor:>9.1f} s{peak_memory():>9.1f} GB"
+    figure(line, step=what, clock_s=wall, processor_s=processor, peak_gb=peak_memory())
 
 
 def peak_memory() -> float:
@@ -122,7 +126,7 @@ def measure_site(device: torch.device, rows: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "single-0.safetensors"
         with timed("repair: write"):
-            save_repaired(file, repaired, torch.bfloat16)
+            save_file({"down": repaired.down.bfloat16()}, file)
         with timed("load"):
             load_file(file)
 
@@ -148,7 +152,8 @@ def measure_load(repeats: int) -> None:
 
         seconds = in_turns({"pruned": read_pruned, "dense": read_dense}, repeats, torch.device("cpu"))
         found = ratio(seconds["pruned"], seconds["dense"])
-        print(f"loading {pruned.stat().st_size / 1e6:,.0f} MB: pruned / dense of the same size {found:.3f}")
+        size = pruned.stat().st_size / 1e6
+        figure(f"loading {size:,.0f} MB: pruned / dense of the same size {found:.3f}", megabytes=size, pruned_to_dense=found)
 
 
 def main() -> None:

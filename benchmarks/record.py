@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
+from figures import figure
 from flux_poke.flux.layout import Layout, Site
 from flux_poke.flux.model import DoubleBlock, Flux, SingleBlock
 from flux_poke.recording.call import Call
@@ -66,7 +67,7 @@ def block_calls(blocks: Blocks, device: torch.device, dtype: torch.dtype) -> dic
     vec, both = torch.randn(1, HIDDEN, device=device, dtype=dtype), torch.cat((txt, img), dim=1)
     with torch.device("meta"):
         whole = Flux(LAYOUT)
-    pe = whole.positions(TEXT, 32, IMAGE // 32, device)
+    pe = whole.positions(TEXT, [(32, IMAGE // 32)], device)
     return {
         "double": lambda: blocks.double_blocks[0](img=img, txt=txt, vec=vec, pe=pe),
         "single": lambda: blocks.single_blocks[0](both, vec=vec, pe=pe),
@@ -100,9 +101,11 @@ def main() -> None:
                 run()
 
         seconds = in_turns({"plain": run, "recorded": recorded, "original's way": counted}, given.repeats, device, warm_up=2)
-        print(f"{kind} block: {1000 * statistics.median(seconds['plain']):.1f} ms plain")
+        plain = 1000 * statistics.median(seconds["plain"])
+        figure(f"{kind} block: {plain:.1f} ms plain", block=kind, plain_ms=plain)
         for way in ("recorded", "original's way"):
-            print(f"  {way:<15} {ratio(seconds[way], seconds['plain']) - 1:+7.2%}")
+            added = ratio(seconds[way], seconds["plain"]) - 1
+            figure(f"  {way:<15} {added:+7.2%}", block=kind, way=way, added=added)
 
 
 if __name__ == "__main__":

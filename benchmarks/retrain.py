@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import figure
 from flux_poke.flux.blocks import blocks_of
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan
@@ -29,7 +30,7 @@ from flux_poke.recording.block_states import BlockStates
 from flux_poke.recording.drawing import Wanted, record
 from flux_poke.recording.recording import Recording
 from flux_poke.recording.states import StateChoice
-from flux_poke.retrain.blocks import BlockProblem, Chain, mlp_parameters
+from flux_poke.retrain.blocks import BlockProblem, Chain
 from flux_poke.retrain.layers import retrain_layers
 from flux_poke.retrain.options import Options
 from flux_poke.retrain.problem import Loss, batch, held_out_loss
@@ -43,8 +44,7 @@ def originals_recipe(dense: Dense, plan: PruningPlan, states: BlockStates, block
     """Held-out loss and seconds of 1,000 steps; its four evaluations on the way are not counted against it."""
     begun = time.process_time()
     chain = Chain.load(Cut(dense, plan), range(block_index, block_index + 1))
-    problem = BlockProblem("original", chain, states, Options(seed=seed))
-    mlp_parameters(chain, chain.sites)
+    problem = BlockProblem(chain, states, Options(seed=seed))
     weights = [weight for weight in chain.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=5e-5)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
@@ -57,7 +57,7 @@ def originals_recipe(dense: Dense, plan: PruningPlan, states: BlockStates, block
         optimizer.step()
         schedule.step()
     seconds = time.process_time() - begun
-    return held_out_loss(problem, Options()), seconds
+    return held_out_loss(problem), seconds
 
 
 def compare_recipes(dense: Dense, plan: PruningPlan, states: BlockStates, seed: int, folder: Path) -> None:
@@ -71,13 +71,14 @@ def compare_recipes(dense: Dense, plan: PruningPlan, states: BlockStates, seed: 
         begun = time.process_time()
         (ours,) = retrain_layers(dense, plan, states, str(block_index), folder, Options(seed=seed))
         own = time.process_time() - begun
-        print(
+        figure(
             f"{block.name:<12}{ours.relative_cut:>10.2e}"
             f"{theirs.relative:>10.2e}{theirs.mse:>8.4f}{seconds:>6.1f}"
             f"{ours.relative_final:>10.2e}{ours.final_loss:>8.4f}{own:>6.1f}"
             f"{ours.relative_final / theirs.relative:>10.3f}{ours.final_loss / theirs.mse:>7.3f}{own / seconds:>7.3f}",
-            flush=True,
-        )
+            layer=block.name, cut=ours.relative_cut, original=theirs.relative, found=ours.relative_final,
+            original_s=seconds, found_s=own,
+        )  # fmt: skip
 
 
 def compare_pairs(dense: Dense, plan: PruningPlan, states: BlockStates, seed: int, folder: Path) -> None:
@@ -94,16 +95,18 @@ def compare_pairs(dense: Dense, plan: PruningPlan, states: BlockStates, seed: in
     for block_index, (first, second) in enumerate(pairwise(blocks)):
         pair = range(block_index, block_index + 2)
         for steps in (32, 256):
-            line = f"{first.name + ', ' + second.name:<22}{steps:>6}"
+            line, found = f"{first.name + ', ' + second.name:<22}{steps:>6}", dict[str, float]()
             for way, how in ways.items():
                 options = Options(steps=steps, seed=seed, **how)
                 begun = time.process_time()
                 retrain_layers(dense, plan, states, f"{pair[0]}-{pair[1]}", folder / way, options)
                 seconds = time.process_time() - begun
                 layers = RetrainedLayers.open(folder / way, dense, pair[0], pair[1])
-                problem = BlockProblem(way, Chain.load(Replaced(dense, layers), pair), states, options)
-                line += f"{held_out_loss(problem, options).relative:>22.3e}{seconds:>6.1f}"
-            print(line, flush=True)
+                problem = BlockProblem(Chain.load(Replaced(dense, layers), pair), states, options)
+                error = held_out_loss(problem).relative
+                line += f"{error:>22.3e}{seconds:>6.1f}"
+                found |= {way: error, f"{way}, s": seconds}
+            figure(line, pair=f"{first.name}, {second.name}", steps=steps, **found)
 
 
 def main() -> None:

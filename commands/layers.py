@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from .terminal import number, progress_bar, seed, spread, typed, whole
-
-if TYPE_CHECKING:
-    from ..pruning.plan import PruningPlan
-    from ..recording.recording import Recording
+from .terminal import Device, MovedCheckpoint, number, progress_bar, say_written, seed, spread, typed, whole
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Training:
         False
     )
     tensorboard: Annotated[Path | None, typer.Option(help="Folder for event files.")] = None
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu"
+    device: Device = "cpu"
 
 
 @spread
@@ -56,7 +52,7 @@ def retrain(
         typer.Option(help="distill: all layers at once, on trajectories."),
     ] = "both",
     on: Annotated[Literal["auto", "blocks", "rows"], typer.Option(help="What of the recording to train on.")] = "auto",
-    checkpoint: Annotated[Path | None, typer.Option(help="The dense FLUX, where it moved since the plan was made.")] = None,
+    checkpoint: MovedCheckpoint = None,
     recording: Annotated[
         Path | None,
         typer.Option(help="What to train on, if not the plan's recording; the original flux-poke's block states, too."),
@@ -64,12 +60,17 @@ def retrain(
 ) -> None:
     """Train what a plan leaves of the layers against what the dense model did. @arguments.txt reads options from a file."""
     from ..pruning.plan import PruningPlan
-    from ..pruning.planning import open_dense
+    from ..pruning.planning import open_dense, open_recording
+    from ..recording.recording import Recording
     from ..retrain import layers as retraining
     from ..retrain.files import default_folder, draw_stats, stats_table
 
     loaded = PruningPlan.load(plan)
-    given = open_dense(loaded, checkpoint), loaded, _recording(loaded, recording)
+    if recording is not None and recording.is_dir() and not Recording.at(recording).kinds:
+        recorded = Recording.at(recording)  # block states of the original flux-poke
+    else:
+        recorded = open_recording(loaded, recording)
+    given = open_dense(loaded, checkpoint), loaded, recorded
     folder = out or Path(default_folder(loaded))
     with progress_bar() as progress:
         stats = retraining.retrain(method, *given, folder, layers, on, progress=progress, **vars(training))
@@ -77,16 +78,6 @@ def retrain(
     if not training.just_evaluate:
         picture = draw_stats(folder)
         typer.echo(f"{folder}: {len(stats)} layers, {picture}\n{typed('replace', folder, '-o', 'replaced.safetensors')}")
-
-
-def _recording(plan: PruningPlan, override: Path | None) -> Recording:
-    """What the plan was made from, or another; a folder that holds nothing of ours may be the original flux-poke's."""
-    from ..pruning.planning import open_recording
-    from ..recording.recording import Recording
-
-    if override is not None and override.is_dir() and not Recording.at(override).kinds:
-        return Recording.at(override)
-    return open_recording(plan, override)
 
 
 def replace(
@@ -100,7 +91,7 @@ def replace(
 ) -> None:
     """Write a checkpoint with retrained layers in place of the dense ones; it needs no other file."""
     from ..files import check_not_read, check_replaces, check_writable
-    from ..pruning.checkpoint import inspect, save_pruned
+    from ..pruning.checkpoint import save_pruned
     from ..pruning.dense import PRUNED_FORMAT
     from ..retrain.replaced import Replaced, RetrainedLayers, open_dense_of
 
@@ -113,5 +104,4 @@ def replace(
         save_pruned(out, Replaced(dense, opened), progress=progress)
     if opened.missing:
         typer.echo(opened.describe_missing(dense.layout))
-    sizes = out.stat().st_size / 1e6, Path(dense.path).stat().st_size / 1e6
-    typer.echo(f"{inspect(out)}\n{out}: {sizes[0]:,.1f} MB, from {sizes[1]:,.1f}")
+    say_written(out, Path(dense.path))

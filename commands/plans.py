@@ -2,29 +2,55 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import UserError
-from .terminal import drawable, progress_bar, spread, typed
+from .terminal import Device, MovedCheckpoint, picture, progress_bar, say_written, spread, typed
 
 if TYPE_CHECKING:
-    from ..pruning.planning import Request
+    from ..pruning.planning import ByBudget, Request
     from ..recording.recording import Recording
-
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")]
 
 
 @dataclass(frozen=True)
-class Cuts:
+class Budget:
+    """What a model is to take: fields of `ByBudget`; None leaves them to it."""
+
+    size: Annotated[float | None, typer.Option(help="Budget: GB of the pruned file (1 GB = 10^9 bytes).")] = None
+    saved: Annotated[float | None, typer.Option(help="Budget: GB less than the dense model.")] = None
+    share: Annotated[float | None, typer.Option(help="Budget: share of all parameters to cut, 0 to 1.")] = None
+    neurons: Annotated[float | None, typer.Option(help="Budget: share of the MLP neurons to cut, and nothing else.")] = None
+    touch: Annotated[
+        str | None, typer.Option(help="Budget: what may be cut: both (default), neurons, or modulation (its rank).")
+    ] = None
+    precision: Annotated[
+        str | None, typer.Option(help="Budget: what the file will be saved in: stored (default, as it is), bf16 or fp8.")
+    ] = None
+    multiple: Annotated[
+        int | None,
+        typer.Option(help="Budget: widths are multiples of this (default 64, in a small model 8), ranks of 1/8."),
+    ] = None
+    protect: Annotated[str | None, typer.Option(help="Budget: layers to leave whole, such as 'double-18 single-0'.")] = None
+
+    def by_budget(self) -> ByBudget:
+        """The request; its `check` tells what makes no sense."""
+        from ..pruning.planning import ByBudget
+
+        given = {option.name: getattr(self, option.name) for option in fields(Budget)}
+        return ByBudget(**{name: value for name, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Cuts(Budget):
     """What goes: so many neurons of every MLP, those that fired too seldom, or as many as a budget says."""
 
     score: Annotated[
         str | None,
-        typer.Option(help="frequency, magnitude, fluctuation (default by count), or obs (needs rows; default of a budget)."),
+        typer.Option(help="Count: frequency, magnitude, fluctuation (default), or obs (needs rows; the score of a budget)."),
     ] = None
     img_cut: Annotated[int | None, typer.Option(help="Neurons to cut from every img MLP.")] = None
     txt_cut: Annotated[int | None, typer.Option(help="... every txt MLP.")] = None
@@ -35,43 +61,37 @@ class Cuts:
     txt_threshold: Annotated[float | None, typer.Option(help="... txt neurons.")] = None
     single_threshold: Annotated[float | None, typer.Option(help="... neurons of single blocks.")] = None
     on_rate: Annotated[bool, typer.Option("--on-rate", help="Thresholds are per token (0 to 1), not counts.")] = False
-    share: Annotated[float | None, typer.Option(help="Budget: share of all neurons to cut, 0 to 1.")] = None
-    gigabytes: Annotated[float | None, typer.Option(help="Budget: GB to save at 16 bits.")] = None
-    multiple: Annotated[int | None, typer.Option(help="Budget: widths are multiples of this (default 64).")] = None
-    protect: Annotated[str | None, typer.Option(help="Budget: layers to leave whole, such as 'double-18 single-0'.")] = None
 
     def request(self) -> Request:
         """What is asked for; raises `UserError` where it is said in no way or two, or an option has no meaning in that way."""
-        from ..pruning.planning import ByBudget, ByCount, ByThreshold
+        from ..pruning.planning import ByCount, ByThreshold
 
         ways: dict[str, dict[str, Any]] = {
             "by count": {"img": self.img_cut, "txt": self.txt_cut, "single": self.single_cut},
             "by threshold": {"img": self.img_threshold, "txt": self.txt_threshold, "single": self.single_threshold},
-            "by budget": {"share": self.share, "gigabytes": self.gigabytes},
+            "by budget": {name: getattr(self, name) for name in ("size", "saved", "share", "neurons")},
         }
         chosen = [way for way, values in ways.items() if any(value is not None for value in values.values())]
         if len(chosen) != 1:
             raise UserError(
                 "What to cut is said in one way: by count (--img-cut, --txt-cut, --single-cut), by threshold (--img-threshold, "
-                "...), or by a budget (--share or --gigabytes)."
+                "...), or by a budget (--size, --saved, --share or --neurons)."
             )
         (way,) = chosen
         more: dict[str, tuple[Any, tuple[str, ...]]] = {
-            "score": (self.score, ("by count", "by budget")),
+            "score": (self.score, ("by count",)),
             "double": (self.double, ("by count", "by threshold")),
             "single": (self.single, ("by count", "by threshold")),
             "on-rate": (self.on_rate or None, ("by threshold",)),
-            "multiple": (self.multiple, ("by budget",)),
-            "protect": (self.protect, ("by budget",)),
+            **{name: (getattr(self, name), ("by budget",)) for name in ("touch", "precision", "multiple", "protect")},
         }
         for option, (value, ways_of_option) in more.items():
             if value is not None and way not in ways_of_option:
                 raise UserError(f"--{option} has no meaning in a plan {way}: it belongs to one {' or '.join(ways_of_option)}.")
         given = {name: value for name, value in ways[way].items() if value is not None}
-        given |= {name: value for name in ("score", "multiple", "protect") if (value := getattr(self, name)) is not None}
         if way == "by budget":
-            return ByBudget(**given)
-        given |= {"double": self.double, "single_blocks": self.single}
+            return self.by_budget()
+        given |= {"double": self.double, "single_blocks": self.single, **({"score": self.score} if self.score else {})}
         return ByCount(**given) if way == "by count" else ByThreshold(on="rate" if self.on_rate else "counts", **given)
 
 
@@ -86,7 +106,7 @@ def plan(
     ] = None,
     picture: Annotated[
         Path | None,
-        typer.Option(callback=drawable, help="Draw the plan: kept and cut, or for a budget memory saved against error."),
+        picture("Draw the plan: kept and cut, or for a budget memory saved against error."),
     ] = None,
     device: Device = "cpu",
 ) -> None:
@@ -128,17 +148,21 @@ def prune(
     repair: Annotated[
         str | None, typer.Option(help="none, bias or affine (needs rows); default: what goes with the plan's score.")
     ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="stored (as the dense file), bf16 or fp8; default: what the plan's size was counted in.")
+    ] = None,
     fold: Annotated[bool, typer.Option("--fold", help="With affine: also store what exact conversion of LoRAs needs.")] = False,
-    checkpoint: Annotated[Path | None, typer.Option(help="The dense FLUX, where it moved since the plan was made.")] = None,
+    checkpoint: MovedCheckpoint = None,
     recording: Annotated[Path | None, typer.Option(help="The recording, where it moved since the plan was made.")] = None,
     device: Device = "cpu",
 ) -> None:
     """Cut what a plan says, repair what is left, and write a smaller checkpoint that needs no other file."""
     from ..files import check_not_read, check_replaces, check_writable
-    from ..pruning.checkpoint import inspect, save_pruned
+    from ..pruning.checkpoint import save_pruned
     from ..pruning.dense import PRUNED_FORMAT
     from ..pruning.plan import PruningPlan
     from ..pruning.planning import open_dense, open_recording, require_device
+    from ..pruning.precision import require_precision
     from ..pruning.repair import Repairs
     from ..pruning.scores import REPAIR_OF
     from ..pruning.surgery import Cut
@@ -147,13 +171,14 @@ def prune(
     check_writable(out)
     require_device(device)
     loaded = PruningPlan.load(plan)
+    saved_as = require_precision(precision or loaded.precision)
     method = repair or REPAIR_OF.get(loaded.score, "none")
     if fold and method != "affine":
         raise UserError(f"--fold stores what affine repair leaves, and the repair is {method}: leave it out.")
     dense = open_dense(loaded, checkpoint)
     check_not_read(out, [dense.path])
     recorded = None if method == "none" else open_recording(loaded, recording)
+    cut = Cut(dense, loaded, Repairs(dense, loaded, method, recorded, device))
     with progress_bar() as progress:
-        save_pruned(out, Cut(dense, loaded, Repairs(dense, loaded, method, recorded, device)), fold, progress)
-    sizes = out.stat().st_size / 1e6, Path(dense.path).stat().st_size / 1e6
-    typer.echo(f"{inspect(out)}\n{out}: {sizes[0]:,.1f} MB, from {sizes[1]:,.1f}")
+        save_pruned(out, cut, fold, progress, saved_as)
+    say_written(out, Path(dense.path))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ..errors import UserError
-from .terminal import drawable, progress_bar
+from .terminal import picture, progress_bar, seed, whole
 
 if TYPE_CHECKING:
     from ..recording.manifest import Kind
@@ -20,7 +20,7 @@ KINDS: tuple[Kind | Literal["internals"], ...] = ("internals", "rows", "lens", "
 
 
 def record(
-    checkpoint: Annotated[Path, typer.Argument(help="FLUX of the tiny kind (.safetensors), as `train tiny` makes.")],
+    checkpoint: Annotated[Path, typer.Argument(help="FLUX of the tiny kind (.safetensors), as `train` makes.")],
     recording: Annotated[Path, typer.Argument(help="Folder to record to: a new one, or a recording of this model.")],
     prompts: Annotated[Path, typer.Option(help="Text file, one prompt per line.")],
     what: Annotated[
@@ -30,14 +30,14 @@ def record(
             "repair), lens (tokens after every block), blocks (all that enters and leaves them) and trajectories (velocities)."
         ),
     ] = "internals",
-    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the first image; each image takes the next.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, max=10_000, help="Euler steps per image.")] = 20,
-    batch: Annotated[int, typer.Option(min=1, max=10_000, help="Images drawn at once.")] = 16,
+    seed: Annotated[int, seed("Seed of the first image; each image takes the next.", most=2**62)] = 0,
+    steps: Annotated[int, whole(help="Euler steps per image.", least=1, most=10_000)] = 20,
+    batch: Annotated[int, whole(help="Images drawn at once.", least=1, most=10_000)] = 16,
     keep_steps: Annotated[
-        int | None, typer.Option(min=1, help="Not for internals: steps per image to keep (default: 5 %, at least 1).")
+        int | None, whole(help="Not for internals: steps per image to keep (default: 5 %, at least 1).", least=1)
     ] = None,
     rows_per_step: Annotated[
-        int | None, typer.Option(min=1, help="For rows and lens: tokens per image and step (default: 64).")
+        int | None, whole(help="For rows and lens: tokens per image and step (default: 64).", least=1)
     ] = None,
     blocks: Annotated[
         str | None, typer.Option(help='For blocks: which ones, such as "double 0-3, single" (default: all).')
@@ -54,7 +54,6 @@ def record(
     """Draw a file of prompts once and record what the model does on the way."""
     import torch
 
-    from ..flux.checkpoint import Checkpoint
     from ..prompts import read_prompts
     from ..recording.drawing import Wanted
     from ..recording.drawing import record as draw
@@ -62,6 +61,7 @@ def record(
     from ..recording.recording import Recording
     from ..recording.rows import RowChoice
     from ..recording.states import StateChoice
+    from ..tiny.model import TinyFlux
 
     kinds = {kind.strip() for kind in what.split(",")}
     if not kinds <= {*KINDS}:
@@ -78,17 +78,15 @@ def record(
             raise UserError(f"{option} is for {those}: leave it out, or add one of them to --what.")
     rows = RowChoice(rows_per_step or 64, keep_steps, seed=seed)
     states = StateChoice(keep_steps, seed=seed, dtype=getattr(torch, storage or "bfloat16"))
+    choices: dict[str, Any] = {"rows": rows, "lens": rows, "blocks": states, "trajectories": states}
     wanted = Wanted(
-        internals="internals" in kinds,
-        rows=rows if "rows" in kinds else None,
-        lens=rows if "lens" in kinds else None,
-        blocks=states if "blocks" in kinds else None,
-        trajectories=states if "trajectories" in kinds else None,
+        "internals" in kinds,
         blocks_of_states=blocks or "all",
         limit=Limit(64.0 if max_gb is None else max_gb),
+        **{kind: choice for kind, choice in choices.items() if kind in kinds},
     )
     texts, to = read_prompts(prompts), Recording.at(recording)
-    for kind, size in wanted.estimated_bytes(Checkpoint(checkpoint).layout, steps, len(texts)).items():
+    for kind, size in wanted.estimated_bytes(TinyFlux.load(checkpoint), steps, len(texts)).items():
         typer.echo(f"{recording}: at most {size / 1e9:.2g} GB of {kind}")
     with progress_bar() as progress:
         notes = draw(checkpoint, texts, to, wanted, seed, steps, batch, progress)
@@ -116,7 +114,7 @@ def download_prompts(
         "downloaded_prompts.txt"
     ),
     contains: Annotated[str, typer.Option(help="Only prompts with this in them, such as '\"'.")] = "",
-    limit: Annotated[int, typer.Option(min=0, help="At most so many; 0 = all.")] = 10_000,
+    limit: Annotated[int, whole(help="At most so many; 0 = all.", least=0, most=2**62)] = 10_000,
     dataset: Annotated[list[str] | None, typer.Option(help="Only this one (default: both).")] = None,
 ) -> None:
     """Fetch prompts that people gave to image models from two public datasets."""
@@ -129,7 +127,7 @@ def download_prompts(
 def show(
     recording: Annotated[Path, typer.Argument(help="Folder of a recording, or an internals file.")],
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
-    picture: Annotated[Path | None, typer.Option(callback=drawable, help="Also draw it (.png, .pdf, .svg).")] = None,
+    picture: Annotated[Path | None, picture("Also draw it (.png, .pdf, .svg).")] = None,
 ) -> None:
     """Print what was recorded of every MLP."""
     from dataclasses import asdict
@@ -154,7 +152,7 @@ def merge(
 ) -> None:
     """Add up the internals of recordings of one model."""
     from ..analysis.report import internals_title
-    from ..recording.internals import merge_files
+    from ..recording.queued import merge_files
     from ..recording.recording import Recording
 
     files = []

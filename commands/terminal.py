@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from ..files import IMAGES, check_picture
+from ..files import FIGURES, check_picture
 from ..progress import Progress
 
 #: The most of anything that is counted, so that a slip of the finger does not fill memory or run for years.
@@ -34,18 +34,21 @@ MOST = 1_000_000
 MOST_SEED = 2**63 - 1
 
 
-def drawable(path: Path | None) -> Path | None:
-    """For options that name a figure to write; raises `UserError`, before any work is done, where it cannot be written."""
-    if path is not None:
-        check_picture(path)
-    return path
+#: Where a command computes.
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
+#: The dense FLUX of a plan, or of layers.
+MovedCheckpoint = Annotated[Path | None, typer.Option(help="The dense FLUX, where it moved since the plan was made.")]
 
 
-def drawable_image(path: Path | None) -> Path | None:
-    """`drawable` for images, which are written as other formats than figures."""
-    if path is not None:
-        check_picture(path, IMAGES)
-    return path
+def picture(help: str, formats: tuple[str, ...] = FIGURES) -> Any:
+    """An option that names a picture to write; refused before any work is done where it cannot be written."""
+
+    def check(path: Path | None) -> Path | None:
+        if path is not None:
+            check_picture(path, formats)
+        return path
+
+    return typer.Option(callback=check, help=help)
 
 
 def typed(*words: object) -> str:
@@ -56,19 +59,44 @@ def typed(*words: object) -> str:
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
     """A bar on stderr, told what is being done and how much of it is done; it is full when the work ended well."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("starting", total=1.0)
+    with progress_bars() as bar:
+        progress, last = bar(""), ["starting"]
 
         def update(what: str, done: float, total: float = 1.0) -> None:
-            bar.update(task, description=what, completed=min(done / total, 1.0) if total else 0.0)
+            last[0] = what
+            progress(what, done, total)
 
+        update("starting", 0)
         yield update
-        bar.update(task, completed=1.0)
+        update(last[0], 1)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str], Progress]]:
+    """Several bars on stderr: a name gives one, which appears when it is first told something."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    tasks: dict[str, TaskID] = {}
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+
+        def named(name: str) -> Progress:
+            def update(what: str, done: float, total: float = 1.0) -> None:
+                if name not in tasks:
+                    tasks[name] = bar.add_task(what, total=1.0)
+                bar.update(tasks[name], description=what, completed=min(done / total, 1.0) if total else 0.0)
+
+            return update
+
+        yield named
 
 
 def _finite(value: float | None) -> float | None:
@@ -92,6 +120,14 @@ def seed(help: str = "Seed.", most: int = MOST_SEED) -> Any:
     return typer.Option(min=0, max=most, help=help)
 
 
+def say_written(checkpoint: Path, dense: Path) -> None:
+    """Tells what a checkpoint is that was written, and how much smaller than the dense one."""
+    from ..pruning.checkpoint import inspect as described
+
+    sizes = checkpoint.stat().st_size / 1e6, dense.stat().st_size / 1e6
+    typer.echo(f"{described(checkpoint)}\n{checkpoint}: {sizes[0]:,.1f} MB, from {sizes[1]:,.1f}")
+
+
 def table(columns: tuple[str, ...], rows: list[list[object]]) -> None:
     """Prints a table; numbers short."""
     from rich.box import SIMPLE
@@ -101,16 +137,14 @@ def table(columns: tuple[str, ...], rows: list[list[object]]) -> None:
     first, *others = (column.replace("_", " ") for column in columns)
     printed = Table(Column(first, no_wrap=True), *others, box=SIMPLE)
     for row in rows:
-        printed.add_row(*(_short(value) for value in row))
-    Console().print(printed)
+        printed.add_row(*map(_short, row))
+    Console(markup=False).print(printed)  # names of files may have [ in them
 
 
 def _short(value: object) -> str:
     if value is None:
         return "-"
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else f"{value}"
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

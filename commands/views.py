@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..errors import UserError
-from .terminal import drawable, drawable_image, number, progress_bar, seed, table, whole
+from ..files import IMAGES
+from .terminal import Device, number, picture, progress_bar, table, whole
 
 
 def animate(
@@ -39,7 +39,7 @@ def animate(
 def compare(
     reference: Annotated[Path, typer.Argument(help="An image, a folder of images, or a .latent: the dense model's.")],
     variants: Annotated[list[Path], typer.Argument(help="What to compare with it, of the same size.")],
-    picture: Annotated[Path | None, typer.Option(callback=drawable_image, help="Draw them side by side.")] = None,
+    picture: Annotated[Path | None, picture("Draw them side by side.", IMAGES)] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the table (.csv or .json).")] = None,
 ) -> None:
     """Relative MSE, PSNR and SSIM of images or latents against a reference."""
@@ -64,8 +64,8 @@ def compare(
 def fit(
     recording: Annotated[Path, typer.Argument(help="Folder of a recording with lens rows, as `record --what lens` makes it.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("lens.safetensors"),
-    picture: Annotated[Path | None, typer.Option(callback=drawable, help="Also draw how replaceable each block is.")] = None,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "cpu",
+    picture: Annotated[Path | None, picture("Also draw how replaceable each block is.")] = None,
+    device: Device = "cpu",
 ) -> None:
     """Fit the affine map from each block's tokens to the last block's."""
     from ..analysis.contributions import lens_figure
@@ -84,42 +84,3 @@ def fit(
     if picture:
         write_picture(picture, lens_figure(lens))
     typer.echo(f"{out}: fitted on {lens.rows:,} tokens of {lens.images:,} images; errors are on images it was not fitted on")
-
-
-def capture(
-    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; may be given more than once.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.")] = None,
-    model: Annotated[str, typer.Option(help="flux-schnell, flux-dev, flux-dev-krea, tiny, or a file's name.")] = "flux-schnell",
-    width: Annotated[int | None, whole(least=16, most=16384, help="Pixels, a multiple of 16.")] = None,
-    height: Annotated[int | None, whole(least=16, most=16384, help="Pixels, a multiple of 16.")] = None,
-    seed: Annotated[int | None, seed("Of the first image, the next take the next; default: random.")] = None,
-    num_steps: Annotated[int | None, whole(least=1, most=10_000, help="Default: 4 for schnell, 20 for tiny, else 50.")] = None,
-    guidance: Annotated[float, number(least=0, most=100, help="Distilled guidance, where the model takes one.")] = 2.5,
-    output_dir: Annotated[Path, typer.Option(help="One folder per image goes in here.")] = Path("output"),
-    decode_intermediates: Annotated[bool, typer.Option(help="Write previews as pictures, or their latents.")] = True,
-    add_sampling_metadata: Annotated[bool, typer.Option(help="Write how it was drawn into EXIF and PNG text.")] = True,
-    server: Annotated[str | None, typer.Option(help="host:port of a ComfyUI that runs.")] = None,
-    comfyui: Annotated[Path | None, typer.Option(help="Folder of a ComfyUI to start, and stop afterwards.")] = None,
-    offload: Annotated[bool, typer.Option(help="Start it in its low-memory mode.")] = False,
-    multi_gpu: Annotated[bool, typer.Option(help="Start one for each GPU and spread the prompts over them.")] = False,
-) -> None:
-    """Draw prompts on ComfyUI, with what every block predicted at every step."""
-    from ..headless.capture import CaptureRequest, capture_everywhere, capture_servers
-    from ..prompts import read_prompts
-
-    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
-    if not texts:
-        raise UserError("There is nothing to draw: give --prompt or --prompts.")
-    requests = [
-        CaptureRequest(
-            text, model, width, height, None if seed is None else seed + number, num_steps, guidance,
-            decode_intermediates, add_sampling_metadata,
-        )
-        for number, text in enumerate(texts)
-    ]  # fmt: skip
-    with progress_bar() as progress:
-        progress("waiting for ComfyUI", 0, 1)
-        with capture_servers(server, comfyui, offload, multi_gpu) as servers:
-            found = capture_everywhere(servers, requests, output_dir, progress)
-    for one in found:
-        typer.echo(f"{one.generation_id}  {one.folder}  {one.request.prompt}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from ..errors import UserError
 from .layout import Layout, Site
@@ -29,11 +29,9 @@ class Block:
     def named(cls, name: str) -> Block:
         """The block called `name`, as "double-3"; raises `ValueError` where that is not the name of a block."""
         kind, _, index = name.partition("-")
-        if kind == "double":
-            return cls("double", int(index))
-        if kind == "single":
-            return cls("single", int(index))
-        raise ValueError(f"not a block: {name}")
+        if kind not in get_args(BlockKind):
+            raise ValueError(f"not a block: {name}")
+        return cls(kind, int(index))  # type: ignore[arg-type]
 
     @property
     def name(self) -> str:
@@ -62,27 +60,28 @@ def sites_at(layout: Layout, block_index: int) -> tuple[Site, ...]:
 
 
 def choose_blocks(text: str, layout: Layout) -> tuple[Block, ...]:
-    """The blocks that `text` names: "all", or a list such as "double, single 0, single 30-37".
+    """The blocks that `text` names, as they run: "all", or a list such as "double, single 0, single 30-37"; numbers alone, as
+    in "0-18, 40", are indices among all blocks.
 
     Raises `UserError` where the text is not such a list, or names a block that the model does not have.
     """
     if text.strip().lower() == "all":
         return blocks_of(layout)
-    depths: dict[str, int] = {"double": layout.depth, "single": layout.depth_single}
-    chosen = set()
-    for part in text.lower().split(","):
-        match = re.fullmatch(r"\s*(double|single)(?:[ -](\d+)(?:\s*-\s*(\d+))?)?\s*", part)
-        if match is None:
+    chosen: set[Block] = set()
+    for part in map(str.strip, text.lower().split(",")):
+        match = re.fullmatch(r"(double|single)?(?:(?(1)[ -])(\d+)(?:\s*-\s*(\d+))?)?", part)
+        if match is None or not part:
             raise UserError(
-                f'Blocks "{text}": {part.strip()!r} is not understood. Write "all", or a list such as '
-                '"double, single 0, single 30-37".'
+                f'Blocks "{text}": {part!r} is not understood. Write "all", a list such as "double, single 0, single 30-37", '
+                'or numbers such as "0-18" (single blocks count on from the double ones).'
             )
-        kind = match[1]
-        first = int(match[2] or 0)
-        last = int(match[3] or match[2] or depths[kind] - 1)
-        if not first <= last < depths[kind]:
+        kind, first, last = match.groups()
+        among = [block for block in blocks_of(layout) if kind in (None, block.kind)]
+        span = range(int(first or 0), int(last or first or len(among) - 1) + 1)
+        if not span or span[-1] >= len(among):
             raise UserError(
-                f'Blocks "{text}": {part.strip()!r} is out of range; this model has {kind} blocks 0 to {depths[kind] - 1}.'
+                f'Blocks "{text}": {part!r} is out of range; this model has {kind or "double and single"} blocks 0 to '
+                f"{len(among) - 1}."
             )
-        chosen |= {Block(kind, index) for index in range(first, last + 1)}  # type: ignore[arg-type]
+        chosen |= {among[index] for index in span}
     return tuple(sorted(chosen))

@@ -10,15 +10,18 @@ Keys are canonical (no prefix, `.scale` for the q/k norms). Opening reads the he
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError
-from .layout import Layout, canonical_key, read_layout
+from .layout import canonical_key, read_layout
+
+Read = TypeVar("Read")
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -31,14 +34,11 @@ class Checkpoint(Mapping[str, Tensor]):
         self.path = Path(path)
         self._file = open_safetensors(self.path)
         self.shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}
-        self.layout: Layout = read_layout(self.shapes, source=str(self.path))
+        self.metadata: dict[str, str] = self._file.metadata() or {}
+        self.layout = read_layout(self.shapes, source=str(self.path))
         self._stored = {
             canonical_key(key, self.layout.prefix): key for key in self.shapes if key.startswith(self.layout.prefix)
         }
-
-    @cached_property
-    def metadata(self) -> dict[str, str]:
-        return self._file.metadata() or {}
 
     def __getitem__(self, key: str) -> Tensor:
         return self._file.get_tensor(self._stored[key])
@@ -64,18 +64,11 @@ class Checkpoint(Mapping[str, Tensor]):
         """Gives back the memory that read tensors take as pages of the file, but for those still in use."""
         self._file = open_safetensors(self.path)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All of it in memory."""
-        return {key: self[key] for key in self}
-
 
 def scale_key(keys: Container[str], key: str) -> str | None:
     """The key of the scale that belongs to the quantised weight `key`, or None."""
     layer = key.removesuffix(".weight")
-    for name in (f"{layer}.weight_scale", f"{layer}.scale_weight"):
-        if name in keys:
-            return name
-    return None
+    return next((name for name in (f"{layer}.weight_scale", f"{layer}.scale_weight") if name in keys), None)
 
 
 def require_format(
@@ -92,15 +85,39 @@ def require_format(
     return dict(metadata or {})
 
 
-def open_safetensors(path: str | os.PathLike[str], framework: str = "pt"):
+def open_safetensors(path: str | os.PathLike[str]):
     """`safetensors.safe_open` with errors that name the file and say what is wrong with it."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is not there: expected a .safetensors file.")
     try:
-        return safe_open(path, framework=framework)
-    except (SafetensorError, OSError) as error:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: replaced by a smaller file meanwhile
         raise UserError(
             f"{path} cannot be read as safetensors ({error}): it is damaged, cut short, or of another format. "
             "Copy or download it again."
         ) from error
+
+
+def unreplaced(path: str | os.PathLike[str], read: Callable[[], Read]) -> Read:
+    """What `read` gives of a file that nobody replaced meanwhile; it is read again where somebody did.
+
+    safetensors opens a file twice, so that a reader could meet the old header and the new numbers.
+    """
+    while True:
+        before = _state(path)
+        try:
+            found = read()
+        except UserError:
+            if _state(path) == before:
+                raise
+        else:
+            if _state(path) == before:
+                return found
+
+
+def _state(path: str | os.PathLike[str]) -> tuple[int, ...]:
+    with suppress(OSError):
+        found = os.stat(path)
+        return found.st_ino, found.st_mtime_ns, found.st_size
+    return ()

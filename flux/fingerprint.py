@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -54,22 +54,21 @@ class Fingerprint:
             key = keys[number * len(keys) // SAMPLES]
             place = int.from_bytes(hashlib.sha256(f"{key} {number}".encode()).digest()[:8], "big")
             index, column = divmod(place % math.prod(matrices[key]), matrices[key][1])
-            stored = row(key, index)[column]
-            factor = scale(key, index)
-            values.append(_float32(stored.item() * factor))
-            steps.append(_float32(_spacing(stored) * factor))
-        return cls(digest, tuple(values), tuple(steps))
+            stored, factor = row(key, index)[column], scale(key, index)
+            values.append(stored.item() * factor)
+            steps.append(_spacing(stored) * factor)
+        return cls(digest, *(tuple(torch.tensor(numbers, dtype=torch.float32).tolist()) for numbers in (values, steps)))
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint) -> Fingerprint:
         """Fingerprint of a file; raises `UserError` where its quantisation is not one scale per tensor or row."""
-        stored = {key: checkpoint.shape(key) for key in checkpoint}
 
         def scale(key: str, index: int) -> float:
             name = scale_key(checkpoint, key)
             return 1.0 if name is None else row_scale(checkpoint[name], index, key)
 
-        return cls.of(stored, lambda key, index: checkpoint.rows(key, index, index + 1)[0], scale)
+        shapes = {key: checkpoint.shape(key) for key in checkpoint}
+        return cls.of(shapes, lambda key, index: checkpoint.rows(key, index, index + 1)[0], scale)
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Fingerprint:
@@ -93,7 +92,7 @@ class Fingerprint:
         return sum(not _same(*pair) for pair in pairs)
 
     def to_json(self) -> str:
-        return json.dumps({"shapes": self.shapes, "values": self.values, "steps": self.steps})
+        return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Fingerprint:
@@ -132,7 +131,3 @@ def _spacing(number: Tensor) -> float:
         return math.nan
     binade = 2.0 ** math.floor(math.log2(size)) if size else 0.0
     return max(binade, info.tiny) * info.eps
-
-
-def _float32(value: float) -> float:
-    return torch.tensor(value, dtype=torch.float32).item()

@@ -12,8 +12,8 @@ nowhere else. Widths are those of the tensors, so pruned checkpoints are read li
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..errors import UserError
@@ -28,6 +28,10 @@ ROTARY: dict[Family, tuple[tuple[int, ...], int]] = {
     "flux2": ((32, 32, 32, 32), 2_000),
 }
 FAMILY_NAMES: dict[Family, str] = {"flux1": "FLUX.1", "flux2": "FLUX.2", "chroma": "Chroma"}
+
+#: An empty tensor of a checkpoint whose rotary axes are not its family's; they are its shape after a first 0, so that a layout
+#: is read from shapes alone. ComfyUI knows the family's axes only.
+AXES_KEY = "rope_axes"
 
 _ANCHOR = "double_blocks.0.img_attn.qkv.weight"
 
@@ -59,21 +63,21 @@ class Site:
         """The MLP of a stream in block `index` of a model of `hidden` channels."""
         if stream == "single":
             block = f"single_blocks.{index}"
-            name, paths, rows = (
-                f"single-{index}",
-                (f"{block}.linear1", f"{block}.mlp_act", f"{block}.linear2"),
-                (3 * hidden, hidden),
-            )
-        else:
-            mlp = f"double_blocks.{index}.{stream}_mlp"
-            name, paths, rows = f"double-{stream}-{index}", (f"{mlp}.0", f"{mlp}.1", f"{mlp}.2"), (0, 0)
-        return cls(name, stream, index, *paths, *rows, width, gated, biased)
+            name, paths = f"single-{index}", (f"{block}.linear1", f"{block}.mlp_act", f"{block}.linear2")
+            return cls(name, stream, index, *paths, 3 * hidden, hidden, width, gated, biased)
+        mlp = f"double_blocks.{index}.{stream}_mlp"
+        return cls(f"double-{stream}-{index}", stream, index, f"{mlp}.0", f"{mlp}.1", f"{mlp}.2", 0, 0, width, gated, biased)
 
     @property
     def block(self) -> str:
         """Module path of the block the MLP stands in."""
         kind = "single_blocks" if self.stream == "single" else "double_blocks"
         return f"{kind}.{self.index}"
+
+    @property
+    def modulation(self) -> str:
+        """Path of the linear layer that gives this stream of the block its shift, scale and gate, where a block has its own."""
+        return f"{self.block}.modulation.lin" if self.stream == "single" else f"{self.block}.{self.stream}_mod.lin"
 
     @property
     def regressors(self) -> int:
@@ -84,7 +88,8 @@ class Site:
 
 @dataclass(frozen=True)
 class Layout:
-    """Family, widths and MLP sites of one checkpoint; `prefix` is what its keys begin with."""
+    """Family, widths and MLP sites of one checkpoint; `prefix` is what its keys begin with, `ranks` by site the rank of its
+    modulation layer where that is of low rank, `own_axes` its rotary axes where they are not the family's."""
 
     family: Family
     prefix: str
@@ -97,6 +102,8 @@ class Layout:
     depth: int
     depth_single: int
     sites: tuple[Site, ...]
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    own_axes: tuple[int, ...] | None = None
 
     @classmethod
     def of(
@@ -111,37 +118,28 @@ class Layout:
         guidance: bool = False,
         ratio: int | None = None,
         channels: int | None = None,
+        axes: tuple[int, ...] | None = None,
     ) -> Layout:
         """The layout of a dense model of these sizes.
 
         Args:
-            context, vector: widths of the text and of the pooled text; only FLUX.1 has a pooled one.
-            guidance: whether it takes distilled guidance.
-            ratio: neurons of an MLP for one of `hidden`; by default the family's, 3 in FLUX.2 and 4 else.
-            channels: of an image token; by default the family's, 128 in FLUX.2 and 64 else.
+            context, vector: widths of the text and of the pooled text, which FLUX.1 alone has.
+            ratio: neurons of an MLP for one of `hidden`; 3 in FLUX.2 and 4 else by default.
+            channels: of an image token; 128 in FLUX.2 and 64 else by default.
+            axes: channels of each rotary axis, together those of a head; the family's by default.
         """
         gated = family == "flux2"
         width, channels = hidden * (ratio or (3 if gated else 4)), channels or (128 if gated else 64)
-        doubles: tuple[Stream, ...] = ("img", "txt")
-        mlps: list[tuple[Stream, int]] = [(stream, index) for index in range(depth) for stream in doubles]
-        mlps += [("single", index) for index in range(depth_single)]
+        sites = tuple(Site.of(*mlp, hidden, width, gated, biased=not gated) for mlp in _mlps(depth, depth_single))
         return cls(
-            family=family,
-            prefix="",
-            hidden=hidden,
-            in_channels=channels,
-            out_channels=channels,
-            context=context,
-            vector=vector if family == "flux1" else None,
-            guidance=guidance,
-            depth=depth,
-            depth_single=depth_single,
-            sites=tuple(Site.of(stream, index, hidden, width, gated, biased=not gated) for stream, index in mlps),
-        )
+            family=family, prefix="", hidden=hidden, in_channels=channels, out_channels=channels, context=context,
+            vector=vector if family == "flux1" else None, guidance=guidance, depth=depth, depth_single=depth_single,
+            sites=sites, own_axes=None if axes == ROTARY[family][0] else axes,
+        )  # fmt: skip
 
     @property
     def axes(self) -> tuple[int, ...]:
-        return ROTARY[self.family][0]
+        return self.own_axes or ROTARY[self.family][0]
 
     @property
     def theta(self) -> int:
@@ -159,6 +157,11 @@ class Layout:
     def patch(self) -> int:
         """Side of the square of latent pixels that makes one image token."""
         return 1 if self.family == "flux2" else 2
+
+    @property
+    def modulated(self) -> tuple[Site, ...]:
+        """Sites whose block has a modulation layer for their stream alone: all of FLUX.1's, none in FLUX.2 and Chroma."""
+        return self.sites if self.family == "flux1" and self.vector else ()
 
     @property
     def neurons(self) -> int:
@@ -192,17 +195,15 @@ def select_sites(
                 "choose a first and a last one among them."
             )
 
-    def wanted(site: Site) -> bool:
-        chosen = single if site.stream == "single" else double
-        return site.stream in streams and (chosen is None or chosen[0] <= site.index <= chosen[1])
-
-    return tuple(site for site in layout.sites if wanted(site))
+    ranges = {"img": double, "txt": double, "single": single}
+    wanted = ((site, ranges[site.stream]) for site in layout.sites if site.stream in streams)
+    return tuple(site for site, chosen in wanted if chosen is None or chosen[0] <= site.index <= chosen[1])
 
 
 def canonical_key(key: str, prefix: str = "") -> str:
-    """`key` without `prefix`, and with the q/k norm's name as the first releases had it (`.scale`)."""
+    """`key` without `prefix`, and with the names of norms (of q and k, and Chroma's) as in the first releases (`.scale`)."""
     key = key.removeprefix(prefix)
-    if key.endswith(("query_norm.weight", "key_norm.weight")):
+    if key.endswith(("query_norm.weight", "key_norm.weight")) or re.match(r"distilled_guidance_layer\.norms\.\d+\.weight", key):
         key = key.removesuffix("weight") + "scale"
     return key
 
@@ -225,50 +226,44 @@ def read_layout(shapes: Mapping[str, Sequence[int]], source: str = "the state di
             )
         return keys[key]
 
-    family: Family
+    family: Family = "flux1"
     if "double_stream_modulation_img.lin.weight" in keys:
         family = "flux2"
     elif any(key.startswith("distilled_guidance_layer.") for key in keys):
         family = "chroma"
-    else:
-        family = "flux1"
     if "double_blocks.0.img_mlp.gate_proj.weight" in keys:
         raise UserError(f"{source} has MLPs of three projections (Ovis); FLUX.1, FLUX.2 and Chroma are known here.")
 
     hidden, context = shape("txt_in.weight")
     depth, depth_single = _count(keys, "double_blocks"), _count(keys, "single_blocks")
     vector = keys.get("vector_in.in_layer.weight")
-    sites: list[Site] = []
-    for index in range(depth):
-        for stream in ("img", "txt"):
-            sites.append(_site(keys, shape, source, stream, index, hidden))  # type: ignore[arg-type]
-    for index in range(depth_single):
-        sites.append(_site(keys, shape, source, "single", index, hidden))
+    sites = []
+    for stream, index in _mlps(depth, depth_single):
+        site = Site.of(stream, index, hidden, 0, gated=False, biased=False)
+        rows = shape(f"{site.up}.weight")[0] - site.up_row
+        width = shape(f"{site.down}.weight")[1] - site.down_column
+        if rows not in (width, 2 * width):
+            raise UserError(
+                f"{source}: {site.down}.weight reads {width} neurons but {site.up}.weight makes {rows} values, neither one nor "
+                "two for each. Packed 4-bit weights look like this: use a bf16, fp16 or fp8 file."
+            )
+        sites.append(replace(site, width=width, gated=rows == 2 * width, biased=f"{site.down}.bias" in keys))
     return Layout(
-        family=family,
-        prefix=prefix,
-        hidden=hidden,
-        in_channels=shape("img_in.weight")[1],
-        out_channels=shape("final_layer.linear.weight")[0],
-        context=context,
-        vector=vector[1] if vector else None,
-        guidance="guidance_in.in_layer.weight" in keys,
-        depth=depth,
-        depth_single=depth_single,
-        sites=tuple(sites),
-    )
+        family=family, prefix=prefix, hidden=hidden, in_channels=shape("img_in.weight")[1],
+        out_channels=shape("final_layer.linear.weight")[0], context=context, vector=vector[1] if vector else None,
+        guidance="guidance_in.in_layer.weight" in keys, depth=depth, depth_single=depth_single, sites=tuple(sites),
+        ranks={site.name: shape(down)[0] for site in sites if (down := f"{site.modulation}.down.weight") in keys},
+        own_axes=keys[AXES_KEY][1:] if AXES_KEY in keys else None,
+    )  # fmt: skip
 
 
-def _site(keys, shape, source: str, stream: Stream, index: int, hidden: int) -> Site:
-    site = Site.of(stream, index, hidden, 0, gated=False, biased=False)
-    rows = shape(f"{site.up}.weight")[0] - site.up_row
-    width = shape(f"{site.down}.weight")[1] - site.down_column
-    if rows not in (width, 2 * width):
-        raise UserError(
-            f"{source}: {site.down}.weight reads {width} neurons but {site.up}.weight makes {rows} values, neither one nor two "
-            "for each. Packed 4-bit weights look like this: use a bf16, fp16 or fp8 file."
-        )
-    return replace(site, width=width, gated=rows == 2 * width, biased=f"{site.down}.bias" in keys)
+def _mlps(depth: int, depth_single: int) -> Iterator[tuple[Stream, int]]:
+    """Stream and block of every MLP, as they run."""
+    for index in range(depth):
+        yield "img", index
+        yield "txt", index
+    for index in range(depth_single):
+        yield "single", index
 
 
 def _find_prefix(shapes: Mapping[str, object], source: str) -> str:
@@ -278,7 +273,7 @@ def _find_prefix(shapes: Mapping[str, object], source: str) -> str:
     if any(key.startswith(("transformer_blocks.", "single_transformer_blocks.")) for key in shapes):
         raise UserError(
             f"{source} is a FLUX in the diffusers layout (transformer_blocks.*); expected the original layout "
-            "(double_blocks.*), as ComfyUI's diffusion_models folder holds it."
+            "(double_blocks.*), as ComfyUI's diffusion_models folder holds it. `flux-poke convert` makes one of the other."
         )
     found = ", ".join(sorted(shapes)[:3]) or "nothing"
     raise UserError(
@@ -287,7 +282,5 @@ def _find_prefix(shapes: Mapping[str, object], source: str) -> str:
     )
 
 
-def _count(keys: Mapping[str, object], kind: str) -> int:
-    pattern = re.compile(rf"{kind}\.(\d+)\.")
-    indices = {int(match[1]) for key in keys if (match := pattern.match(key))}
-    return max(indices) + 1 if indices else 0
+def _count(keys: Iterable[str], kind: str) -> int:
+    return 1 + max((int(match[1]) for key in keys if (match := re.match(rf"{kind}\.(\d+)\.", key))), default=-1)

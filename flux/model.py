@@ -12,7 +12,7 @@ Follows black-forest-labs/flux and /flux2, `model.py`; its output equals ComfyUI
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,10 @@ from torch.nn import functional as F
 
 from ..errors import UserError
 from .checkpoint import scale_key
-from .layout import FAMILY_NAMES, Layout, Site, canonical_key, read_layout
+from .layout import AXES_KEY, FAMILY_NAMES, Layout, Site, canonical_key, read_layout
+
+#: How far apart FLUX.2's pictures stand on the first rotary axis (black-forest-labs/flux2 `sampling.py`).
+REFERENCE_STEP = 10
 
 
 class Flux(nn.Module):
@@ -51,6 +54,8 @@ class Flux(nn.Module):
             SingleBlock(layout, layout.site(f"single-{index}")) for index in range(layout.depth_single)
         )
         self.final_layer = FinalLayer(hidden, layout.out_channels, bias)
+        if layout.own_axes:
+            self.register_buffer(AXES_KEY, torch.empty(0, *layout.own_axes))
 
     @classmethod
     def load(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None, source: str = "the state dict") -> Flux:
@@ -76,49 +81,63 @@ class Flux(nn.Module):
             if scale_key(weights, key) or f"{key.removesuffix('.weight')}.comfy_quant" in weights:
                 raise UserError(
                     f"{source} has {key} quantised, with a scale beside it; expected plain numbers. Undo the scales "
-                    "(`flux.weights.full_precision`), or use a bf16 or fp16 file."
+                    "(`flux.weights.Plain`), or use a bf16 or fp16 file."
                 )
         model.load_state_dict(weights, strict=False, assign=True)
         return model.eval().requires_grad_(False)
 
     def forward(
-        self, x: Tensor, sigma: Tensor, context: Tensor, vector: Tensor | None = None, guidance: Tensor | None = None
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        context: Tensor,
+        vector: Tensor | None = None,
+        guidance: Tensor | None = None,
+        references: Sequence[Tensor] = (),
     ) -> Tensor:
-        """The velocity (noise minus image) at `x`.
+        """The velocity (noise minus image) at latents `x` [batch, channels, height, width], in whole patches.
 
-        Args:
-            x: latents [batch, channels, height, width]; height and width in whole patches.
-            sigma: noise level [batch], 1 = noise, 0 = image.
-            context: text [batch, words, context width].
-            vector: pooled text [batch, vector width], where the model takes one.
-            guidance: distilled guidance [batch], where the model takes one.
-
-        Raises `UserError` where the model takes one of the last two and it is not given.
+        sigma [batch]: noise level, 1 = noise, 0 = image. context [batch, words, context width]: text. vector [batch, vector
+        width]: pooled text. guidance [batch]: distilled guidance. references: latents of reference pictures, [batch, channels,
+        height, width] each and of any size; their tokens follow those of the image (FLUX.2, FLUX.1 Kontext). Raises `UserError`
+        where the model takes pooled text or guidance and it is not given.
         """
-        patch, (height, width) = self.layout.patch, x.shape[-2:]
-        img = self.img_in(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch))
+        patch, pictures = self.layout.patch, (x, *references)
+        sizes = [(picture.shape[-2] // patch, picture.shape[-1] // patch) for picture in pictures]
+        tokens = [rearrange(picture, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch) for picture in pictures]
+        img = self.img_in(torch.cat(tokens, dim=1))
         vec = self.time_in(timestep_embedding(sigma, 256).to(img.dtype))
         if self.guidance_in is not None:
             vec = vec + self.guidance_in(timestep_embedding(_given(guidance, "distilled guidance [batch]"), 256).to(img.dtype))
         if self.vector_in is not None:
             vec = vec + self.vector_in(_given(vector, "pooled text [batch, vector width]"))
         txt = self.txt_in(context)
-        pe = self.positions(context.shape[1], height // patch, width // patch, x.device)
+        pe = self.positions(context.shape[1], sizes, x.device)
 
         img, _ = run_blocks(self, img, txt, vec, pe)
-        out = self.final_layer(img, vec)
-        return rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=height // patch, p=patch, q=patch)
+        return unpatchify(self.final_layer(img, vec)[:, : tokens[0].shape[1]], x, patch)
 
-    def positions(self, words: int, rows: int, columns: int, device: torch.device) -> Tensor:
-        """Rotations for text and image tokens [words + rows * columns, head dim / 2, 2, 2], float32.
+    def positions(self, words: int, sizes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+        """Rotations for the tokens of a text and of pictures of (rows, columns) `sizes` [tokens, head dim / 2, 2, 2], float32.
 
-        An image token stands at (row, column) on axes 1 and 2; FLUX.2 also numbers the words, on axis 3.
+        A token of a picture stands at (row, column) on axes 1 and 2; FLUX.2 also numbers the words, on axis 3, and sets picture
+        n at 10 n on axis 0: the image itself, then its references. FLUX.1 sets all references at 1 on axis 0, each beside or
+        below those before it, so that all of them together stay as near to a square as they can (ComfyUI's "offset").
         """
-        ids = torch.zeros(words + rows * columns, len(self.layout.axes), device=device)
+        ids = torch.zeros(words + sum(rows * columns for rows, columns in sizes), len(self.layout.axes), device=device)
         if self.layout.family == "flux2":
             ids[:words, 3] = torch.arange(words, device=device)
-        ids[words:, 1] = torch.arange(rows, device=device).repeat_interleave(columns)
-        ids[words:, 2] = torch.arange(columns, device=device).repeat(rows)
+        first, height, width = words, 0, 0
+        for number, (rows, columns) in enumerate(sizes):
+            picture, top, left = ids[first : first + rows * columns], 0, 0
+            picture[:, 0] = REFERENCE_STEP * number
+            if number and self.layout.family == "flux1":
+                picture[:, 0] = 1
+                top, left = (0, width) if rows + height > columns + width else (height, 0)
+                height, width = max(height, top + rows), max(width, left + columns)
+            picture[:, 1] = torch.arange(top, top + rows, device=device).repeat_interleave(columns)
+            picture[:, 2] = torch.arange(left, left + columns, device=device).repeat(rows)
+            first += rows * columns
         return torch.cat([rope(ids[:, n], dim, self.layout.theta) for n, dim in enumerate(self.layout.axes)], dim=1)
 
 
@@ -160,14 +179,28 @@ class ModulationOut(NamedTuple):
 class Modulation(nn.Module):
     """Shift, scale and gate for each half of a block, from the vector [batch, hidden]; `parts` is 3 per half."""
 
-    def __init__(self, hidden: int, parts: int, bias: bool = True):
+    def __init__(self, hidden: int, parts: int, bias: bool = True, rank: int | None = None):
         super().__init__()
         self.parts = parts
-        self.lin = nn.Linear(hidden, parts * hidden, bias=bias)
+        outputs = parts * hidden
+        self.lin = nn.Linear(hidden, outputs, bias=bias) if rank is None else LowRankLinear(hidden, outputs, rank)
 
     def forward(self, vec: Tensor) -> tuple[ModulationOut, ...]:
         out = self.lin(F.silu(vec))[:, None].chunk(self.parts, dim=-1)
         return tuple(ModulationOut(*out[start : start + 3]) for start in range(0, self.parts, 3))
+
+
+class LowRankLinear(nn.Module):
+    """up (down x) + bias: a linear layer of `rank`."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int):
+        super().__init__()
+        self.down = nn.Linear(inputs, rank, bias=False)
+        self.up = nn.Linear(rank, outputs, bias=False)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x)) + self.bias
 
 
 class DoubleBlock(nn.Module):
@@ -176,8 +209,9 @@ class DoubleBlock(nn.Module):
     def __init__(self, layout: Layout, img: Site, txt: Site):
         super().__init__()
         hidden, bias = layout.hidden, layout.family == "flux1"
-        self.img_mod = Modulation(hidden, 6) if layout.family == "flux1" else None
-        self.txt_mod = Modulation(hidden, 6) if layout.family == "flux1" else None
+        self.img_mod, self.txt_mod = (
+            Modulation(hidden, 6, rank=layout.ranks.get(site.name)) if layout.family == "flux1" else None for site in (img, txt)
+        )
         self.img_attn = Attention(layout, bias)
         self.txt_attn = Attention(layout, bias)
         self.img_mlp = mlp(hidden, img)
@@ -210,7 +244,7 @@ class SingleBlock(nn.Module):
         self.linear2 = nn.Linear(hidden + site.width, hidden, bias=bias)
         self.norm = QKNorm(layout.head_dim)
         self.mlp_act = activation(site)
-        self.modulation = Modulation(hidden, 3) if layout.family == "flux1" else None
+        self.modulation = Modulation(hidden, 3, rank=layout.ranks.get(site.name)) if layout.family == "flux1" else None
 
     def forward(self, x: Tensor, vec: Tensor | tuple, pe: Tensor) -> Tensor:
         (mod,) = vec if self.modulation is None else self.modulation(vec)
@@ -277,6 +311,14 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
         return self.linear(modulate(x, ModulationOut(shift, scale, scale)))
+
+
+def unpatchify(tokens: Tensor, x: Tensor, patch: int) -> Tensor:
+    """What is predicted for the image tokens of latents `x` [..., height, width], [batch, tokens, channels * patch^2], in their
+    size: [batch, channels, height, width]; a host fills patches up that `x` does not."""
+    height, width = x.shape[-2:]
+    whole = rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=-(-height // patch), p=patch, q=patch)
+    return whole[..., :height, :width]
 
 
 class GatedSilu(nn.Module):

@@ -4,7 +4,7 @@
     step = load_training(path, model, optimizer, steps)          # the same numbers follow, bit for bit on a CPU
 
 Weights, optimiser state and random state are tensors of one safetensors file; its header has the number of steps done, the
-optimiser's name and a checksum. Learning rates follow from the step, and are the caller's.
+optimiser's name, a checksum, and the caller's notes (`saved_notes`). Learning rates follow from the step, and are the caller's.
 """
 
 from __future__ import annotations
@@ -25,14 +25,22 @@ FORMAT = "flux-poke training 2"
 _ANEW = "remove it, and the training begins anew."
 
 
-def save_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save_training(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, notes: Mapping[str, str] | None = None
+) -> None:
     """Writes the state after `step` steps, in place of an older one."""
     tensors: dict[str, Tensor] = {f"model.{key}": tensor for key, tensor in model.state_dict().items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
     tensors["rng"] = torch.get_rng_state()
-    header = {"format": FORMAT, "step": str(step), "optimizer": type(optimizer).__name__}
+    header = {"format": FORMAT, "step": str(step), "optimizer": type(optimizer).__name__, **(notes or {})}
     write_safetensors(path, tensors, {**header, "checksum": _checksum(tensors, header)})
+
+
+def saved_notes(path: Path) -> dict[str, str]:
+    """The header of a saved training, the caller's notes in it; `UserError` where the file is none."""
+    with open_safetensors(path) as file:
+        return require_format(file.metadata(), path, FORMAT, "saved training", "Remove it.")
 
 
 def load_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> int:
@@ -45,9 +53,7 @@ def load_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
         try:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
         except (SafetensorError, RuntimeError) as error:
-            raise UserError(
-                f"{path} is a damaged training state ({error}): remove it, and the training begins anew."
-            ) from error
+            raise UserError(f"{path} is a damaged training state ({error}): {_ANEW}") from error
     expected, found = header.pop("checksum", "none"), _checksum(tensors, header)
     if found != expected:
         raise UserError(f"{path} is a damaged training state (checksum {found}, expected {expected}): {_ANEW}")
@@ -59,10 +65,9 @@ def load_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
         if header["optimizer"] != type(optimizer).__name__:
             raise ValueError(f"its optimizer is {header['optimizer']}, not {type(optimizer).__name__}")
         model.load_state_dict({key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")})
-        for key, tensor in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".")
-                state.setdefault(int(index), {})[name] = tensor
+        for key in (key for key in tensors if key.startswith("optimizer.")):
+            _, index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = tensors[key]
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         torch.set_rng_state(tensors["rng"])
         done = int(header["step"])

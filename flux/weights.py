@@ -3,6 +3,7 @@
     weights = SiteWeights.read(checkpoint, layout.site("single-7"))
     h = weights.activations(x)                       # [n, width], as they enter the down projection
     stored_like(new_down, checkpoint, f"{site.down}.weight")     # back to what the file stores, with its scale
+    Flux.load(Plain(checkpoint))                     # a quantised file to run without a host
 
 Quantised weights with one scale for the tensor or one per row (scaled fp8 files, ComfyUI's float8 and int8 layers) are undone
 on the way in and made again on the way out. Finer ones are refused: their blocks lie across the columns that are cut.
@@ -11,7 +12,7 @@ on the way in and made again on the way out. Finer ones are refused: their block
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,8 @@ from .checkpoint import scale_key
 from .layout import Site
 from .model import activation
 
+#: What may stand beside the weight of a quantised layer.
+BESIDE_WEIGHT = ("weight_scale", "weight_scale_2", "scale_weight", "input_scale", "scale_input", "comfy_quant")
 #: ComfyUI's layer formats whose numbers stand for themselves, but for a scale.
 _PLAIN_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 
@@ -52,26 +55,23 @@ class SiteWeights:
 
         Without `up`, the up projection is left out, as one of no rows, where no activations are asked for.
         """
-        down = full_precision(tensors, f"{site.down}.weight", device)
-        up_bias = tensors.get(f"{site.up}.bias")
-        bias = tensors.get(f"{site.down}.bias")
+
+        def read(key: str) -> Tensor | None:
+            return full_precision(tensors, key, device) if key in tensors else None
+
+        down, up_bias = full_precision(tensors, f"{site.down}.weight", device), read(f"{site.up}.bias")
         return cls(
             site=site,
             up=full_precision(tensors, f"{site.up}.weight", device)[site.up_row :] if up else down.new_empty(0, len(down)),
-            up_bias=None if up_bias is None else up_bias[site.up_row :].to(device).float(),
+            up_bias=None if up_bias is None else up_bias[site.up_row :],
             down=down[:, site.down_column :],
             attn=down[:, : site.down_column] if site.down_column else None,
-            bias=None if bias is None else bias.to(device).float(),
+            bias=read(f"{site.down}.bias"),
         )
 
     def activations(self, x: Tensor) -> Tensor:
         """The neurons [n, width] for rows x [n, hidden]: GELU(tanh), or silu(gate) * value in a gated MLP; float32."""
         return activation(self.site)(F.linear(x.to(self.up), self.up, self.up_bias))
-
-
-def down_energy(weights: SiteWeights) -> Tensor:
-    """Squared length of every column of the down projection, float64 [width]."""
-    return weights.down.double().square().sum(0)
 
 
 def require_plain(tensors: Mapping[str, Tensor], key: str) -> None:
@@ -92,7 +92,7 @@ def require_plain(tensors: Mapping[str, Tensor], key: str) -> None:
 
 
 def full_precision(tensors: Mapping[str, Tensor], key: str, device: torch.device | str = "cpu") -> Tensor:
-    """The weight `key` in float32 on `device`, with its scale undone."""
+    """The tensor `key` in float32 on `device`, a weight with its scale undone."""
     require_plain(tensors, key)
     weight = tensors[key].to(device).float()
     name = scale_key(tensors, key)
@@ -102,22 +102,42 @@ def full_precision(tensors: Mapping[str, Tensor], key: str, device: torch.device
     return weight * (scale if scale.numel() == 1 else scale.reshape(-1, 1))
 
 
-def stored_like(weight: Tensor, tensors: Mapping[str, Tensor], key: str) -> tuple[Tensor, Tensor | None]:
-    """`weight` [rows, columns] in the precision that `tensors` stores `key` in, and its new scale where it has one.
+class Plain(Mapping[str, Tensor]):
+    """Tensors as numbers that stand for themselves: quantised weights in float32, without the scales beside them."""
 
-    A new scale brings the largest number to the end of the format's range, per tensor or per row as the old one did.
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self._tensors = tensors
+        self._keys = dict.fromkeys(
+            key for key in tensors if key != "scaled_fp8" and key.rpartition(".")[2] not in BESIDE_WEIGHT
+        )
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self._keys:
+            raise KeyError(key)
+        return full_precision(self._tensors, key) if scale_key(self._tensors, key) else self._tensors[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def stored_like(weight: Tensor, tensors: Mapping[str, Tensor], key: str) -> tuple[Tensor, Tensor | None]:
+    """`weight` in the precision that `tensors` stores `key` in, and its new scale where it has one.
+
+    A new scale brings the largest number to the end of the format's range, per tensor or per row as the old one did, of which
+    there may have been more rows.
     """
-    dtype = tensors[key].dtype
-    name = scale_key(tensors, key)
+    dtype, name = tensors[key].dtype, scale_key(tensors, key)
     limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
     scale = None
     if name is not None:
-        old = tensors[name]
-        largest = weight.abs().amax() if old.numel() == 1 else weight.abs().amax(1)
-        scale = (largest.float() / limits.max).clamp(min=torch.finfo(torch.float32).tiny).reshape(old.shape).to(old.dtype)
-        weight = weight / (
-            scale.float().to(weight.device) if old.numel() == 1 else scale.float().to(weight.device).reshape(-1, 1)
-        )
+        old, size = tensors[name], weight.abs().float()
+        largest = size.amax() if old.numel() == 1 else size.amax(1, keepdim=True)
+        scale = (largest / limits.max).clamp(min=torch.finfo(torch.float32).tiny).to(old.dtype)
+        weight = weight / scale.float()
+        scale = scale.reshape(old.shape if old.numel() == 1 else [-1 if length > 1 else 1 for length in old.shape])
     if not dtype.is_floating_point:
         weight = weight.round()
     return weight.clamp(limits.min, limits.max).to(dtype), scale

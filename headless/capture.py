@@ -5,40 +5,41 @@
         captured = capture(client, request, Path("output"))
     captured.generation_id, captured.folder          # "3fa94c01", output/3fa94c01
 
-It fills in `workflows/api/see_every_block.json` (for the model "tiny" `see_every_block_tiny.json`) by the names of inputs,
-wherever they stand: that graph may be changed, as long as it ends in Decode Block Previews.
+The graph is the family's (`families.py`), with Tap Blocks in it, and Decode Block Previews at its end; `analysis/capturing.py`
+needs no ComfyUI.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import re
+import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from threading import Event
 from typing import Any
 
 import torch
 
+from ..analysis.taps import View
+from ..draw import Asked, DrawRequest
 from ..errors import UserError
 from ..files import replacing
 from ..progress import Progress, silent
-from .client import ComfyClient, Interrupted
-from .server import ComfyServer
+from .client import ComfyClient
+from .draw import memory_explained_there
+from .families import Setup, node
+from .server import DEFAULT_SERVER, ComfyServer, start_options
+from .workflow import Graph, follow
 
-DEFAULT_SERVER = "127.0.0.1:8188"
-WORKFLOWS = Path(__file__).parents[1] / "workflows" / "api"
-
-#: Names of models to what their files are called; any other name is a file's.
-FILES = {"flux-schnell": "flux1-schnell", "flux-dev": "flux1-dev", "flux-dev-krea": "flux1-krea-dev"}
-#: Steps by model where none are asked for, and those of all others.
-STEPS, OTHER_STEPS = {"flux-schnell": 4, "tiny": 20}, 50
+#: Steps of FLUX.1 where none are asked for, as its documentation has it; other models take their usual ones.
+STEPS = 50
+TAP = "FluxPokeTapBlocks"
 
 #: What the nodes call a generation's folder.
 GENERATION_ID = re.compile(r"[0-9a-f]{8}")
@@ -50,9 +51,11 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class CaptureRequest:
-    """One image to draw; a size of None is the workflow's, steps of None are the model's (`STEPS`), a seed of None is random.
+    """One image to draw; a size of None is 1024 (tiny: 64), steps of None are the model's, a seed of None is random.
 
-    Raises `UserError` where the size is not one FLUX can draw.
+    `blocks`, `at_steps`, `lens` (a name in ComfyUI's output/flux_poke) and `view` are as on the nodes; with `raw`, the blocks'
+    tokens are kept as well. `clip` and `vae` as `Setup.find` takes them. Raises `UserError` where the size is not one
+    FLUX can draw.
     """
 
     prompt: str
@@ -64,6 +67,14 @@ class CaptureRequest:
     guidance: float = 2.5
     decode_intermediates: bool = True
     add_sampling_metadata: bool = True
+    blocks: str = "all"
+    at_steps: str = "all"
+    lens: str = ""
+    view: View = "x0"
+    raw: bool = False
+    clip: Sequence[str] = ()
+    vae: str | None = None
+    generation_id: str = field(default_factory=lambda: secrets.token_hex(4))
 
     def __post_init__(self) -> None:
         for name, size in (("width", self.width), ("height", self.height)):
@@ -87,32 +98,14 @@ def capture(client: ComfyClient, request: CaptureRequest, out: Path, progress: P
     is there already or the server names files outside of it. Where `progress` raises (it is called every few seconds at
     least), the run is stopped on the server, or taken out of its queue.
     """
-    graph = filled_graph(request, [] if request.model == "tiny" else client.models("diffusion_models"))
-    started: set[str] = set()
-    state = ("waiting for its turn", 0.0)
-
-    def on_progress(node: str, value: int, total: int) -> None:
-        nonlocal state
-        if node:
-            started.add(node)
-            title = graph[node].get("_meta", {}).get("title") or graph[node]["class_type"] if node in graph else "running"
-            part = value / total if total else 0.0
-            state = f"{title}: {value}/{total}" if total else title, (len(started) - 1 + part) / len(graph)
-        progress(*state, 1)
-
-    prompt_id = client.queue(graph)
-    try:
-        result = client.wait(prompt_id, on_progress)
-    except Interrupted as error:
-        raise UserError(f"The drawing of {request.prompt!r} was stopped in ComfyUI.") from error
-    except UserError:
-        raise
-    except BaseException:
-        client.cancel(prompt_id)
-        raise
+    client.require_node(TAP)
+    graph = capture_graph(request, Setup.find(client, request.model, request.clip, request.vae))
+    extra = {"extra_pnginfo": {"flux_poke_generation": request.generation_id}}
+    with memory_explained_there():
+        result = follow(
+            client, graph, progress, f"The drawing of {request.prompt!r}", {"SamplerCustomAdvanced": 10.0}, extra=extra
+        )
     found = result.files("flux_poke")
-    if not found:
-        raise UserError(f"The workflow in {WORKFLOWS} wrote no generation: it must end in Decode Block Previews.")
     bring(found, out, client.fetch)
     generation_id = found[0]["generation_id"]
     return Captured(request, generation_id, out / generation_id)
@@ -149,56 +142,53 @@ def capture_everywhere(
 
     The first failure, and Ctrl-C, stop all of them.
     """
-    waiting: SimpleQueue[int] = SimpleQueue()
-    for number in range(len(requests)):
-        waiting.put(number)
-    done: dict[int, Captured] = {}
+    idle: SimpleQueue[ComfyClient] = SimpleQueue()
     parts = [0.0] * len(requests)
     stopped = Event()
 
-    def work(client: ComfyClient) -> None:
-        while not stopped.is_set():
-            try:
-                number = waiting.get_nowait()
-            except Empty:
-                return
+    def draw(number: int) -> Captured:
+        def report(doing: str, part: float, of: float) -> None:
+            if stopped.is_set():
+                raise Stopped
+            parts[number] = part / of
+            progress(f"image {number + 1} of {len(requests)} · {doing}", sum(parts), len(parts))
 
-            def report(doing: str, part: float, of: float, number: int = number) -> None:
-                if stopped.is_set():
-                    raise Stopped
-                parts[number] = part / of
-                progress(f"image {number + 1} of {len(requests)} · {doing}", sum(parts), len(parts))
-
-            done[number] = capture(client, requests[number], out, report)
-            report("done", 1, 1)
+        client = idle.get()
+        try:
+            report("waiting for its turn", 0, 1)
+            captured = capture(client, requests[number], out, report)
+        finally:
+            idle.put(client)
+        report("done", 1, 1)
+        return captured
 
     with ExitStack() as stack:
-        clients = [stack.enter_context(ComfyClient(address)) for address in servers]
-        pool = stack.enter_context(ThreadPoolExecutor(len(clients)))
-        workers = [pool.submit(work, client) for client in clients]
+        for address in servers:
+            idle.put(stack.enter_context(ComfyClient(address)))
+        pool = stack.enter_context(ThreadPoolExecutor(len(servers)))
+        drawn = [pool.submit(draw, number) for number in range(len(requests))]
         try:
-            for worker in as_completed(workers):
-                worker.result()
+            for one in as_completed(drawn):
+                one.result()
         except BaseException:
             stopped.set()  # the other runs end at their next sign of life
             raise
-    return [done[number] for number in sorted(done)]
+    return [one.result() for one in drawn]
 
 
 @contextmanager
 def capture_servers(
     running: str | None, comfyui: Path | None, offload: bool = False, multi_gpu: bool = False
 ) -> Iterator[list[str]]:
-    """Addresses (host:port) to capture on: of the server that runs, or of those started for the length of the `with`.
-
-    Args:
-        running: address of a server; with it, no other is started.
-        comfyui: folder of a ComfyUI to start.
-        offload: start it in its low-memory mode.
-        multi_gpu: start one for each GPU.
+    """Addresses (host:port) to capture on: of the server that runs, or of those started for the length of the `with` from the
+    folder `comfyui`: with `offload` in low-memory mode, with `multi_gpu` one for each GPU.
 
     Raises `UserError` where options do not go together, or a server does not come up.
     """
+    if offload and multi_gpu:
+        raise UserError(
+            "--offload keeps the model in main memory, and --multi-gpu would do so once for each GPU: choose one of them."
+        )
     if comfyui is None:
         if offload or multi_gpu:
             raise UserError("--offload and --multi-gpu say how to start a ComfyUI: give its folder with --comfyui.")
@@ -213,7 +203,7 @@ def capture_servers(
             raise UserError("--multi-gpu starts a ComfyUI for each CUDA device, and there is none here.")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flux_poke_capture_")))
-        options = ["--disable-auto-launch", *(["--lowvram"] if offload else []), *([] if _accelerated() else ["--cpu"])]
+        options = [*start_options(), *(["--lowvram"] if offload else [])]
 
         def start(gpu: int | None) -> str:
             own = folder / f"gpu-{gpu or 0}"
@@ -225,48 +215,23 @@ def capture_servers(
         yield [start(gpu) for gpu in gpus]
 
 
-def _accelerated() -> bool:
-    """Whether ComfyUI finds something to run on; where there is but a CPU, it has to be told."""
-    return torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
-
-
-def filled_graph(request: CaptureRequest, model_files: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The capture workflow with the request's values; `model_files` are those the server has.
-
-    Raises `UserError` where the model is none of them, or the workflow lacks an input that the request needs.
-    """
-    tiny = request.model == "tiny"
-    path = WORKFLOWS / ("see_every_block_tiny.json" if tiny else "see_every_block.json")
-    graph: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+def capture_graph(request: CaptureRequest, setup: Setup) -> Graph:
+    """The family's graph, which taps its blocks and decodes what they predict."""
     seed = random.randrange(2**32) if request.seed is None else request.seed
-    steps = STEPS.get(request.model, OTHER_STEPS) if request.num_steps is None else request.num_steps
-    needed = {"text": request.prompt, "steps": steps, "width": request.width, "height": request.height}
-    if not tiny:
-        needed["unet_name"] = model_file(request.model, model_files)
-    optional = {
-        "seed": seed, "noise_seed": seed, "guidance": request.guidance, "decode": request.decode_intermediates,
-        "metadata": request.add_sampling_metadata,
-    }  # fmt: skip
-    for name, value in {**needed, **optional}.items():
-        if value is None:
-            continue
-        places = [
-            node["inputs"] for node in graph.values() if name in node["inputs"] and not isinstance(node["inputs"][name], list)
-        ]
-        if not places and name in needed:
-            raise UserError(f"{path} has no input called {name} to fill in: restore the file, or name an input so.")
-        for inputs in places:
-            inputs[name] = value
+    steps = STEPS if request.num_steps is None and setup.kind == "flux1" and setup.usual.steps > 4 else request.num_steps
+    guidance = request.guidance if setup.usual.distilled else None
+    drawn = DrawRequest([request.prompt], steps=steps, guidance=guidance, width=request.width, height=request.height)
+    graph = setup.graph(Asked(request.prompt, seed, 0), drawn)
+    del graph["decode"]
+    taps = {"blocks": request.blocks, "at_steps": request.at_steps, "lens": request.lens, "memory_gb": 1.0, "raw": request.raw}
+    graph["taps"] = node(TAP, model=graph["guider"]["inputs"]["model"], **taps)
+    graph["guider"]["inputs"]["model"] = ["taps", 0]
+    options = {"view": request.view, "captions": False, "decode": request.decode_intermediates, "largest": 64}
+    graph["previews"] = node(
+        "FluxPokeDecodeBlockPreviews", block_taps=["taps", 1], vae=setup.decoder, after=["sample", 0],
+        metadata=request.add_sampling_metadata, **options,
+    )  # fmt: skip
+    if request.decode_intermediates:
+        film = {"format": "mp4", "fps": 12.0, "order": "step", "block_type": "all", "max_blocks": 0, "font_size": 24}
+        graph["film"] = node("FluxPokeAnimateBlockPreviews", folder=["previews", 4], **film)
     return graph
-
-
-def model_file(model: str, there: Sequence[str]) -> str:
-    """The file that holds `model`: the one called so, or the shortest name that begins so (flux1-dev-fp8 for flux1-dev)."""
-    name = FILES.get(model, model)
-    for found in sorted(there, key=len):
-        if found == name or Path(found.replace("\\", "/")).name.startswith(name):
-            return found
-    raise UserError(
-        f"ComfyUI has no model {model!r}: expected a file called {name}*.safetensors in models/diffusion_models, found "
-        f"{', '.join(there) or 'none'}."
-    )

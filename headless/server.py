@@ -14,8 +14,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+import torch
+
 from ..errors import UserError
 from .client import wait_until_up
+
+#: Where a ComfyUI listens by itself.
+DEFAULT_SERVER = "127.0.0.1:8188"
+#: Seconds that it may take to come up.
+PATIENCE = 180.0
 
 
 class ComfyServer:
@@ -29,18 +36,15 @@ class ComfyServer:
         folder: Path,
         options: Sequence[str] = (),
         log: Path | None = None,
-        python: str = sys.executable,
         environment: Mapping[str, str] | None = None,
-        patience: float = 180.0,
     ):
         self.folder = folder.expanduser()
         if not (self.folder / "main.py").is_file():
             raise UserError(f"{self.folder} holds no ComfyUI: expected its main.py there.")
         self.address = f"127.0.0.1:{free_port()}"
         self.log = log
-        self._command = [python, "main.py", "--listen", "127.0.0.1", "--port", self.address.split(":")[1], *options]
+        self._command = [sys.executable, "main.py", "--listen", "127.0.0.1", "--port", self.address.split(":")[1], *options]
         self._environment = {**os.environ, **(environment or {})}
-        self._patience = patience
         self._process: subprocess.Popen[bytes] | None = None
         self._output: IO[bytes] | None = None
 
@@ -55,7 +59,7 @@ class ComfyServer:
             stderr=subprocess.STDOUT,
         )
         try:
-            wait_until_up(self.address, self._patience, lambda: process.poll() is None)
+            wait_until_up(self.address, PATIENCE, lambda: process.poll() is None)
         except UserError as error:
             self.__exit__()
             raise UserError(f"{error}{self._last_words()}") from error
@@ -80,6 +84,12 @@ class ComfyServer:
         lines = self.log.read_text(errors="replace").split("\n") if self.log else []
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return f" The last line of its log: {last}" if last else ""
+
+
+def start_options() -> list[str]:
+    """Options for one that only we talk to; on a CPU alone, ComfyUI has to be told that there is nothing else to run on."""
+    accelerated = torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
+    return ["--disable-auto-launch", *([] if accelerated else ["--cpu"])]
 
 
 def free_port() -> int:

@@ -7,17 +7,26 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .calibrate import Calibrate
+from .chance import QueueLimit, RandomInt, RandomSize
 from .choose import ChooseModel
 from .compare import Compare
 from .plans import LoadPlan, PlanByBudget, PlanByCount, PlanByThreshold
 from .previews import AnimateBlockPreviews, DecodeBlockPreviews
 from .prompts import Counter, Prompts
 from .pruned import LoadPrunedCheckpoint, LoadPrunedFlux, LoadPrunedLora, SavePrunedFlux
-from .record import Record, RecordBlockStates, RecordInternals, RecordLensRows, RecordTrajectories
-from .record_options import RecordOptionsNode
+from .record import (
+    Record,
+    RecordBlockStates,
+    RecordInternals,
+    RecordLensRows,
+    RecordOptions,
+    RecordTrajectories,
+)
 from .recordings import InternalsReport, LoadRecording
 from .retrain import LoadReplacedFlux, RetrainLayers
 from .taps import TapBlocks
+from .timer import FluxTimer
 from .tiny import LoadTinyFlux
 
 
@@ -26,11 +35,12 @@ class FluxPokeExtension(ComfyExtension):
         return [
             LoadTinyFlux,
             Record,
-            RecordOptionsNode,
+            RecordOptions,
             RecordInternals,
             RecordBlockStates,
             RecordTrajectories,
             RecordLensRows,
+            Calibrate,
             LoadRecording,
             InternalsReport,
             PlanByCount,
@@ -48,6 +58,10 @@ class FluxPokeExtension(ComfyExtension):
             DecodeBlockPreviews,
             AnimateBlockPreviews,
             Compare,
+            FluxTimer,
             Prompts,
             Counter,
+            RandomInt,
+            RandomSize,
+            QueueLimit,
         ]

@@ -7,27 +7,30 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..errors import UserError
-from . import host
+from . import inputs
 
-CHOICES = ("normal", "analysis", "pruned", "replaced")
+#: The models, and where each comes from.
+CHOICES = {
+    "normal": "The dense model, from its loader.",
+    "analysis": "From a Record node, or Tap Blocks.",
+    "pruned": "From Load Pruned FLUX.",
+    "replaced": "From Load Replaced FLUX.",
+}
 
 
 class ChooseModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FluxPokeChooseModel",
-            display_name="Choose Model",
-            category=host.CATEGORY,
-            description="Passes on one of the models that are connected. Nothing that only the others need is loaded or run.",
-            inputs=[
-                io.Combo.Input("use", options=list(CHOICES), tooltip="Which of the models below goes to the sampler."),
-                io.Model.Input("normal", optional=True, lazy=True, tooltip="The dense model, from its loader."),
-                io.Model.Input("analysis", optional=True, lazy=True, tooltip="From a Record node, or Tap Blocks."),
-                io.Model.Input("pruned", optional=True, lazy=True, tooltip="From Load Pruned FLUX."),
-                io.Model.Input("replaced", optional=True, lazy=True, tooltip="From Load Replaced FLUX."),
+        return inputs.schema(
+            cls,
+            "Choose Model",
+            "Passes on one of the models that are connected. Nothing that only the others need is loaded or run.",
+            [
+                inputs.choice("use", list(CHOICES), "Which of the models below goes to the sampler."),
+                *(io.Model.Input(name, optional=True, lazy=True, tooltip=source) for name, source in CHOICES.items()),
             ],
-            outputs=[io.Model.Output()],
+            [io.Model.Output()],
+            hidden=[],
         )
 
     @classmethod

@@ -5,40 +5,29 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..analysis.metrics import check_comparisons, compare, comparison_table, side_by_side, write_comparisons
-from . import host
-
-ImageOrLatent = [io.Image, io.Latent]
+from . import host, inputs
 
 
 class Compare(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FluxPokeCompare",
-            display_name="Compare",
-            category=host.CATEGORY,
-            description="Relative MSE, PSNR and SSIM of images or latents against a reference, and where they differ.",
-            is_output_node=True,
-            inputs=[
-                io.MultiType.Input(
-                    "reference", ImageOrLatent, tooltip="What to compare with: the dense model's images or latents."
-                ),
-                io.MultiType.Input("variant", ImageOrLatent, tooltip="What to compare, of the same kind, size and number."),
-                *(
-                    io.MultiType.Input(
-                        f"variant_{n}", ImageOrLatent, optional=True, tooltip="One more, to compare with the same."
-                    )
-                    for n in (2, 3, 4)
-                ),
-                io.String.Input("names", default="", tooltip="What to call the variants, separated by commas."),
-                io.String.Input(
-                    "file",
-                    default="",
-                    tooltip="Write the table under this name in output/flux_poke, as .csv or .json; empty = do not.",
-                ),
+        def images(name: str, tooltip: str, optional: bool = False) -> io.Input:
+            return io.MultiType.Input(name, [io.Image, io.Latent], optional=optional, tooltip=tooltip)
+
+        file = "Write the table under this name in output/flux_poke, as .csv or .json; empty = do not."
+        return inputs.schema(
+            cls,
+            "Compare",
+            "Relative MSE, PSNR and SSIM of images or latents against a reference, and where they differ.",
+            [
+                images("reference", "What to compare with: the dense model's images or latents."),
+                images("variant", "What to compare, of the same kind, size and number."),
+                *(images(f"variant_{n}", "One more, to compare with the same.", optional=True) for n in (2, 3, 4)),
+                inputs.text("names", "", "What to call the variants, separated by commas."),
+                inputs.text("file", "", file),
             ],
-            outputs=[io.String.Output(display_name="text"), io.Image.Output(display_name="image")],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            [io.String.Output(display_name="text"), io.Image.Output(display_name="image")],
+            is_output_node=True,
         )
 
     @classmethod

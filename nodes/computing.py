@@ -24,7 +24,6 @@ T = TypeVar("T")
 
 
 def training_device() -> torch.device:
-    """Where ComfyUI computes."""
     return comfy.model_management.get_torch_device()
 
 
@@ -61,21 +60,20 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 def throw_if_cancelled() -> None:
-    """Raises where the user has pressed Cancel."""
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 class NodeProgress:
     """Progress of long work, in words and as a bar on the node that runs; raises where the user has pressed Cancel.
 
-    With `in_words` = False the bar alone is shown, for work that says more by itself.
+    Without a node's id, the bar alone is shown. What is `below` stands under the words.
     """
 
     #: Seconds between two lines of words.
     EVERY = 0.5
 
-    def __init__(self, node_id: str | None = None, in_words: bool = True):
-        self._node_id, self._in_words = node_id, in_words
+    def __init__(self, node_id: str | None = None, below: str = ""):
+        self._node_id, self._below = node_id, below and f"\n{below}"
         self._bar = comfy.utils.ProgressBar(1)
         self._begun, self._said = time.monotonic(), -math.inf
         self._first: float | None = None
@@ -85,9 +83,9 @@ class NodeProgress:
         now = time.monotonic()
         if self._first is None:
             self._first = done  # what is there already took no time
-        if self._in_words and what and now - self._said > self.EVERY:
+        if self._node_id and what and now - self._said > self.EVERY:
             minutes = (now - self._begun) / 60 * (total - done) / (done - self._first) if done > self._first else 0.0
             left = f", about {minutes:.0f} min left" if minutes >= 1 else ""
-            host.show(self._node_id, f"{what}: {done / max(total, 1e-9):.0%}{left}")
+            host.show(self._node_id, f"{what}: {done / max(total, 1e-9):.0%}{left}{self._below}")
             self._said = now
         throw_if_cancelled()

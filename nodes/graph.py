@@ -1,6 +1,6 @@
 """Reading the graph that runs: what is drawn, with which model, and by which sampler.
 
-graph_value(cls.hidden, TEXTS)                   # the nearest prompt above this node
+value_above(graph, "7", TEXTS)                    # the nearest prompt above node 7
 nearest_above(graph, "7", "after", {"3", "5"})   # which of these nodes the input `after` of node 7 comes from
 """
 
@@ -22,18 +22,18 @@ def running_node() -> str | None:
     return None if context is None else context.node_id
 
 
-def graph_value(hidden: Any, names: Collection[str], default: str = "") -> str:
-    """The text of the nearest input upstream of this node that is called one of `names`; negative prompts are left out.
-
-    What is only known while the graph runs (a text that comes out of another node) is not found.
-    """
-    return _value_above(hidden.prompt or {}, hidden.unique_id, names, default)
-
-
 def running_graph() -> Mapping[str, Any]:
-    """The graph that runs now; a node that is not run again, since nothing above it changed, knows an earlier one."""
+    """The graph that runs now, empty where there is no server; a node that is not run again, since nothing above it changed,
+    knows an earlier one."""
+    if not hasattr(PromptServer, "instance"):
+        return {}
     running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
     return running[0][2] if running else {}
+
+
+def inputs_of(graph: Mapping[str, Any], number: str | None) -> Mapping[str, Any]:
+    """Inputs of a node as the graph gives them: links, and values also of names that the node does not have."""
+    return graph.get(number or "", {}).get("inputs", {})
 
 
 def prompt_below(graph: Mapping[str, Any], number: str) -> str:
@@ -44,15 +44,19 @@ def prompt_below(graph: Mapping[str, Any], number: str) -> str:
         sources = _sources(graph, number)
         for name in ("positive", "conditioning"):
             if name in sources:
-                return _value_above(graph, sources[name], TEXTS)
+                return value_above(graph, sources[name], TEXTS)
         below += [other for other in graph if other not in below and number in _sources(graph, other).values()]
     return ""
 
 
-def _value_above(graph: Mapping[str, Any], number: str, names: Collection[str], default: str = "") -> str:
+def value_above(graph: Mapping[str, Any], number: str, names: Collection[str], default: str = "") -> str:
+    """The text of the nearest input at a node or upstream of it that is called one of `names`; negative prompts are left out.
+
+    What is only known while the graph runs (a text that comes out of another node) is not found.
+    """
     waiting = [number]
     for number in waiting:  # grows on the way
-        inputs = graph.get(number, {}).get("inputs", {})
+        inputs = inputs_of(graph, number)
         for name in names:
             if isinstance(inputs.get(name), str):
                 return inputs[name]
@@ -63,7 +67,7 @@ def _value_above(graph: Mapping[str, Any], number: str, names: Collection[str], 
 
 def _sources(graph: Mapping[str, Any], number: str) -> dict[str, str]:
     """By input of a node, the node that is linked to it."""
-    inputs = graph.get(number, {}).get("inputs", {})
+    inputs = inputs_of(graph, number)
     return {name: value[0] for name, value in inputs.items() if isinstance(value, list)}
 
 

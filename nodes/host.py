@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
@@ -17,18 +18,19 @@ import folder_paths
 import numpy as np
 import torch
 from comfy.cli_args import args as host_options
+from matplotlib.figure import Figure
 from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
 from ..analysis.decoding import Decode, to_picture
+from ..analysis.report import figure_pixels
 from ..errors import UserError
 from ..recording.recording import INTERNALS, STATES
 from ..recording.store import MANIFEST
 
 log = logging.getLogger("flux-poke")
 
-CATEGORY = "flux-poke"
 FOLDER = "flux_poke"
 #: Bytes of a file's name, which leaves room for what is added to it, and of a name with folders.
 LONGEST_NAME, LONGEST_PATH = 200, 1000
@@ -40,15 +42,12 @@ def output_folder() -> Path:
 
 
 def output_path(name: str, suffix: str = "") -> Path:
-    """The file or folder called `name` in `<ComfyUI output>/flux_poke`; `suffix` is added where it lacks one.
-
-    Raises `UserError` where the name would leave that folder (`..`, absolute, through a symlink).
-    """
+    """As `inside`, of `output_folder()`."""
     return inside(output_folder(), name, suffix)
 
 
 def input_path(name: str) -> Path:
-    """The file called `name` in ComfyUI's input folder; raises `UserError` where the name would leave it."""
+    """As `inside`, of ComfyUI's input folder."""
     return inside(Path(folder_paths.get_input_directory()), name)
 
 
@@ -112,12 +111,24 @@ def metadata_enabled() -> bool:
     return not host_options.disable_metadata
 
 
+def drop_queue() -> None:
+    """Takes out of the queue all that waits in it."""
+    PromptServer.instance.prompt_queue.wipe_queue()
+
+
 def graph_metadata(hidden: Any) -> dict[str, str]:
     """The graph that is running, as the host would put it into a picture; empty with --disable-metadata."""
     if not metadata_enabled():
         return {}
     found = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
     return {key: json.dumps(found[key]) for key in ("prompt", "workflow") if found.get(key) is not None}
+
+
+def asked_generation(hidden: Any) -> dict[str, str]:
+    """The id that whoever queued the graph chose for its generation, if any, and if nothing is called so yet."""
+    asked = f"{(hidden.extra_pnginfo or {}).get('flux_poke_generation')}"
+    free = re.fullmatch(r"[0-9a-f]{8}", asked) and not (output_folder() / asked).exists()
+    return {"generation_id": asked} if free else {}
 
 
 def output_file(path: Path) -> dict[str, str]:
@@ -157,25 +168,27 @@ def batch_of(value: Any) -> Tensor:
     return value["samples"] if isinstance(value, Mapping) else value[..., :3].movedim(-1, 1)
 
 
+def image_tokens(latent: Mapping[str, Any]) -> int:
+    """How many patches of 16x16 pixels a LATENT is: one each of FLUX.2's 128 channels, four of any other."""
+    channels, *size = latent["samples"].shape[1:]
+    patch = 1 if channels == 128 else 2
+    return math.prod(-(-side // patch) for side in size[-2:])
+
+
 def to_pictures(image: Tensor) -> list[Image.Image]:
     """An IMAGE [batch, height, width, channels] as pictures."""
     return [to_picture(one[..., :3].movedim(-1, 0)) for one in image]
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture in RGB, read as a whole."""
     with Image.open(path) as picture:
         return picture.convert("RGB")
 
 
-def to_images(pictures: Sequence[Image.Image]) -> Tensor:
-    """Pictures of one size as the host's IMAGE [batch, height, width, 3] float."""
-    images = torch.empty(len(pictures), pictures[0].height, pictures[0].width, 3)
-    for image, picture in zip(images, pictures, strict=True):
-        image.copy_(torch.from_numpy(np.array(picture)))
-    return images.div_(255)
+def to_images(pictures: Sequence[Image.Image | np.ndarray]) -> Tensor:
+    """Pictures of one size, or their pixels, as the host's IMAGE [batch, height, width, 3] float."""
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).float().div_(255)
 
 
-def to_image(pixels: np.ndarray) -> Tensor:
-    """Pixels [height, width, 3] uint8 as the host's IMAGE [1, height, width, 3] float."""
-    return torch.from_numpy(pixels).float().div(255)[None]
+def figure_image(figure: Figure) -> Tensor:
+    return to_images([figure_pixels(figure)])

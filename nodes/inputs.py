@@ -1,9 +1,12 @@
-"""Inputs that several nodes have in common, the types of their own links, and what makes a node run again."""
+"""What nodes are declared with: inputs, the types of their own links, and what makes a node run again.
+
+schema(Counter, "Counter", "One more each run.", [whole("max", 0, 0, 99, "The last.")], [io.Int.Output()])
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,54 @@ RecordingType = io.Custom("RECORDING")
 
 #: What a loader offers beside checkpoints, where a plan says which one.
 OF_THE_PLAN = "as in the plan"
+#: What a node is told of the run.
+HIDDEN = (io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo)
+MOST_SEED = 2**31 - 1
 
 
-def model_input() -> io.Input:
+def schema(
+    node: type[io.ComfyNode],
+    display_name: str,
+    description: str,
+    inputs: Sequence[io.Input],
+    outputs: Sequence[io.Output],
+    is_output_node: bool = False,
+    hidden: Sequence[io.Hidden] = HIDDEN,
+) -> io.Schema:
+    """What a node is; its id, which never changes once released, is "FluxPoke" and the name of its class."""
+    return io.Schema(
+        node_id=f"FluxPoke{node.__name__}",
+        display_name=display_name,
+        category="flux-poke",
+        description=description,
+        inputs=[*inputs],
+        outputs=[*outputs],
+        hidden=[*hidden],
+        is_output_node=is_output_node,
+    )
+
+
+def whole(name: str, default: int, least: int, most: int, tooltip: str) -> io.Input:
+    return io.Int.Input(name, default=default, min=least, max=most, tooltip=tooltip)
+
+
+def number(name: str, default: float, least: float, most: float, step: float, tooltip: str) -> io.Input:
+    return io.Float.Input(name, default=default, min=least, max=most, step=step, round=1e-6, tooltip=tooltip)
+
+
+def text(name: str, default: str, tooltip: str) -> io.Input:
+    return io.String.Input(name, default=default, tooltip=tooltip)
+
+
+def switch(name: str, default: bool, tooltip: str) -> io.Input:
+    return io.Boolean.Input(name, default=default, tooltip=tooltip)
+
+
+def choice(name: str, options: Sequence[str], tooltip: str, default: str | None = None) -> io.Input:
+    return io.Combo.Input(name, options=[*options], default=default, tooltip=tooltip)
+
+
+def model() -> io.Input:
     return io.Model.Input("model", tooltip="The FLUX to watch: FLUX.1, FLUX.2 or Chroma. It is not changed.")
 
 
@@ -30,60 +78,55 @@ def watched_output() -> io.Output:
     return io.Model.Output(display_name="model", tooltip="The same model, watched: connect it to the sampler.")
 
 
-def checkpoint_input(*others: str, tooltip: str = "The dense FLUX that was recorded.") -> io.Input:
-    return io.Combo.Input("unet_name", options=[*others, *loading.checkpoint_names()], tooltip=tooltip)
+def checkpoint(*others: str, tooltip: str = "The dense FLUX that was recorded.") -> io.Input:
+    return choice("unet_name", [*others, *loading.checkpoint_names()], tooltip)
 
 
-def weight_dtype_input() -> io.Input:
-    return io.Combo.Input("weight_dtype", options=list(loading.WEIGHT_DTYPES), tooltip="As in Load Diffusion Model.")
+def weight_dtype() -> io.Input:
+    return choice("weight_dtype", loading.WEIGHT_DTYPES, "As in Load Diffusion Model.")
 
 
-def plan_input() -> io.Input:
+def plan() -> io.Input:
     return PlanType.Input("plan", tooltip="From a Plan Pruning node or Load Plan.")
 
 
-def recording_input(tooltip: str = "From a Record node or Load Recording.", optional: bool = False) -> io.Input:
+def recording(tooltip: str = "From Calibrate, a Record node or Load Recording.", optional: bool = False) -> io.Input:
     return RecordingType.Input("recording", optional=optional, tooltip=tooltip)
 
 
-def recording_output(tooltip: str = "What is recorded: for plans, retraining and reports.") -> io.Output:
-    return RecordingType.Output(display_name="recording", tooltip=tooltip)
+def recording_output() -> io.Output:
+    return RecordingType.Output(display_name="recording", tooltip="What is recorded: for plans, retraining and reports.")
 
 
 def noise_levels() -> list[io.Input]:
-    def level(name: str, default: float, which: str) -> io.Input:
-        tooltip = f"Only steps of at {which} this noise level (sigma)."
-        return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
+    return [
+        number("sigma_from", 0.0, 0.0, 1.0, 0.01, "Only steps of at least this noise level (sigma)."),
+        number("sigma_to", 1.0, 0.0, 1.0, 0.01, "Only steps of at most this noise level (sigma)."),
+    ]
 
-    return [level("sigma_from", 0.0, "least"), level("sigma_to", 1.0, "most")]
+
+def random_seed(tooltip: str) -> io.Input:
+    """One that the page draws anew after every run, unless it is told not to."""
+    return io.Int.Input("seed", default=0, min=0, max=2**53 - 1, optional=True, control_after_generate=True, tooltip=tooltip)
 
 
 def sample_seed() -> io.Input:
-    return io.Int.Input("sample_seed", default=0, min=0, max=2**31 - 1, tooltip="Of the steps and tokens that are drawn.")
+    return whole("sample_seed", 0, 0, MOST_SEED, "Of the steps and tokens that are drawn.")
 
 
 def counted_tokens() -> list[io.Input]:
-    return [
-        io.Boolean.Input(
-            "ignore_padding",
-            default=True,
-            tooltip="Leave out padded text and the tokens of reference pictures, where ComfyUI marks them (FLUX.2).",
-        ),
-        io.Boolean.Input(
-            "positive_only",
-            default=False,
-            tooltip="With CFG above 1: count what the positive prompt does, not the negative one.",
-        ),
-    ]
+    padding = "Leave out tokens of reference pictures, and padding of the text where ComfyUI tells of it (FLUX.2)."
+    positive = "With CFG above 1: count what the positive prompt does, not the negative one."
+    return [switch("ignore_padding", True, padding), switch("positive_only", False, positive)]
 
 
 def block_ranges() -> list[io.Input]:
     """First and last layers; -1 as the last one stands for the model's last."""
     return [
-        io.Int.Input("first_layer", default=0, min=0, max=255, tooltip="First double block that may be cut."),
-        io.Int.Input("last_layer", default=-1, min=-1, max=255, tooltip="Last double block that may be cut; -1 = all."),
-        io.Int.Input("first_single", default=0, min=0, max=255, tooltip="First single block that may be cut."),
-        io.Int.Input("last_single", default=-1, min=-1, max=255, tooltip="Last single block that may be cut; -1 = all."),
+        whole("first_layer", 0, 0, 255, "First double block that may be cut."),
+        whole("last_layer", -1, -1, 255, "Last double block that may be cut; -1 = all."),
+        whole("first_single", 0, 0, 255, "First single block that may be cut."),
+        whole("last_single", -1, -1, 255, "Last single block that may be cut; -1 = all."),
     ]
 
 
@@ -95,11 +138,8 @@ def chosen_ranges(layout: Layout, first_layer: int, last_layer: int, first_singl
 
 
 def after_sampler(what: str = "the plan") -> io.Input:
-    return io.AnyType.Input(
-        "after",
-        optional=True,
-        tooltip=f"The sampler's latent, where the recording is made in this graph: {what} waits for it.",
-    )
+    tooltip = f"The sampler's latent, where the recording is made in this graph: {what} waits for it."
+    return io.AnyType.Input("after", optional=True, tooltip=tooltip)
 
 
 def require_recorded(recording: Recording) -> None:
@@ -112,13 +152,8 @@ def require_recorded(recording: Recording) -> None:
 
 
 def checkpoint_time(unet_name: str | None) -> str:
-    """When a checkpoint was written, for `fingerprint_inputs`."""
-    return "" if unet_name is None or unet_name == OF_THE_PLAN else times(Path(loading.checkpoint_path(unet_name)))
-
-
-def layer_times(folder: str | None) -> str:
-    """When the layers in a folder were written, for `fingerprint_inputs`; empty where another node names it."""
-    return "" if not folder else times(*layer_files(host.output_path(folder)).values())
+    """When a checkpoint was written, for `fingerprint_inputs`; empty where another node or a plan names it."""
+    return "" if unet_name in (None, OF_THE_PLAN) else times(Path(loading.checkpoint_path(unet_name)))
 
 
 def missing_layers(name: str | None) -> str:
@@ -128,17 +163,16 @@ def missing_layers(name: str | None) -> str:
     """
     if name is None:
         return ""
-    folders = [host.output_path(name)] if name.strip() else sorted(host.output_path("retrained_layers").glob("*/"))
-    return str([(folder.name, missing) for folder in folders if (missing := _missing(folder))])
-
-
-def _missing(folder: Path) -> list[int]:
-    stats = folder / STATS
-    named = re.findall(r"^layer(\d+):", stats.read_text(encoding="utf-8"), re.MULTILINE) if stats.is_file() else []
-    return sorted({int(number) for number in named} - layer_files(folder).keys())
+    missing = []
+    for folder in [host.output_path(name)] if name.strip() else sorted(host.output_path("retrained_layers").glob("*/")):
+        stats = folder / STATS
+        named = re.findall(r"^layer(\d+):", stats.read_text(encoding="utf-8"), re.MULTILINE) if stats.is_file() else []
+        missing.append((folder.name, sorted({int(number) for number in named} - layer_files(folder).keys())))
+    return str([one for one in missing if one[1]])
 
 
 def times(*paths: Path) -> str:
+    """When files were written, for `fingerprint_inputs`."""
     return str([(path.name, path.stat().st_mtime_ns if path.exists() else None) for path in paths])
 
 

@@ -1,14 +1,17 @@
-"""Loading a FLUX of any MLP widths through ComfyUI's own detection and memory management.
+"""Loading a FLUX of any MLP widths and modulation ranks through ComfyUI's own detection and memory management.
 
-    model = load_flux(cut, "default")                # a MODEL whose MLPs have the widths of the tensors
+    model = load_flux(cut, "default")                # a MODEL whose layers have the shapes of the tensors
     model = load_pruned(Pruned.open(path), "default")
 
-ComfyUI builds its model at the dense widths. Its linear layers here take no memory until they are loaded, and those of the
-MLPs take the width of what is loaded: the dense model is never allocated, in memory or on the device.
+ComfyUI builds its model at the dense widths. Its linear layers here take no memory until they are loaded, those of the MLPs
+take the width of what is loaded, and a modulation layer of low rank becomes two linear layers of ComfyUI's in an nn.Sequential,
+`lin.down` (without a bias) and `lin.up`: the dense model is never allocated, in memory or on the device, and no layer is of
+another kind than the host's own. `weight_dtype` rounds all but these thin factors to 8 bits.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,24 +27,27 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..flux.layout import read_layout
+from ..flux.layout import canonical_key, read_layout
 from ..pruning.checkpoint import Pruned
-from ..tiny.model import FOLDER as TINY_FOLDER
+from ..tiny.model import SHIPPED
 
 #: What the loaders offer beside the files in models/diffusion_models.
 TINY = "tiny FLUX (ships with the pack)"
+TINY_FLUX2 = "tiny FLUX.2 (ships with the pack)"
 WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2")
+#: What the bias of a layer of low rank is called after its name: in a file, it is `.bias`.
+_UP_BIAS = ".up.bias"
 
 
 def checkpoint_names() -> list[str]:
     """What a loader can be asked for."""
-    return [*folder_paths.get_filename_list("diffusion_models"), TINY]
+    return [*folder_paths.get_filename_list("diffusion_models"), TINY, TINY_FLUX2]
 
 
 def checkpoint_path(name: str) -> str:
     """The file of a name from `checkpoint_names`."""
-    if name == TINY:
-        return str(TINY_FOLDER / "flux.safetensors")
+    if name in (TINY, TINY_FLUX2):
+        return str(SHIPPED["flux1" if name == TINY else "flux2"] / "flux.safetensors")
     return folder_paths.get_full_path_or_raise("diffusion_models", name)
 
 
@@ -54,7 +60,7 @@ def checkpoint_folder() -> Path:
 def load_flux(tensors: Mapping[str, Tensor], weight_dtype: str, metadata: Mapping[str, str] | None = None) -> ModelPatcher:
     """A MODEL from a FLUX's tensors (canonical keys), each read when it is needed; `weight_dtype` as UNETLoader's.
 
-    Raises `UserError` where ComfyUI does not know the model.
+    Raises `UserError` where ComfyUI does not know the model, or would run it with other rotary axes than it has.
     """
     return _reloadable(lambda: dict(tensors), weight_dtype, metadata or {})
 
@@ -82,19 +88,41 @@ def _reloadable(read: Callable[[], dict[str, Tensor]], weight_dtype: str, metada
 def _load(state: dict[str, Tensor], weight_dtype: str, metadata: dict[str, str], disable_dynamic: bool) -> ModelPatcher:
     # ComfyUI leaves these to itself where the operations are its own; here they are not.
     state, metadata = comfy.utils.convert_old_quants(state, "", metadata=metadata)
+    layout = read_layout({key: tensor.shape for key, tensor in state.items()})
+    if layout.own_axes:
+        raise UserError(
+            f"The checkpoint has rotary axes of its own ({', '.join(map(str, layout.own_axes))}); ComfyUI runs a family's own "
+            "axes only. Use it with the flux-poke commands, which need no ComfyUI."
+        )
+    low_rank = [layout.site(name).modulation for name in layout.ranks]
+    for layer in low_rank:
+        state[layer + _UP_BIAS] = state.pop(f"{layer}.bias")
     options: dict[str, Any] = {}
     if weight_dtype != "default":
         options["dtype"] = torch.float8_e5m2 if weight_dtype == "fp8_e5m2" else torch.float8_e4m3fn
         options["fp8_optimizations"] = weight_dtype.endswith("fast")
-    options["custom_operations"] = _operations(state, metadata, options)
-    model = comfy.sd.load_diffusion_model_state_dict(state, options, metadata=metadata, **_dynamic(disable_dynamic))
-    for block in model.model.diffusion_model.single_blocks:
+    options["custom_operations"] = of_any_width(
+        _operations(state, metadata, options), {path for site in layout.sites for path in (site.up, site.down)}
+    )
+    dynamic = {"disable_dynamic": True} if disable_dynamic else {}  # older hosts do not know the option
+    model = comfy.sd.load_diffusion_model_state_dict(state, options, metadata=metadata, **dynamic)
+    transformer = model.model.diffusion_model
+    for layer in low_rank:
+        parent, _, name = layer.rpartition(".")
+        factors = transformer.get_submodule(layer).named_children()
+        setattr(transformer.get_submodule(parent), name, nn.Sequential(OrderedDict(factors)))
+    for block in transformer.single_blocks:
         block.mlp_hidden_dim = block.mlp_hidden_dim_first = block.linear1.out_features - 3 * block.linear1.in_features
     return model
 
 
+def file_key(key: str) -> str:
+    """What the tensor that a MODEL's transformer has as `key` is called in a checkpoint."""
+    return f"{key.removesuffix(_UP_BIAS)}.bias" if key.endswith(f".lin{_UP_BIAS}") else canonical_key(key)
+
+
 def _operations(state: dict[str, Tensor], metadata: dict[str, str], options: dict[str, Any]) -> type:
-    """The operations that ComfyUI would choose, with linear layers of any width."""
+    """The operations that ComfyUI would choose."""
     device = comfy.model_management.get_torch_device()
     config = comfy.model_detection.model_config_from_unet(state, "", metadata=metadata)
     if config is None:
@@ -109,17 +137,16 @@ def _operations(state: dict[str, Tensor], metadata: dict[str, str], options: dic
         weight_dtype=None if quantised else comfy.utils.weight_dtype(state),
     )
     computed = comfy.model_management.unet_manual_cast(None if quantised else stored, device, supported)
-    chosen = comfy.ops.pick_operations(
+    return comfy.ops.pick_operations(
         stored, computed, load_device=device, fp8_optimizations=options.get("fp8_optimizations", False), model_config=config
     )
-    sites = read_layout({key: tensor.shape for key, tensor in state.items()}).sites
-    return of_any_width(chosen, {path for site in sites for path in (site.up, site.down)})
 
 
 def of_any_width(operations: type, layers: Collection[str]) -> type:
     """ComfyUI operations whose linear layers are empty until they are loaded; then those in `layers` fit what is loaded.
 
-    Others stay as they were asked for: the shape in which a file packs a weight need not be the weight's own.
+    Others stay as they were asked for: the shape in which a file packs a weight need not be the weight's own. One that is
+    stored as two factors gets them as its children `down` and `up`, which load themselves, and is nothing itself.
     """
 
     class Linear(operations.Linear):  # type: ignore[name-defined]
@@ -128,6 +155,9 @@ def of_any_width(operations: type, layers: Collection[str]) -> type:
             self.in_features, self.out_features = in_features, out_features
 
         def _load_from_state_dict(self, state_dict, prefix, *rest):
+            if f"{prefix}down.weight" in state_dict:
+                self._divide(state_dict[f"{prefix}down.weight"])
+                return
             if prefix.removesuffix(".") in layers:
                 self.out_features, self.in_features = state_dict[f"{prefix}weight"].shape
             self._orig_shape = self.out_features, self.in_features
@@ -137,12 +167,17 @@ def of_any_width(operations: type, layers: Collection[str]) -> type:
                     setattr(self, name, nn.Parameter(empty.new_empty(shape), requires_grad=False))
             super()._load_from_state_dict(state_dict, prefix, *rest)
 
+        def _divide(self, down):
+            # Rounded to 8 bits, thin factors lose more than truncation did, and that would save next to nothing.
+            dtype = down.dtype if self.bias.dtype.itemsize == 1 else self.bias.dtype
+            options = {"device": self.bias.device, "dtype": dtype}
+            self._parameters.clear()
+            self.down = type(self)(self.in_features, len(down), bias=False, **options)
+            self.up = type(self)(len(down), self.out_features, bias=True, **options)
+            if hasattr(comfy.model_management, "archive_model_dtypes"):  # newer hosts cast a file's weights to these when used
+                comfy.model_management.archive_model_dtypes(self)
+
     return type("AnyWidth", (operations,), {"Linear": Linear})
-
-
-def _dynamic(disable: bool) -> dict[str, bool]:
-    """Older hosts do not know the option."""
-    return {"disable_dynamic": True} if disable else {}
 
 
 def read_tensors(path: str) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..flux.fingerprint import Fingerprint, row_scale
 from ..flux.layout import Layout, canonical_key, read_layout
+from .loading import file_key
 
 
 def flux_layout(model: ModelPatcher) -> Layout:
@@ -65,7 +66,7 @@ class MergedWeights(Mapping[str, Tensor]):
         else:
             comfy.model_management.load_models_gpu([model], force_patch_weights=True)
             stored = inner.state_dict()
-        self._stored = {canonical_key(key): tensor for key, tensor in stored.items()}
+        self._stored = {file_key(key): tensor for key, tensor in stored.items()}
 
     def __getitem__(self, key: str) -> Tensor:
         return self._stored[key].to("cpu").detach().contiguous()

@@ -13,7 +13,7 @@ from PIL import Image
 from ..analysis.animation import FORMATS, captioned_frames, choose_frames, write_animation
 from ..analysis.generation import find_previews, generation_files, write_generations
 from ..analysis.sheets import stacked
-from . import host
+from . import host, inputs
 from .computing import NodeProgress
 from .taps import BlockTapsType, TappedModel
 
@@ -21,63 +21,44 @@ from .taps import BlockTapsType, TappedModel
 class DecodeBlockPreviews(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FluxPokeDecodeBlockPreviews",
-            display_name="Decode Block Previews",
-            category=host.CATEGORY,
-            description="Decodes what every block predicted to pictures, in output/flux_poke/<generation id>, "
-            "and draws them as sheets and in numbers.",
-            is_output_node=True,
-            inputs=[
+        view = (
+            "x0: what the block takes the finished image for. euler: where one step by it would lead, which is noise early on."
+        )
+        metadata = (
+            "Write how the image came about into the pictures, and this graph into the sheets (never with --disable-metadata)."
+        )
+        largest = (
+            "Longest side of the pictures in `images`, which are held in memory (at 256, up to 0.8 MB each); files are of full "
+            "size."
+        )
+        prompt = "What to write down as the prompt; by default the nearest text in the graph."
+        names = "Names of the folders in output/flux_poke, one for each image of the batch."
+        return inputs.schema(
+            cls,
+            "Decode Block Previews",
+            "Decodes what every block predicted to pictures, in output/flux_poke/<generation id>, and draws them as sheets and "
+            "in numbers.",
+            [
                 BlockTapsType.Input("block_taps", tooltip="From Tap Blocks."),
                 io.Vae.Input("vae", tooltip="The model's autoencoder."),
                 io.Latent.Input(
                     "after", tooltip="The sampler's latents: previews are decoded after it, and compared with them."
                 ),
-                io.Combo.Input(
-                    "view",
-                    options=["x0", "euler"],
-                    default="x0",
-                    tooltip="x0: what the block takes the finished image for. euler: where one step by it would lead, "
-                    "which is noise early on.",
-                ),
-                io.Boolean.Input("captions", default=False, tooltip="Write step and block below each preview."),
-                io.Boolean.Input(
-                    "decode", default=True, tooltip="Off: write the predictions' latents in the place of pictures."
-                ),
-                io.Boolean.Input(
-                    "metadata",
-                    default=True,
-                    tooltip="Write how the image came about into the pictures, and this graph into the sheets "
-                    "(never with --disable-metadata).",
-                ),
-                io.Int.Input(
-                    "largest",
-                    default=256,
-                    min=64,
-                    max=8192,
-                    tooltip="Longest side of the pictures in `images`, which are held in memory (at 256, up to 0.8 MB each); "
-                    "files are of full size.",
-                ),
-                io.String.Input(
-                    "prompt",
-                    optional=True,
-                    force_input=True,
-                    tooltip="What to write down as the prompt; by default the nearest text in the graph.",
-                ),
+                inputs.choice("view", ["x0", "euler"], view, default="x0"),
+                inputs.switch("captions", False, "Write step and block below each preview."),
+                inputs.switch("decode", True, "Off: write the predictions' latents in the place of pictures."),
+                inputs.switch("metadata", True, metadata),
+                inputs.whole("largest", 256, 64, 8192, largest),
+                io.String.Input("prompt", optional=True, force_input=True, tooltip=prompt),
             ],
-            outputs=[
+            [
                 io.Image.Output(display_name="images", tooltip="All previews: by step, double blocks, single blocks."),
                 io.Image.Output(display_name="sheet", tooltip="All previews at a glance: steps across, blocks down."),
                 io.Image.Output(display_name="differences", tooltip="How far each preview is from the final image."),
                 io.Image.Output(display_name="chart", tooltip="Change, direction and error along the blocks."),
-                io.String.Output(
-                    display_name="folder",
-                    is_output_list=True,
-                    tooltip="Names of the folders in output/flux_poke, one for each image of the batch.",
-                ),
+                io.String.Output(display_name="folder", is_output_list=True, tooltip=names),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
         )
 
     @classmethod
@@ -117,56 +98,41 @@ class DecodeBlockPreviews(io.ComfyNode):
         def opened(name: str) -> list[Image.Image]:
             return [host.open_picture(folder / name) for folder in folders]
 
-        def drawn(name: str):
-            return host.to_images(opened(name))
-
-        chart = drawn("contributions.png")
+        chart = host.to_images(opened("contributions.png"))
         if not decode:
             nothing = ExecutionBlocker(None)
             return io.NodeOutput(nothing, nothing, nothing, chart, [nothing], ui=ui)
         in_order = [preview for number in range(len(folders)) for preview in previews[number :: len(folders)]]
-        bar.end(stacked(opened(shown)))
-        return io.NodeOutput(host.to_images(in_order), drawn("sheet.png"), drawn("differences.png"), chart, names, ui=ui)
+        sheets = opened(shown)
+        bar.end(stacked(sheets))
+        differences = host.to_images(opened("differences.png"))
+        return io.NodeOutput(host.to_images(in_order), host.to_images(sheets), differences, chart, names, ui=ui)
 
 
 class AnimateBlockPreviews(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FluxPokeAnimateBlockPreviews",
-            display_name="Animate Block Previews",
-            category=host.CATEGORY,
-            description="Makes a film of decoded block previews: blocks.mp4, .gif or .webp in their folder.",
-            is_output_node=True,
-            inputs=[
-                io.String.Input(
-                    "folder",
-                    default="",
-                    tooltip="From Decode Block Previews, or the name of a folder in output/flux_poke that holds "
-                    "decoded/step_*/double_block_*.jpg.",
-                ),
-                io.Combo.Input("format", options=list(FORMATS), default="mp4", tooltip="What kind of file."),
-                io.Float.Input("fps", default=2.0, min=0.1, max=60.0, step=0.5, tooltip="Frames per second."),
-                io.Combo.Input(
-                    "order",
-                    options=["step", "block"],
-                    default="step",
-                    tooltip="step: all blocks of a step, then the next. block: one block through all steps, then the next.",
-                ),
-                io.Combo.Input("block_type", options=["all", "double", "single"], default="all", tooltip="Which blocks."),
-                io.Int.Input(
-                    "max_blocks", default=0, min=0, max=1000, tooltip="At most so many blocks of each type; 0 = all of them."
-                ),
-                io.Int.Input(
-                    "font_size",
-                    default=24,
-                    min=0,
-                    max=200,
-                    tooltip="Of the captions; 0 leaves them out (as for previews that were decoded with captions).",
-                ),
+        folder = (
+            "From Decode Block Previews, or the name of a folder in output/flux_poke that holds "
+            "decoded/step_*/double_block_*.jpg."
+        )
+        order = "step: all blocks of a step, then the next. block: one block through all steps, then the next."
+        font_size = "Of the captions; 0 leaves them out (as for previews that were decoded with captions)."
+        return inputs.schema(
+            cls,
+            "Animate Block Previews",
+            "Makes a film of decoded block previews: blocks.mp4, .gif or .webp in their folder.",
+            [
+                inputs.text("folder", "", folder),
+                inputs.choice("format", FORMATS, "What kind of file.", default="mp4"),
+                inputs.number("fps", 2.0, 0.1, 60.0, 0.5, "Frames per second."),
+                inputs.choice("order", ["step", "block"], order, default="step"),
+                inputs.choice("block_type", ["all", "double", "single"], "Which blocks.", default="all"),
+                inputs.whole("max_blocks", 0, 0, 1000, "At most so many blocks of each type; 0 = all of them."),
+                inputs.whole("font_size", 24, 0, 200, font_size),
             ],
-            outputs=[io.String.Output(display_name="file", tooltip="Its name in ComfyUI's output folder.")],
-            hidden=[io.Hidden.unique_id],
+            [io.String.Output(display_name="file", tooltip="Its name in ComfyUI's output folder.")],
+            is_output_node=True,
         )
 
     @classmethod
@@ -174,8 +140,7 @@ class AnimateBlockPreviews(io.ComfyNode):
         path = host.output_path(folder) / f"blocks.{format}"
         kind = None if block_type == "all" else block_type
         frames = choose_frames(find_previews(path.parent), order, kind, max_blocks or None)
-        progress = NodeProgress(cls.hidden.unique_id, in_words=False)
-        write_animation(path, captioned_frames(frames, font_size, progress), fps)
+        write_animation(path, captioned_frames(frames, font_size, NodeProgress()), fps)
         file = host.output_file(path)
         name = f"{file['subfolder']}/{path.name}"
         host.say(cls.hidden.unique_id, f"{len(frames)} frames in {name}")

@@ -11,6 +11,7 @@ import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..errors import UserError
 from ..files import check_replaces
@@ -18,42 +19,37 @@ from ..flux.layout import Layout
 from ..pruning.checkpoint import Pruned, save_pruned, save_weights
 from ..pruning.dense import PRUNED_FORMAT
 from ..pruning.lora import convert_lora
+from ..pruning.modulation import Vectors
 from ..pruning.plan import PruningPlan
 from ..pruning.planning import open_dense, open_recording
+from ..pruning.precision import PRECISIONS
 from ..pruning.refit import METHODS, Fold, RepairReport
 from ..pruning.repair import Repairs
 from ..pruning.surgery import Cut
-from . import host, loading
+from . import host, inputs, loading
 from .computing import NodeProgress, on_gpu
-from .inputs import PlanType, checkpoint_input, checkpoint_time, plan_input, weight_dtype_input
 from .models import MergedWeights
 
+#: Of the name of a file: loaders choose it from a list.
+UnetName = io.Custom("COMBO,STRING")
+#: What a file is saved in where the plan says so.
+AS_PLANNED = "as planned"
 #: What a pruned MODEL's attachment is called.
 PRUNED = "flux_poke.pruned"
 
 
-def repair_input(tooltip: str) -> io.Input:
-    return io.Combo.Input("repair", options=list(METHODS), default="affine", tooltip=tooltip)
-
-
 def repaired(plan: PruningPlan, method: str, node_id: str | None, fold: bool = False) -> Repairs:
     """A plan's repairs, worked out on the GPU where they are not there yet, and kept beside the recording for the next time."""
-    dense = open_dense(plan)
-    repairs = Repairs(dense, plan, method, None if method == "none" else open_recording(plan))
-    compute(repairs, node_id, fold)
-    return repairs
-
-
-def compute(repairs: Repairs, node_id: str | None, fold: bool = False) -> None:
-    """Works out on the GPU what is not there yet, with progress on the node; Cancel stops it, there and later."""
+    repairs = Repairs(open_dense(plan), plan, method, None if method == "none" else open_recording(plan))
     progress = NodeProgress(node_id)
 
     def work(device: torch.device) -> None:
         repairs.device = device
         repairs.compute(progress, fold)
 
-    if any(repairs.lacks(name, fold) for name in repairs):
+    if not repairs.complete(fold):
         on_gpu(work, node_id)
+    return repairs
 
 
 def space_taken(repairs: Repairs) -> str:
@@ -73,29 +69,25 @@ def space_taken(repairs: Repairs) -> str:
 class LoadPrunedFlux(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FluxPokeLoadPrunedFlux",
-            display_name="Load Pruned FLUX",
-            category=host.CATEGORY,
-            description="Loads a FLUX without the neurons that a plan cuts, and repairs the rest. The file is not changed.",
-            inputs=[
-                plan_input(),
-                repair_input(
-                    "none: cut alone. bias: from internals. affine: from rows, best by far; computed once and kept with the "
-                    "recording."
-                ),
-                weight_dtype_input(),
-            ],
-            outputs=[io.Model.Output(), io.String.Output(display_name="masked_count")],
-            hidden=[io.Hidden.unique_id],
+        repair = (
+            "none: cut alone. bias: from internals. affine: from rows, best by far; computed once and kept with the recording."
+        )
+        return inputs.schema(
+            cls,
+            "Load Pruned FLUX",
+            "Loads a FLUX without the neurons that a plan cuts, and repairs the rest. The file is not changed.",
+            [inputs.plan(), inputs.choice("repair", METHODS, repair, default="affine"), inputs.weight_dtype()],
+            [io.Model.Output(), io.String.Output(display_name="masked_count")],
         )
 
     @classmethod
     def execute(cls, plan: PruningPlan, repair: str, weight_dtype: str) -> io.NodeOutput:
         repairs = repaired(plan, repair, cls.hidden.unique_id)
         dense = repairs.dense
-        model = loading.load_flux(Cut(dense, plan, repairs), weight_dtype, dense.metadata)
-        model.set_attachments(PRUNED, PrunedModel(dense.layout, plan, FoldsWhenAsked(repairs), repairs.reports()))
+        cut = Cut(dense, plan, repairs)
+        model = loading.load_flux(cut, weight_dtype, dense.metadata)
+        attached = PrunedModel(dense.layout, plan, FoldsWhenAsked(repairs), repairs.reports(), cut.vectors, cut)
+        model.set_attachments(PRUNED, attached)
         host.say(cls.hidden.unique_id, plan.totals() + space_taken(repairs))
         return io.NodeOutput(model, plan.masked_count)
 
@@ -108,6 +100,8 @@ class PrunedModel:
     plan: PruningPlan
     folds: Mapping[str, Fold]
     report: Mapping[str, RepairReport]
+    vectors: Vectors | None
+    tensors: Mapping[str, Tensor]
 
 
 def pruned_model(model: ModelPatcher) -> PrunedModel:
@@ -129,7 +123,7 @@ class FoldsWhenAsked(Mapping[str, Fold]):
 
     def __getitem__(self, name: str) -> Fold:
         def work(device: torch.device) -> Fold:
-            self.repairs.device, self.repairs.progress = device, NodeProgress(in_words=False)
+            self.repairs.device, self.repairs.progress = device, NodeProgress()
             return self.repairs.fold(name)
 
         return on_gpu(work, None) if self.repairs.lacks(name, fold=True) else work(torch.device("cpu"))
@@ -144,42 +138,49 @@ class FoldsWhenAsked(Mapping[str, Fold]):
 class SavePrunedFlux(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FluxPokeSavePrunedFlux",
-            display_name="Save Pruned FLUX",
-            category=host.CATEGORY,
-            description="Writes the pruned and repaired FLUX to models/diffusion_models: a file that needs no other, for Load "
-            "Pruned Checkpoint. From a plan, or from a pruned MODEL as it is, with the LoRAs on it merged.",
-            is_output_node=True,
-            inputs=[
-                io.MultiType.Input(
-                    "plan_or_model",
-                    [PlanType, io.Model],
-                    tooltip="A plan, which is cut and repaired; or the MODEL of Load Pruned FLUX, Load Pruned Checkpoint or "
-                    "Load LoRA (pruned FLUX), which is saved as it is: repair and fold are then not asked.",
-                ),
-                repair_input("As in Load Pruned FLUX."),
-                io.String.Input("save_as", default="flux-pruned.safetensors", tooltip="Name in models/diffusion_models."),
-                io.Boolean.Input(
-                    "fold",
-                    default=False,
-                    tooltip="Also store what LoRAs need to follow affine repair: a larger file.",
-                ),
+        source = (
+            "A plan, which is cut and repaired; or the MODEL of Load Pruned FLUX, Load Pruned Checkpoint or Load LoRA (pruned "
+            "FLUX), which is saved as it is: repair, fold and precision are then not asked."
+        )
+        precision = (
+            "What weights are saved in. As planned: what a plan by budget counted its size in, else as in the dense file. fp8: "
+            "half the size of bf16, which ComfyUI runs in 8 bits."
+        )
+        return inputs.schema(
+            cls,
+            "Save Pruned FLUX",
+            "Writes the pruned and repaired FLUX to models/diffusion_models: a file that needs no other, for Load Pruned "
+            "Checkpoint. From a plan, or from a pruned MODEL as it is, with the LoRAs on it merged.",
+            [
+                io.MultiType.Input("plan_or_model", [inputs.PlanType, io.Model], tooltip=source),
+                inputs.choice("repair", METHODS, "As in Load Pruned FLUX.", default="affine"),
+                inputs.text("save_as", "flux-pruned.safetensors", "Name in models/diffusion_models."),
+                inputs.switch("fold", False, "Also store what LoRAs need to follow affine repair: a larger file."),
+                inputs.choice("precision", [AS_PLANNED, *PRECISIONS], precision),
             ],
-            outputs=[io.String.Output(display_name="unet_name")],
-            hidden=[io.Hidden.unique_id],
+            [UnetName.Output(display_name="unet_name", tooltip="For Load Pruned Checkpoint.")],
+            is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, plan_or_model: Any, repair: str, save_as: str, fold: bool) -> io.NodeOutput:
+    def execute(cls, plan_or_model: Any, repair: str, save_as: str, fold: bool, precision: str = AS_PLANNED) -> io.NodeOutput:
         folder, node_id = loading.checkpoint_folder().resolve(), cls.hidden.unique_id
         path = host.inside(folder, save_as, ".safetensors")
         check_replaces(path, PRUNED_FORMAT)
         space = ""
         if isinstance(plan_or_model, PruningPlan):
             plan = plan_or_model
-            repairs = repaired(plan, repair, node_id, fold)
-            save_pruned(path, Cut(repairs.dense, plan, repairs), fold, NodeProgress(node_id))
+            repairs, progress = repaired(plan, repair, node_id, fold), NodeProgress(node_id)
+            saved_as = plan.precision if precision == AS_PLANNED else precision
+
+            def save(device: torch.device) -> None:
+                repairs.device = device
+                save_pruned(path, Cut(repairs.dense, plan, repairs), fold, progress, saved_as)
+
+            if saved_as == "fp8":  # rounds with compensation
+                on_gpu(save, node_id)
+            else:
+                save(torch.device("cpu"))
             space = space_taken(repairs)
         else:
             pruned = pruned_model(plan_or_model)
@@ -193,25 +194,24 @@ class SavePrunedFlux(io.ComfyNode):
 class LoadPrunedCheckpoint(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FluxPokeLoadPrunedCheckpoint",
-            display_name="Load Pruned Checkpoint",
-            category=host.CATEGORY,
-            description="Loads a file that Save Pruned FLUX, `flux-poke prune` or `flux-poke replace` wrote, nothing else.",
-            inputs=[checkpoint_input(tooltip="A pruned file."), weight_dtype_input()],
-            outputs=[io.Model.Output(), io.String.Output(display_name="masked_count")],
-            hidden=[io.Hidden.unique_id],
+        return inputs.schema(
+            cls,
+            "Load Pruned Checkpoint",
+            "Loads a file that Save Pruned FLUX, `flux-poke prune` or `flux-poke replace` wrote, nothing else.",
+            [inputs.checkpoint(tooltip="A pruned file."), inputs.weight_dtype()],
+            [io.Model.Output(), io.String.Output(display_name="masked_count")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **inputs: Any) -> str:
-        return checkpoint_time(inputs.get("unet_name"))
+    def fingerprint_inputs(cls, unet_name: str | None = None, **_: Any) -> str:
+        return inputs.checkpoint_time(unet_name)
 
     @classmethod
     def execute(cls, unet_name: str, weight_dtype: str) -> io.NodeOutput:
         pruned = Pruned.open(loading.checkpoint_path(unet_name))
         model = loading.load_pruned(pruned, weight_dtype)
-        model.set_attachments(PRUNED, PrunedModel(pruned.layout, pruned.plan, pruned.folds, pruned.report))
+        attached = PrunedModel(pruned.layout, pruned.plan, pruned.folds, pruned.report, pruned.vectors, pruned.tensors)
+        model.set_attachments(PRUNED, attached)
         host.say(cls.hidden.unique_id, pruned.plan.totals())
         return io.NodeOutput(model, pruned.plan.masked_count)
 
@@ -219,24 +219,23 @@ class LoadPrunedCheckpoint(io.ComfyNode):
 class LoadPrunedLora(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FluxPokeLoadPrunedLora",
-            display_name="Load LoRA (pruned FLUX)",
-            category=host.CATEGORY,
-            description="Makes a LoRA of the dense model fit the pruned one, and tells what became of each of its layers.",
-            inputs=[
+        return inputs.schema(
+            cls,
+            "Load LoRA (pruned FLUX)",
+            "Makes a LoRA of the dense model fit the pruned one, and tells what became of each of its layers.",
+            [
                 io.Model.Input("model", tooltip="From Load Pruned FLUX or Load Pruned Checkpoint."),
-                io.Combo.Input("lora_name", options=folder_paths.get_filename_list("loras"), tooltip="From models/loras."),
-                io.Float.Input("strength", default=1.0, min=-100.0, max=100.0, step=0.01, tooltip="How strongly it acts."),
+                inputs.choice("lora_name", folder_paths.get_filename_list("loras"), "From models/loras."),
+                inputs.number("strength", 1.0, -100.0, 100.0, 0.01, "How strongly it acts."),
             ],
-            outputs=[io.Model.Output(), io.String.Output(display_name="text")],
-            hidden=[io.Hidden.unique_id],
+            [io.Model.Output(), io.String.Output(display_name="text")],
         )
 
     @classmethod
     def execute(cls, model, lora_name: str, strength: float) -> io.NodeOutput:
         pruned = pruned_model(model)
         lora = loading.read_tensors(folder_paths.get_full_path_or_raise("loras", lora_name))
-        converted = convert_lora(lora, pruned.layout, pruned.plan, pruned.folds, pruned.report, NodeProgress())
+        model_facts = (pruned.layout, pruned.plan, pruned.folds, pruned.report, pruned.vectors, pruned.tensors)
+        converted = convert_lora(lora, *model_facts, NodeProgress())
         host.say(cls.hidden.unique_id, converted.table())
         return io.NodeOutput(loading.load_lora(model, converted.tensors, strength), converted.table())

@@ -9,16 +9,18 @@ from torch import nn
 
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import Layout
+from ..progress import Progress
 from ..recording.amplification import AmplificationProbe, probed_steps
-from ..recording.internals import Internals, add_to_file, check_file
+from ..recording.internals import Internals, check_file, replace_in_file
 from ..recording.lens_rows import LensRecorder
 from ..recording.neurons import InternalsRecorder
+from ..recording.queued import MARK, QueuedRun, add_run
 from ..recording.recording import Recording
 from ..recording.rows import RowRecorder
 from ..recording.states import StateRecorder
 from ..recording.store import HiddenStates
 from . import computing, host
-from .graph import prompt_below, running_graph
+from .graph import inputs_of, prompt_below, running_graph
 from .watching import SampledCall, SamplingWatcher
 
 LEFT_OUT = "The run did not finish: what it recorded was left out."
@@ -41,17 +43,16 @@ class Recorded:
         check_file(self.recording.internals_file, self.fingerprint)
 
 
-def joined(*sentences: str) -> str:
-    return " ".join(sentence for sentence in sentences if sentence)
-
-
 class InternalsRun(SamplingWatcher):
-    """One sampling run whose neurons are counted."""
+    """One sampling run whose neurons are counted; by `node_id` it is known which run of a queue it is."""
 
-    def __init__(self, target: Recorded, graph: dict[str, str], ignore_padding: bool = True, positive_only: bool = False):
+    def __init__(
+        self, target: Recorded, graph: dict[str, str], ignore_padding: bool = True, positive_only: bool = False,
+        append: bool = True, node_id: str | None = None,
+    ):  # fmt: skip
         target.check()  # before the work, not after it
-        self.target, self.graph = target, graph
-        self.ignore_padding, self.positive_only = ignore_padding, positive_only
+        self.target, self.graph, self.node_id = target, graph, node_id
+        self.ignore_padding, self.positive_only, self.append = ignore_padding, positive_only, append
         self.recorder = InternalsRecorder(target.layout.sites)
 
     def watching(self, model: nn.Module, call: SampledCall):
@@ -62,11 +63,17 @@ class InternalsRun(SamplingWatcher):
         if not recorded:
             return self.recorder.note or "The sampler made no step: nothing was recorded."
         new = Internals.new(
-            self.target.layout.family, self.target.fingerprint, recorded, self.recorder.calls, workflow=self.graph
+            self.target.layout.family,
+            self.target.fingerprint,
+            recorded,
+            self.recorder.calls,
+            workflow=self.graph,
+            padded=self.recorder.padded,
         )
-        total = add_to_file(self.target.recording.internals_file, new)
-        text = f"{name}: {total.runs} run{'s' if total.runs > 1 else ''}, {total.steps} model calls."
-        return joined(text, self.recorder.note)
+        file, queued = self.target.recording.internals_file, inputs_of(running_graph(), self.node_id).get(MARK)
+        total = add_run(file, new, QueuedRun.from_json(queued)) if self.append else replace_in_file(file, new)
+        text = f"{name}: {total.runs} run{'s' if total.runs > 1 else ''}, {total.steps} model calls. {self.recorder.note}"
+        return text.rstrip()
 
     def abandon(self) -> str:
         return LEFT_OUT
@@ -89,7 +96,7 @@ class StoreRun(SamplingWatcher):
         if self.run.drawing is None:
             return "The sampler made no step: nothing was recorded."
         self.run.finish()
-        return joined(self.said(), self.run.note)
+        return f"{self.said()} {self.run.note}".rstrip()
 
     def said(self) -> str:
         """What is there by now."""
@@ -111,17 +118,21 @@ class RowsRun(StoreRun):
 
     recorder: RowRecorder
 
-    def __init__(self, recorder: RowRecorder, layout: Layout, probe_steps: int, node_id: str | None):
+    def __init__(
+        self, recorder: RowRecorder, layout: Layout, probe_steps: int, node_id: str | None, progress: Progress | None = None
+    ):
         super().__init__(recorder)
-        self.layout, self.showing = layout, node_id
-        measured = recorder.store.amplification
-        self.probe = AmplificationProbe([site for site in recorder.sites if site.name not in measured])
-        self.probe_steps = probe_steps if self.probe.sites else 0
+        self.layout, self.showing, self.progress = layout, node_id, progress
+        self.probe = AmplificationProbe(layout, recorder.store.amplification)
+        self.probe_steps = probe_steps
         self.probed: set[int] = set()
+
+    def steps_to_probe(self, call: SampledCall) -> set[int]:
+        return probed_steps(len(call.sigmas) - 1, self.probe_steps if self.probe.calls else 0)
 
     def before(self, model: nn.Module, call: SampledCall) -> None:
         """Measures at the first call of a probed step; samplers of higher order and several prompts call more than once."""
-        steps = probed_steps(len(call.sigmas) - 1, self.probe_steps)
+        steps = self.steps_to_probe(call)
         if call.step in steps - self.probed and call.rows:
             self.probed.add(call.step)
             self._probe(model, call, f"step {len(self.probed)} of {len(steps)}, once only")
@@ -129,22 +140,25 @@ class RowsRun(StoreRun):
     def _probe(self, model: nn.Module, call: SampledCall, which: str) -> None:
         assert call.again is not None
         calls, again = self.probe.calls, call.again
-        progress, done = computing.NodeProgress(self.showing), 0
+        what = f"measuring what an error in each layer does to the picture, {which}"
+        progress, done = self.progress or computing.NodeProgress(self.showing), 0
 
         def velocity() -> torch.Tensor:
             nonlocal done
-            progress(f"measuring what an error in each MLP does to the picture, {which}", done, calls)
+            progress(what, done, calls)
             done += 1
             return again()
 
         self.probe.measure(model, call.sigma_now, velocity)
+        progress(what, calls, calls)
 
     def watching(self, model: nn.Module, call: SampledCall):
         return super().watching(model, call.counting(self.layout))
 
     def said(self) -> str:
         store = self.recorder.store
-        store.add_amplification(self.probe.results())
+        if measured := self.probe.results():
+            store.add_amplification(measured)
         site, size = store.scarcest(self.recorder.sites), store.bytes("rows") / 1e9
         count, needed = store.count(site.name), site.regressors
         text = f"{store.image_count('rows')} images, {size:.3g} GB of rows: {count:,} of each MLP, {needed:,} are needed."

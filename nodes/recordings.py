@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..analysis.report import figure_pixels, internals_figure, internals_table, internals_title
+from ..analysis.report import internals_figure, internals_table, internals_title, padding_note
 from ..recording.recording import Recording
-from . import host
-from .inputs import after_sampler, recording_input, recording_output, require_recorded
+from . import host, inputs
 
 
 class LoadRecording(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FluxPokeLoadRecording",
-            display_name="Load Recording",
-            category=host.CATEGORY,
-            description="A recording that is there already, made by a Record node or by `flux-poke record`.",
-            inputs=[io.Combo.Input("name", options=host.recording_names(), tooltip="A folder in output/flux_poke.")],
-            outputs=[recording_output(), io.String.Output(display_name="text")],
-            hidden=[io.Hidden.unique_id],
+        return inputs.schema(
+            cls,
+            "Load Recording",
+            "A recording that is there already, made by a Record node or by `flux-poke record`.",
+            [inputs.choice("name", host.recording_names(), "A folder in output/flux_poke.")],
+            [inputs.recording_output(), io.String.Output(display_name="text")],
         )
 
     @classmethod
@@ -39,15 +36,13 @@ class LoadRecording(io.ComfyNode):
 class InternalsReport(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FluxPokeInternalsReport",
-            display_name="Internals Report",
-            category=host.CATEGORY,
-            description="Draws what was recorded: how often every neuron fires, and which never or always do.",
+        return inputs.schema(
+            cls,
+            "Internals Report",
+            "Draws what was recorded: how often every neuron fires, and which never or always do.",
+            [inputs.recording(), inputs.after_sampler("the report")],
+            [io.Image.Output(display_name="image"), io.String.Output(display_name="text")],
             is_output_node=True,
-            inputs=[recording_input(), after_sampler("the report")],
-            outputs=[io.Image.Output(display_name="image"), io.String.Output(display_name="text")],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -56,8 +51,8 @@ class InternalsReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, recording: Recording, after=None) -> io.NodeOutput:
-        require_recorded(recording)
+        inputs.require_recorded(recording)
         recorded = recording.internals()
-        image, text = host.to_image(figure_pixels(internals_figure(recorded))), internals_table(recorded)
-        host.say(cls.hidden.unique_id, internals_title(recorded))
+        image, text = host.figure_image(internals_figure(recorded)), internals_table(recorded)
+        host.say(cls.hidden.unique_id, "\n".join(filter(None, [internals_title(recorded), padding_note(recorded)])))
         return io.NodeOutput(image, text, ui=ui.PreviewImage(image, cls=cls))

@@ -8,106 +8,65 @@ from typing import Any
 from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw
 
-from ..analysis.report import figure_pixels
 from ..errors import UserError
 from ..pruning.dense import Dense
 from ..pruning.plan import PruningPlan
 from ..pruning.planning import open_dense, open_recording
 from ..recording.recording import Recording
-from ..retrain.files import default_folder, draw_stats, stats_figure, stats_table
+from ..retrain.files import default_folder, draw_stats, layer_files, stats_figure, stats_table
 from ..retrain.layers import METHODS, retrain
 from ..retrain.options import TrainingStatus
 from ..retrain.replaced import Replaced, RetrainedLayers
-from . import computing, host, loading
-from .inputs import (
-    OF_THE_PLAN,
-    PlanType,
-    checkpoint_input,
-    checkpoint_time,
-    layer_times,
-    missing_layers,
-    plan_input,
-    recording_input,
-    weight_dtype_input,
-)
+from . import computing, host, inputs, loading
 from .pruned import PRUNED, PrunedModel
 
 
 class RetrainLayers(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FluxPokeRetrainLayers",
-            display_name="Retrain Layers",
-            category=host.CATEGORY,
-            description="Trains what a plan leaves of each layer against what the dense model did, and saves the layers. "
-            "Cancel keeps those that are finished; run again, it goes on.",
-            is_output_node=True,
-            inputs=[
-                plan_input(),
-                recording_input("What to train on, where it is not the recording that the plan was made from.", optional=True),
-                io.String.Input(
-                    "layers",
-                    default="all",
-                    tooltip="Such as 0-18 (single blocks count on from the double ones), or 'double 3, single'.",
-                ),
-                io.Combo.Input(
-                    "method",
-                    options=list(METHODS),
-                    tooltip="both: least squares, then gradient steps. distill: all layers at once, on trajectories; the "
-                    "whole model has to fit on the device.",
-                ),
-                io.Combo.Input(
-                    "train_on", options=["auto", "blocks", "rows"], tooltip="auto: block states where there are any."
-                ),
-                io.Int.Input("thickness", default=1, min=1, max=64, tooltip="Consecutive blocks that are trained together."),
-                io.Int.Input(
-                    "steps",
-                    default=0,
-                    min=0,
-                    max=1_000_000,
-                    tooltip="Gradient steps; 0 = 32 for each layer, 200 for distill.",
-                ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=5e-4,
-                    min=1e-8,
-                    max=1.0,
-                    step=1e-6,
-                    round=False,
-                    tooltip="The highest one; it falls to 0.",
-                ),
-                io.Int.Input(
-                    "batch", default=0, min=0, max=4096, tooltip="Recorded steps in one batch; 0 = 8, 32 for distill."
-                ),
-                io.Combo.Input(
-                    "save_dtype",
-                    options=["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"],
-                    tooltip="What the layers are saved as; 8 bits with a scale.",
-                ),
-                io.Int.Input("train_seed", default=0, min=0, max=2**31 - 1, tooltip="Of the held-out images and the batches."),
-                io.Boolean.Input("mixed_precision", default=False, tooltip="Products in bfloat16: faster on a GPU."),
-                io.String.Input(
-                    "folder",
-                    default="",
-                    tooltip="Folder in output/flux_poke for the layers; empty = one that is named by the plan.",
-                ),
+        layers = "Such as 0-18 (single blocks count on from the double ones), or 'double 3, single'."
+        method = (
+            "both: least squares, then gradient steps. distill: all layers at once, on trajectories; the whole model has to "
+            "fit on the device."
+        )
+        dtypes = ["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"]
+        rate: dict[str, Any] = {"default": 5e-4, "min": 1e-8, "max": 1.0, "step": 1e-6, "round": False}
+        other = "What to train on, where it is not the recording that the plan was made from."
+        return inputs.schema(
+            cls,
+            "Retrain Layers",
+            "Trains what a plan leaves of each layer against what the dense model did, and saves the layers. Cancel keeps "
+            "those that are finished; run again, it goes on.",
+            [
+                inputs.plan(),
+                inputs.recording(other, optional=True),
+                inputs.text("layers", "all", layers),
+                inputs.choice("method", METHODS, method),
+                inputs.choice("train_on", ["auto", "blocks", "rows"], "auto: block states where there are any."),
+                inputs.whole("thickness", 1, 1, 64, "Consecutive blocks that are trained together."),
+                inputs.whole("steps", 0, 0, 1_000_000, "Gradient steps; 0 = 32 for each layer, 200 for distill."),
+                io.Float.Input("learning_rate", **rate, tooltip="The highest one; it falls to 0."),
+                inputs.whole("batch", 0, 0, 4096, "Recorded steps in one batch; 0 = 8, 32 for distill."),
+                inputs.choice("save_dtype", dtypes, "What the layers are saved as; 8 bits with a scale."),
+                inputs.whole("train_seed", 0, 0, inputs.MOST_SEED, "Of the held-out images and the batches."),
+                inputs.switch("mixed_precision", False, "Products in bfloat16: faster on a GPU."),
+                inputs.text("folder", "", "Folder in output/flux_poke for the layers; empty = one that is named by the plan."),
             ],
-            outputs=[
+            [
                 io.String.Output(display_name="folder", tooltip="For Load Replaced FLUX."),
                 io.String.Output(display_name="text"),
                 io.Image.Output(display_name="image", tooltip="Errors before and after, layer by layer."),
             ],
-            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str | None = None, **inputs: Any) -> str:
+    def fingerprint_inputs(cls, folder: str | None = None, **_: Any) -> str:
         """Another one where layers are gone that the folder's own list names: they are made again.
 
         What it is trained on reaches it through its links.
         """
-        return missing_layers(folder)
+        return inputs.missing_layers(folder)
 
     @classmethod
     def execute(
@@ -124,7 +83,7 @@ class RetrainLayers(io.ComfyNode):
                 mixed_precision=mixed_precision, device=str(computing.training_device()),
             )  # fmt: skip
         draw_stats(out)
-        text, image = stats_table(stats), host.to_image(figure_pixels(stats_figure(stats)))
+        text, image = stats_table(stats), host.figure_image(stats_figure(stats))
         host.PictureProgress().end(host.to_pictures(image)[0])
         host.say(cls.hidden.unique_id, f"{name}\n{text}")
         return io.NodeOutput(name, text, image, ui=ui.PreviewImage(image, cls=cls))
@@ -171,48 +130,39 @@ def curve_picture(status: TrainingStatus, curve: list[tuple[int, float]]) -> Ima
 class LoadReplacedFlux(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FluxPokeLoadReplacedFlux",
-            display_name="Load Replaced FLUX",
-            category=host.CATEGORY,
-            description="Loads a FLUX with retrained layers in place of its own, of any width. The original flux-poke's layers "
-            "load too. The file is not changed.",
-            inputs=[
-                checkpoint_input(OF_THE_PLAN, tooltip="The dense FLUX whose layers were retrained, or that of the plan."),
-                weight_dtype_input(),
-                PlanType.Input(
-                    "plan", optional=True, tooltip="The plan of the layers: it knows its checkpoint and its folder."
-                ),
-                io.String.Input(
-                    "folder",
-                    default="",
-                    tooltip="Folder in output/flux_poke, from Retrain Layers; empty = the one that is named by the plan.",
-                ),
-                io.Int.Input("first_layer", default=0, min=0, max=255, tooltip="First layer to replace."),
-                io.Int.Input(
-                    "last_layer",
-                    default=-1,
-                    min=-1,
-                    max=255,
-                    tooltip="Last layer to replace (single blocks count on); -1 = all.",
-                ),
+        checkpoint = "The dense FLUX whose layers were retrained, or that of the plan."
+        plan = "The plan of the layers: it knows its checkpoint and its folder."
+        folder = "Folder in output/flux_poke, from Retrain Layers; empty = the one that is named by the plan."
+        last = "Last layer to replace (single blocks count on); -1 = all."
+        return inputs.schema(
+            cls,
+            "Load Replaced FLUX",
+            "Loads a FLUX with retrained layers in place of its own, of any width. The original flux-poke's layers load too. "
+            "The file is not changed.",
+            [
+                inputs.checkpoint(inputs.OF_THE_PLAN, tooltip=checkpoint),
+                inputs.weight_dtype(),
+                inputs.PlanType.Input("plan", optional=True, tooltip=plan),
+                inputs.text("folder", "", folder),
+                inputs.whole("first_layer", 0, 0, 255, "First layer to replace."),
+                inputs.whole("last_layer", -1, -1, 255, last),
             ],
-            outputs=[io.Model.Output(), io.String.Output(display_name="masked_count")],
-            hidden=[io.Hidden.unique_id],
+            [io.Model.Output(), io.String.Output(display_name="masked_count")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **inputs: Any) -> str:
+    def fingerprint_inputs(cls, unet_name: str | None = None, folder: str | None = None, **_: Any) -> str:
         """A folder out of Retrain Layers is another one through its link."""
-        return f"{checkpoint_time(inputs.get('unet_name'))} {layer_times(inputs.get('folder'))}"
+        layers = inputs.times(*layer_files(host.output_path(folder)).values()) if folder else ""
+        return f"{inputs.checkpoint_time(unet_name)} {layers}"
 
     @classmethod
     def execute(
         cls, unet_name: str, weight_dtype: str, folder: str, first_layer: int, last_layer: int, plan: PruningPlan | None = None
     ) -> io.NodeOutput:
-        if plan is None and (unet_name == OF_THE_PLAN or not folder.strip()):
+        if plan is None and (unet_name == inputs.OF_THE_PLAN or not folder.strip()):
             raise UserError("Which checkpoint and which layers? Connect the plan that they belong to, or choose both.")
-        if plan is not None and unet_name == OF_THE_PLAN:
+        if plan is not None and unet_name == inputs.OF_THE_PLAN:
             dense = open_dense(plan)
         else:
             dense = Dense.open(loading.checkpoint_path(unet_name))
@@ -221,8 +171,10 @@ class LoadReplacedFlux(io.ComfyNode):
         replaced = Replaced(dense, layers)
         model = loading.load_flux(replaced, weight_dtype, dense.metadata)
         folds = {name: replaced.fold(name) for name in replaced.plan.kept}
-        model.set_attachments(PRUNED, PrunedModel(dense.layout, replaced.plan, folds, replaced.work_out()))
-        masked_count = replaced.plan.masked_count
+        report, vectors = replaced.work_out(), replaced.vectors
+        model.set_attachments(PRUNED, PrunedModel(dense.layout, replaced.plan, folds, report, vectors, replaced))
+        masked_count, ranks = replaced.plan.masked_count, replaced.plan.ranks
         text = f"{len(layers.layers)} layers replaced, neurons cut: {masked_count}"
+        text += f", {len(ranks)} modulation layers truncated" if ranks else ""
         host.say(cls.hidden.unique_id, " ".join([text, layers.describe_missing(dense.layout)]).strip())
         return io.NodeOutput(model, masked_count)

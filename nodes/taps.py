@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from comfy_api.latest import io
@@ -17,8 +18,7 @@ from ..errors import UserError
 from ..flux.blocks import choose_blocks
 from ..flux.layout import FAMILY_NAMES, Layout
 from ..recording.hooks import left_out
-from . import graph, host
-from .inputs import model_input, watched_output
+from . import graph, host, inputs
 from .models import flux_layout
 from .watching import SampledCall, SamplingWatcher, Watch, sampling_clone
 
@@ -40,14 +40,16 @@ class TappedRun:
 
     def generation(self, hidden: Any, prompt: str | None, final: Image.Image) -> Generation:
         """How `final` came about; model and prompt are read from the graph, unless a prompt is given."""
+        above = partial(graph.value_above, hidden.prompt or {}, hidden.unique_id)
         return Generation(
-            model=graph.graph_value(hidden, MODEL_NAMES, FAMILY_NAMES[self.layout.family]),
-            prompt=graph.graph_value(hidden, graph.TEXTS) if prompt is None else prompt,
+            model=above(MODEL_NAMES, FAMILY_NAMES[self.layout.family]),
+            prompt=above(graph.TEXTS) if prompt is None else prompt,
             width=final.width,
             height=final.height,
             seed=self.seed,
             timesteps=self.timesteps,
             guidance=self.guidance if self.layout.guidance else None,
+            **host.asked_generation(hidden),
         )
 
 
@@ -60,12 +62,11 @@ class TappedModel:
     def run_of(self, hidden: Any, name: str) -> TappedRun:
         """The run that the latents at the input `name` of a node come from; raises `UserError` where that cannot be told."""
         samplers = [node for node in self.runs if node is not None]
-        found: set[str | None] = set()
-        found |= graph.nearest_above(hidden.prompt or {}, hidden.unique_id, name, samplers)
-        if not found and len(self.runs) == 1:
-            found = set(self.runs)
         if not self.runs:
             raise UserError(f"There are no block predictions: connect `{name}` to the latents of a sampler that draws with it.")
+        found: set[str | None] = {*graph.nearest_above(hidden.prompt or {}, hidden.unique_id, name, samplers)}
+        if not found and len(self.runs) == 1:
+            found = set(self.runs)
         if len(found) != 1:
             raise UserError(
                 f"{len(self.runs)} samplers drew with the tapped model (nodes {', '.join(sorted(samplers))}), and the latents "
@@ -77,41 +78,34 @@ class TappedModel:
 class TapBlocks(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="FluxPokeTapBlocks",
-            display_name="Tap Blocks",
-            category=host.CATEGORY,
-            description="Keeps what the image would be if the model ended after each block, at each step. "
-            "What is drawn is the same with and without.",
-            inputs=[
-                model_input(),
-                io.String.Input("blocks", default="all", tooltip='"all", or a list such as "double, single 0, single 30-37".'),
-                io.String.Input(
-                    "at_steps", default="all", tooltip='"all", "every 5", or a list such as "0, 4, 10-12"; the first step is 0.'
-                ),
-                io.String.Input(
-                    "lens",
-                    default="",
-                    tooltip="A tuned lens in output/flux_poke, from `flux-poke lens fit`; empty = tokens as they are.",
-                ),
-                io.Float.Input(
-                    "memory_gb",
-                    default=1.0,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.5,
-                    tooltip="Predictions beyond this wait on disk. At 1024x1024, one block at one step takes 0.0005 GB.",
-                ),
+        at_steps = '"all", "every 5", or a list such as "0, 4, 10-12"; the first step is 0.'
+        lens = "A tuned lens in output/flux_poke, from `flux-poke lens fit`; empty = tokens as they are."
+        memory_gb = "Predictions beyond this wait on disk. At 1024x1024, one block at one step takes 0.0005 GB."
+        raw = (
+            "Also keep the tokens themselves and write them beside the previews, for `flux-poke decode`: at 1024x1024, 0.03 GB "
+            "for one block at one step."
+        )
+        return inputs.schema(
+            cls,
+            "Tap Blocks",
+            "Keeps what the image would be if the model ended after each block, at each step. What is drawn is the same with "
+            "and without.",
+            [
+                inputs.model(),
+                inputs.text("blocks", "all", '"all", or a list such as "double, single 0, single 30-37".'),
+                inputs.text("at_steps", "all", at_steps),
+                inputs.text("lens", "", lens),
+                inputs.number("memory_gb", 1.0, 0.0, 1000.0, 0.5, memory_gb),
+                io.Boolean.Input("raw", default=False, optional=True, tooltip=raw),
             ],
-            outputs=[
-                watched_output(),
+            [
+                inputs.watched_output(),
                 BlockTapsType.Output(display_name="block_taps", tooltip="For Decode Block Previews."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model, blocks: str, at_steps: str, lens: str, memory_gb: float) -> io.NodeOutput:
+    def execute(cls, model, blocks: str, at_steps: str, lens: str, memory_gb: float, raw: bool = False) -> io.NodeOutput:
         layout = flux_layout(model)
         tuned = Lens.load(host.output_path(lens, ".safetensors")) if lens.strip() else None
         if tuned is not None:
@@ -122,7 +116,7 @@ class TapBlocks(io.ComfyNode):
         tapped = TappedModel()
 
         def start() -> list[SamplingWatcher]:
-            taps = BlockTaps(denoise, to_autoencoder, int(memory_gb * 1e9), host.temporary_folder())
+            taps = BlockTaps(denoise, to_autoencoder, int(memory_gb * 1e9), host.temporary_folder(), raw)
             return [TappingRun(recorder, taps, layout, tapped)]
 
         return io.NodeOutput(sampling_clone(model, Watch(cls.hidden.unique_id, start)), tapped)

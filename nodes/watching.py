@@ -33,34 +33,44 @@ UNCOMPILED = "The model ran uncompiled: TorchCompileModel has no effect on a mod
 
 @dataclass(frozen=True)
 class SampledCall(Call):
-    """A call of the sampler's. `conditional` [batch] is False for rows of the negative prompt (CFG)."""
+    """A call of the sampler's.
+
+    `conditional` [batch] is False for rows of the negative prompt (CFG). `real` [batch, words] are the words that are no
+    padding as far as the conditioning tells, `marked` whether a text encoder has told of its own padding for all rows.
+    """
 
     conditional: tuple[bool, ...] = ()
+    real: Tensor | None = None
+    marked: bool = False
 
     def counting(self, layout: Layout, ignore_padding: bool = True, positive_only: bool = True) -> SampledCall:
         """The call, and which tokens of it count: reference tokens and padding are left out by `ignore_padding`, negative rows
         by `positive_only`.
 
-        FLUX.2's text is padded with zeros by the host, which is how padding is known; that of other families is not marked.
+        Text that is padded by its encoder is told of by a mask in the conditioning (FLUX.2 klein's encoder, and Calibrate for
+        all), what the host pads to FLUX.2's length by the length of the text. FLUX.1's T5 tells nothing: there the call is
+        `padded`, and so is everywhere what `ignore_padding` lets in.
         """
         assert self.context is not None
         device, batch = self.x.device, len(self.x)
         image = _image_tokens(self.x, layout.patch)
         extra = sum(_image_tokens(reference, layout.patch) for reference in self.references)
-        img = torch.ones(batch, image + extra, dtype=torch.bool, device=device)
-        txt = torch.ones(batch, self.context.shape[1], dtype=torch.bool, device=device)
-        needed = False
-        if ignore_padding and extra:
+        # On the CPU: whether all tokens count is known without waiting for the device.
+        img, txt = (
+            torch.ones(batch, image + extra, dtype=torch.bool),
+            torch.ones(batch, self.context.shape[1], dtype=torch.bool),
+        )
+        if ignore_padding:
             img[:, image:] = False
-            needed = True
-        if ignore_padding and layout.family == "flux2":
-            txt = (self.context != 0).any(-1).to(device).expand(batch, -1)
-            needed = True
-        if positive_only and not all(self.conditional):
-            rows = torch.tensor(self.conditional, device=device)[:, None]
+            if self.real is not None:
+                txt = self.real
+            elif layout.family == "flux2":
+                txt = (self.context != 0).any(-1).expand(batch, -1).cpu()
+        if positive_only:
+            rows = torch.tensor(self.conditional)[:, None]
             img, txt = img & rows, txt & rows
-            needed = True
-        return replace(self, mask=TokenMask(img, txt)) if needed else self
+        mask = TokenMask() if img.all() and txt.all() else TokenMask(img.to(device), txt.to(device))
+        return replace(self, mask=mask, padded=not ignore_padding or not (self.marked or layout.family == "flux2"))
 
 
 def _image_tokens(latents: Tensor, patch: int) -> int:
@@ -125,10 +135,15 @@ def sampling_clone(model: ModelPatcher, watch: Watch) -> ModelPatcher:
 
 @dataclass
 class _Run:
-    """A sampling run that is under way; its sigmas are known from the first call on."""
+    """A sampling run that is under way; its sigmas are known from the first call on.
+
+    `texts`, by the host's id of a conditioning: how many words it has, and which of them are no padding, [.., words], where its
+    encoder has told.
+    """
 
     seed: int | None
     replaced: Mapping[str, Any]
+    texts: Mapping[Any, tuple[int, Tensor | None]] = field(default_factory=dict)
     watchers: list[SamplingWatcher] = field(default_factory=list)
     sigmas: tuple[float, ...] = ()
 
@@ -143,7 +158,7 @@ class _Watched:
     def sampling(self, executor, *args, **kwargs):
         guider = executor.class_obj
         seed = inspect.signature(executor.original).bind(*args, **kwargs).arguments.get("seed")
-        run = _Run(seed, _replaced(guider.model_options.get("transformer_options")))
+        run = _Run(seed, _replaced(guider.model_options.get("transformer_options")), _texts(guider))
         note = [UNCOMPILED] if guider.model_patcher.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY) else []
         started: list[tuple[str | None, list[SamplingWatcher]]] = []
         self._running.append(run)
@@ -171,7 +186,8 @@ class _Watched:
         if not self._running:  # a call outside of sampling, such as a test of memory
             return executor(*args, **kwargs)
         run = self._running[-1]
-        if _replaced(_options(executor, *args, **kwargs)) != run.replaced:
+        options = inspect.signature(executor.original).bind(*args, **kwargs).arguments.get("transformer_options")
+        if _replaced(options) != run.replaced:
             return executor(*args, **kwargs)  # a pass of guidance, with blocks skipped or attention perturbed
         model = executor.class_obj.diffusion_model
         call = _sampled_call(run, lambda: executor(*args, **kwargs), *args, **kwargs)
@@ -189,8 +205,30 @@ def _replaced(options: Mapping[str, Any] | None) -> Mapping[str, Any]:
     return (options or {}).get("patches_replace", {})
 
 
-def _options(executor, *args, **kwargs) -> Mapping[str, Any] | None:
-    return inspect.signature(executor.original).bind(*args, **kwargs).arguments.get("transformer_options")
+def _texts(guider: Any) -> dict[Any, tuple[int, Tensor | None]]:
+    conditionings = chain.from_iterable(getattr(guider, "conds", {}).values())
+    return {one["uuid"]: _text(one) for one in conditionings if "uuid" in one and one.get("cross_attn") is not None}
+
+
+def _text(conditioning: Mapping[str, Any]) -> tuple[int, Tensor | None]:
+    """A style model makes of the mask one of attention [batch, tokens, tokens], which says nothing of padding."""
+    words, mask = conditioning["cross_attn"].shape[1], conditioning.get("attention_mask")
+    if mask is None or mask.ndim != 2 or mask.shape[1] > words:
+        return words, None
+    return words, torch.nn.functional.pad(mask.bool(), (0, words - mask.shape[1]), value=True)  # more words were added to it
+
+
+def _real_words(texts: Sequence[tuple[int, Tensor | None] | None], count: int, words: int) -> Tensor | None:
+    """Which words are no padding, [rows, words]: `count` rows for each text, padded on the left to `words`."""
+    parts = []
+    for text in texts:
+        if text is None or text[0] > words:
+            return None
+        known, mask = text
+        real = torch.ones(1, known, dtype=torch.bool) if mask is None else mask.cpu()
+        real = torch.nn.functional.pad(real, (words - known, 0), value=False)
+        parts.append(real.repeat(-(-count // len(real)), 1)[:count])
+    return torch.cat(parts) if parts else None
 
 
 def _sampled_call(
@@ -215,6 +253,8 @@ def _sampled_call(
     if not run.sigmas:
         run.sigmas = tuple(options["sample_sigmas"].tolist())
 
+    texts = [run.texts.get(one) for one in options.get("uuids") or ()]
+
     def velocity() -> Tensor:
         return (x - again()) / t.view(-1, *(1,) * (x.ndim - 1))
 
@@ -229,6 +269,8 @@ def _sampled_call(
         references=tuple(ref_latents or ()),
         again=velocity,
         conditional=tuple(part == 0 for part in parts for _ in range(count)),
+        real=_real_words(texts, count, c_crossattn.shape[1]) if len(texts) == len(parts) else None,
+        marked=bool(texts) and all(text is not None and text[1] is not None for text in texts),
     )
     assert isinstance(call, SampledCall)
     return call

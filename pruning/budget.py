@@ -1,189 +1,176 @@
-"""One budget for all MLPs: how much to save, spread so that the model's output suffers least.
+"""One budget for all that can be cut: how much to save, spread so that the model's output suffers least.
 
-    protected = protected_sites(layout, "double-18")
-    curve = BudgetCurve.of(layout, rankings, amplifications(store), multiple=64, protected=protected)
-    cuts, error = curve.cuts(0.5 * layout.neurons, "neurons")        # by site, how many go; what that costs
-    curve.figure(plan)                               # memory saved against predicted error, before anything is cut
+    curve = BudgetCurve([*neuron_steps(site, ranking, error, multiple, size), *rank_steps(site, errors, multiple, size), ...])
+    taken = curve.until(6e9, "bytes")                # so many steps
+    curve.cuts(taken), curve.ranks(taken)            # by site, how many neurons go, and the rank its modulation is left with
+    curve.error(taken)                               # what that costs
+    curve.figure(taken)                              # memory saved against predicted error, before anything is cut
 
-Every site's ranking is a curve: predicted error against neurons cut. Times the site's amplification
-(recording/amplification.py) it is the error of the velocity. The total is least where all curves have the same slope:
-marginal costs are sorted once, and the cheapest steps of `multiple` neurons are taken until enough is saved. Where a curve
-is not convex, its convex hull is followed (the Lagrange relaxation of the choice).
+Neurons of an MLP and ranks of a modulation layer (`modulation.py`) are both a curve: predicted error against what is left.
+Times the amplification (recording/amplification.py) it is the error of the velocity. The total is least where all curves have
+the same slope: costs per byte are sorted once, and the cheapest steps are taken until enough is saved. Where a curve is not
+convex, its convex hull is followed (the Lagrange relaxation of the choice).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import size_text
 from ..flux.layout import Layout, Site
-from ..recording.amplification import RELATIVE_NOISE, REMOVED, SHIFTED
-from ..recording.store import HiddenStates
+from ..recording.amplification import RELATIVE_NOISE, REMOVED
 from .curves import Ranking
-from .plan import PruningPlan
 
-
-@dataclass(frozen=True)
-class Amplification:
-    """How much an error at one site moves the velocity, by its kind (`recording/amplification.py`); None = not measured."""
-
-    noise: float
-    removed: float | None = None
-    shifted: float | None = None
-
-    def velocity_error(self, ranking: Ranking) -> Tensor:
-        """Predicted relative squared error of the velocity after cutting the first k, float64 [width + 1].
-
-        What is small moves it as noise does, and what is lost altogether as `removed`; in between, the amplification is
-        interpolated on logarithmic scales of the error relative to the output. Both may be apart: the text of a small model
-        matters ten times more when it is gone than noise on it does.
-        """
-        assert ranking.error is not None
-        shift = torch.zeros_like(ranking.error) if ranking.shift is None else ranking.shift
-        small, own = RELATIVE_NOISE**2, ranking.error - shift
-        share = ((own / ranking.energy).clamp(small, 1).log() / math.log(small)).double()  # 1 = as noise, 0 = all
-        removed = self.noise if self.removed is None else self.removed
-        moved = own * self.noise**share * removed ** (1 - share)
-        return (moved + shift * (removed if self.shifted is None else self.shifted)).cummax(0).values
-
-
-def amplifications(store: HiddenStates) -> dict[str, Amplification]:
-    """By site, what was measured of it."""
-    found = store.amplification
-    return {
-        name: Amplification(value, found.get(name + REMOVED), found.get(name + SHIFTED))
-        for name, value in found.items()
-        if not name.endswith((REMOVED, SHIFTED))
-    }
+Kind = Literal["neurons", "ranks"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """Cutting `neurons` more of `site`: how many parameters that saves, the error it adds, and its price per parameter.
+    """Leaving a site `left` neurons, or its modulation layer that rank: what this saves on top of the step before, the error it
+    adds, and its price per byte.
 
-    Steps of a site that only pay together share their mean price, so that no step comes before those it builds on.
+    Steps that only pay together share their mean price, so that no step comes before those it builds on.
     """
 
     site: str
+    kind: Kind
+    left: int
     neurons: int
     parameters: int
+    bytes: int
     error: float
     price: float
 
 
-@dataclass(frozen=True)
 class BudgetCurve:
-    """All steps that can be taken, the cheapest per parameter first; `amplified` tells whether errors are the velocity's."""
+    """All steps that can be taken, the cheapest per byte first; `amplified` tells whether errors are the velocity's."""
 
-    steps: tuple[Step, ...]
-    amplified: bool
+    def __init__(self, steps: Iterable[Step], amplified: bool = True):
+        self.steps = sorted(steps, key=lambda step: step.price)  # stable: of equal ones, the earlier site
+        self.amplified = amplified
 
-    @classmethod
-    def of(
-        cls,
-        layout: Layout,
-        rankings: Mapping[str, Ranking],
-        amplification: Mapping[str, Amplification] | None = None,
-        multiple: int = 64,
-        protected: Collection[str] = (),
-    ) -> BudgetCurve:
-        """The curve over all ranked sites that are not protected.
-
-        Widths are multiples of `multiple`, and one multiple at least is kept. Without amplifications, an error counts the same
-        wherever it is made. Raises `UserError` where the score predicts no error.
-        """
-        if multiple < 1:
-            raise UserError(f"Widths are rounded to a multiple of at least 1 neuron; found {multiple}.")
-        sites = [site for site in layout.sites if site.name in rankings]
-        amplified = bool(amplification) and all(site.name in (amplification or {}) for site in sites)
-        steps: list[Step] = []
-        for site in sites:
-            if site.name in protected:
-                continue
-            error = rankings[site.name].error
-            if error is None:
-                raise UserError(
-                    "A budget weighs predicted errors against each other, and the score frequency predicts none: choose obs "
-                    "(with rows), fluctuation or magnitude."
-                )
-            if amplified and amplification:
-                error = amplification[site.name].velocity_error(rankings[site.name])
-            steps += _steps(site, layout, error, multiple)
-        steps.sort(key=lambda step: step.price)  # stable: of equal ones, the earlier site
-        return cls(tuple(steps), amplified)
-
-    def cuts(self, amount: float, of: Literal["neurons", "parameters"]) -> tuple[dict[str, int], float]:
-        """By site, how many neurons go until `amount` neurons or parameters are saved, and the predicted error of all of that.
-
-        Raises `UserError` where that is more than may be cut.
-        """
-        taken = self.steps[: self.until(amount, of)]
-        found: dict[str, int] = {}
-        for step in taken:
-            found[step.site] = found.get(step.site, 0) + step.neurons
-        return found, sum(step.error for step in taken)
-
-    def until(self, amount: float, of: Literal["neurons", "parameters"]) -> int:
-        """How many steps save `amount` neurons or parameters; raises `UserError` where all of them together do not."""
-        saved = 0
-        for count, step in enumerate(self.steps):
-            if saved >= amount:
-                return count
-            saved += getattr(step, of)
-        if saved < amount:
+    def until(self, amount: float, of: Literal["neurons", "parameters", "bytes"]) -> int:
+        """How many steps save `amount` neurons, parameters or bytes; raises `UserError` where all of them together do not."""
+        saved = np.cumsum([0, *(getattr(step, of) for step in self.steps)])
+        if saved[-1] < amount:
+            goal, most = (size_text(some) if of == "bytes" else f"{some:,.0f} {of}" for some in (amount, saved[-1]))
             raise UserError(
-                f"{amount:,.0f} {of} are to be saved, but only {saved:,} may go (one multiple of every MLP is kept, protected "
-                "layers whole): ask for less, protect fewer layers, or choose a smaller multiple."
+                f"{goal} are to be saved, but no more than {most} may go (one multiple of every MLP is kept, "
+                "protected layers whole): ask for less, protect fewer layers, or choose a smaller multiple."
             )
-        return len(self.steps)
+        return int(np.searchsorted(saved, amount))
 
-    def figure(self, plan: PruningPlan | None = None, bytes_per_parameter: int = 2) -> Figure:
-        """Memory saved (GB at `bytes_per_parameter`) against predicted error; `plan` is marked on it."""
-        saved = torch.tensor([0.0, *(step.parameters for step in self.steps)], dtype=torch.float64).cumsum(0)
-        error = torch.tensor([0.0, *(step.error for step in self.steps)], dtype=torch.float64).cumsum(0)
-        size, unit = (1e9, "GB") if saved[-1] * bytes_per_parameter >= 1e8 else (1e6, "MB")
+    def cuts(self, taken: int) -> dict[str, int]:
+        """By site, how many neurons go in the first `taken` steps."""
+        found: Counter[str] = Counter()
+        for step in self.steps[:taken]:
+            found[step.site] += step.neurons
+        return {site: neurons for site, neurons in found.items() if neurons}
+
+    def ranks(self, taken: int) -> dict[str, int]:
+        """By site, the rank its modulation layer is left with after the first `taken` steps, where that is less than all."""
+        return {step.site: step.left for step in self.steps[:taken] if step.kind == "ranks"}
+
+    def saved(self, taken: int) -> dict[Kind, int]:
+        """Bytes that the first `taken` steps save, by what was cut."""
+        kinds: tuple[Kind, ...] = ("neurons", "ranks")
+        return {kind: sum(step.bytes for step in self.steps[:taken] if step.kind == kind) for kind in kinds}
+
+    def error(self, taken: int) -> float:
+        """Predicted error of the first `taken` steps together."""
+        return sum(step.error for step in self.steps[:taken])
+
+    def figure(self, taken: int) -> Figure:
+        """Memory saved against predicted error, with a mark where the first `taken` steps lead, and what of it are neurons."""
+        kinds: dict[Kind, str] = {"neurons": "MLP neurons", "ranks": "ranks of modulation layers"}
+        saved = {kind: np.cumsum([0, *(step.bytes * (step.kind == kind) for step in self.steps)]) for kind in kinds}
+        memory = sum(saved.values(), start=np.zeros(1))
+        size, unit = (1e9, "GB") if memory[-1] >= 1e8 else (1e6, "MB")
+        error = np.cumsum([0, *(step.error for step in self.steps)])
         figure = Figure(figsize=(8, 5), layout="constrained", facecolor="white")
-        FigureCanvasAgg(figure)
         axes = figure.subplots()
-        memory = saved * bytes_per_parameter / size
-        axes.plot(memory[1:], error[1:], color="tab:blue")
-        if plan is not None:
-            per_site = {step.site: step.parameters / step.neurons for step in self.steps}
-            at = sum(per_site.get(name, 0.0) * cut for name, cut in plan.cut.items())
-            place = min(int(torch.searchsorted(saved, torch.tensor(at, dtype=torch.float64))), len(saved) - 1)
-            axes.axvline(at * bytes_per_parameter / size, color="tab:orange", linewidth=1)
-            axes.plot([at * bytes_per_parameter / size], [error[place]], "o", color="tab:orange", label=f"{error[place]:.3g}")
-            axes.legend(title="this plan")
-        axes.set_yscale("log")
-        axes.set_xlim(0, None)
-        axes.set_xlabel(f"{unit} saved at {bytes_per_parameter} bytes a parameter")
-        axes.set_ylabel("predicted relative velocity error" if self.amplified else "predicted error (sum over all MLPs)")
-        axes.set_title("Memory saved against predicted error")
+        axes.plot(memory[1:] / size, error[1:], color="tab:blue")
+        axes.axvline(memory[taken] / size, color="tab:orange", linewidth=1)
+        parts = [f"{saved[kind][taken] / size:.3g} {unit}: {name}" for kind, name in kinds.items() if saved[kind][-1]]
+        label = "\n".join([f"predicted error {error[taken]:.3g}", *parts])
+        axes.plot([memory[taken] / size], [error[taken]], "o", color="tab:orange", label=label)
+        axes.legend(title="this plan")
+        what = "predicted relative velocity error" if self.amplified else "predicted error (sum over all MLPs)"
+        axes.set(
+            title="Memory saved against predicted error", xlim=(0, None), yscale="log", xlabel=f"{unit} saved", ylabel=what
+        )
         axes.grid(alpha=0.3)
         return figure
 
 
-def protected_sites(layout: Layout, names: str | Sequence[str]) -> frozenset[str]:
+def neuron_steps(site: Site, parameters: int, error: Sequence[float], multiple: int, number: int) -> list[Step]:
+    """Narrowing an MLP to multiples of `multiple`, one multiple at least.
+
+    Args:
+        parameters: of one neuron (`neuron_parameters`). number: bytes of each.
+        error: after cutting the first k neurons of the ranking, [width + 1].
+    """
+    # from the full width down to one multiple; the first step may be a part of one
+    lefts = [site.width, *range((site.width - 1) // multiple * multiple, 0, -multiple)]
+    cuts = [site.width - left for left in lefts]
+    saved = [cut * parameters for cut in cuts]
+    return _steps(site.name, "neurons", lefts, cuts, saved, [each * number for each in saved], [error[cut] for cut in cuts])
+
+
+def rank_steps(site: Site, shape: Sequence[int], error: Sequence[float], multiple: int, number: int, thin: int) -> list[Step]:
+    """Truncating a modulation layer to ranks that are multiples of `multiple`, one multiple at least.
+
+    Args:
+        shape: [out, hidden] of its weight. number: bytes of each of its numbers. thin: of each one of the two factors.
+        error: at rank r [ranks + 1]; none beyond.
+    """
+    outputs, inputs = shape
+    most = (outputs * inputs * number - 1) // ((outputs + inputs) * thin) // multiple * multiple  # what still saves something
+    lefts = [0, *range(most, 0, -multiple)]  # the layer as it is first
+    saved = [0, *(outputs * inputs - rank * (outputs + inputs) for rank in lefts[1:])]
+    sizes = [0, *(outputs * inputs * number - rank * (outputs + inputs) * thin for rank in lefts[1:])]
+    errors = [0.0, *(error[rank] if rank < len(error) else 0.0 for rank in lefts[1:])]
+    return _steps(site.name, "ranks", lefts, [0] * len(lefts), saved, sizes, errors)
+
+
+def velocity_error(ranking: Ranking, amplification: Mapping[str, float], site: str) -> Tensor:
+    """Predicted relative squared error of the velocity after cutting the first k neurons of `site`, float64 [width + 1].
+
+    What is small moves it as noise does, and what is lost altogether as `removed` (recording/amplification.py); in between, the
+    amplification is interpolated on logarithmic scales of the error relative to the output. Both may be apart: the text of a
+    small model matters ten times more when it is gone than noise on it does. Without amplifications, the error of the output.
+    """
+    assert ranking.error is not None
+    if not amplification:
+        return ranking.error
+    noise = amplification[site]
+    removed = amplification.get(f"{site}{REMOVED}", noise)
+    small = RELATIVE_NOISE**2
+    share = (ranking.error / ranking.energy).clamp(small, 1).log() / math.log(small)  # 1 = as noise, 0 = all
+    return (ranking.error * noise**share * removed ** (1 - share)).cummax(0).values
+
+
+def protected_sites(layout: Layout, names: str) -> set[str]:
     """Site names from a text such as "double-18, single-0, double-txt-3"; a block's name stands for all MLPs in it.
 
     Raises `UserError` for a name the model does not have.
     """
-    parts = names.replace(",", " ").split() if isinstance(names, str) else names
     found: set[str] = set()
-    for part in parts:
+    for part in names.replace(",", " ").split():
         kind, _, index = part.partition("-")
         block = (f"double-img-{index}", f"double-txt-{index}") if kind == "double" and index.isdigit() else (part,)
         found |= {layout.site(name).name for name in block}
-    return frozenset(found)
+    return found
 
 
 def neuron_parameters(layout: Layout, site: Site) -> int:
@@ -192,16 +179,16 @@ def neuron_parameters(layout: Layout, site: Site) -> int:
     return rows * (layout.hidden + int(site.biased)) + layout.hidden
 
 
-def _steps(site: Site, layout: Layout, error: torch.Tensor, multiple: int) -> list[Step]:
-    """From the full width down to one multiple; the first step may be a part of one."""
-    widths = [site.width, *range((site.width - 1) // multiple * multiple, 0, -multiple)]
-    each = neuron_parameters(layout, site)
-    neurons = [wide - narrow for wide, narrow in pairwise(widths)]
-    added = [(error[site.width - narrow] - error[site.width - wide]).item() for wide, narrow in pairwise(widths)]
-    prices = rising_means(added, [count * each for count in neurons])
-    return [
-        Step(site.name, count, count * each, more, price) for count, more, price in zip(neurons, added, prices, strict=True)
-    ]
+def _steps(
+    name: str, kind: Kind, lefts: Sequence[int], cuts: Sequence[int], saved: Sequence[int], sizes: Sequence[int],
+    errors: Sequence[float],
+) -> list[Step]:  # fmt: skip
+    """From each of `lefts` to the next one, with the neurons cut, the parameters and bytes saved and the error at each."""
+    neurons, parameters, memory = ([more - less for less, more in pairwise(totals)] for totals in (cuts, saved, sizes))
+    added = [more - less for less, more in pairwise(errors)]
+    prices = rising_means(added, memory)
+    steps = zip(lefts[1:], neurons, parameters, memory, added, prices, strict=True)
+    return [Step(name, kind, *step) for step in steps]
 
 
 def rising_means(costs: Sequence[float], weights: Sequence[float]) -> list[float]:

@@ -22,7 +22,8 @@ from ..files import write_safetensors
 from ..flux.checkpoint import open_safetensors
 from ..recording.recording import Recording
 
-Shapes = Mapping[str, tuple[int, ...]]
+#: By name; None where any shape will do.
+Shapes = Mapping[str, tuple[int, ...] | None]
 
 
 def cache_key(*parts: str) -> str:
@@ -40,8 +41,7 @@ def cached_header(path: Path, format: str, shapes: Shapes) -> dict[str, str] | N
     try:
         with open_safetensors(path) as file:
             header = file.metadata() or {}
-            names = set(file.keys())
-            sound = all(name in names and tuple(file.get_slice(name).get_shape()) == shape for name, shape in shapes.items())
+            sound = all(shape in (None, tuple(file.get_slice(name).get_shape())) for name, shape in shapes.items())
     except (UserError, SafetensorError, OSError):
         return None
     return header if sound and header.get("format") == format else None

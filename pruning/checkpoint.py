@@ -3,13 +3,14 @@
     save_pruned("flux1-dev-8b.safetensors", cut)     # or a model with retrained layers in it
     save_weights("with-lora.safetensors", tensors, plan, report)     # what is pruned already
     pruned = Pruned.open("flux1-dev-8b.safetensors")
-    model = Flux.load(pruned.tensors)
+    model = Flux.load(Plain(pruned.tensors))         # flux/weights.py
     pruned.plan.table(), pruned.report
 
-The reduced tensors stand under their usual names; `flux_poke.kept.S` int32 are the kept neurons of site S, and
-`flux_poke.fold.S.offset` and, where asked for, `.matrix` what a LoRA needs to follow (`lora.py`). The header holds the
-plan, the repair with its held-out error by site, and the fingerprint of the dense model, beside what the dense file's
-header held.
+The reduced tensors stand under their usual names; `flux_poke.kept.S` int32 are the kept neurons of site S. A LoRA needs
+`flux_poke.fold.S.offset` and, where asked for, `.matrix` to follow cut neurons, and `flux_poke.vectors.mean` and `.spread`
+(what modulation layers read, `modulation.py`) to follow truncated layers (`lora.py`). The header holds the plan, the repair
+with its held-out error by site, a certificate (`certificate.py`), and the fingerprint of the dense model, beside what the dense
+file's header held.
 """
 
 from __future__ import annotations
@@ -17,26 +18,34 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 from ..files import check_replaces, kind_of, stream_safetensors
-from ..flux.checkpoint import Checkpoint, open_safetensors, require_format
-from ..flux.layout import FAMILY_NAMES, Layout, Site, canonical_key, read_layout
+from ..flux.checkpoint import Checkpoint, open_safetensors, require_format, scale_key
+from ..flux.layout import FAMILY_NAMES, Layout, canonical_key, read_layout
+from ..flux.weights import stored_like
 from ..progress import Progress, part, silent
+from .certificate import certificate, certificate_text
 from .dense import KEPT, PRUNED_FORMAT, Dense
+from .modulation import Vectors
 from .plan import PruningPlan
+from .precision import ENTRIES, require_precision, rounded_layers
 from .refit import Fold, RepairReport
 from .repair import report_table
+from .rounded import Rounded
 from .surgery import Changed
 
-FOLD = "flux_poke.fold."
+FOLD, VECTORS = "flux_poke.fold.", "flux_poke.vectors."
+#: Directions of what modulation layers read that are stored, for each rank of the layer that has the most.
+DIRECTIONS = 2
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,8 @@ class Pruned:
     plan: PruningPlan
     report: Mapping[str, RepairReport]
     folds: Mapping[str, Fold]
+    vectors: Vectors | None
+    certificate: Mapping[str, Any]
     metadata: Mapping[str, str]
 
     @classmethod
@@ -64,43 +75,83 @@ class Pruned:
                 kept = {key.removeprefix(KEPT): file.get_tensor(key) for key in file.keys() if key.startswith(KEPT)}
                 plan = PruningPlan.from_header(header, kept)
                 report = {name: RepairReport(**site) for name, site in json.loads(header["repair"]).items()}
+                certified = dict(json.loads(header.get("certificate", "{}")))
             except (KeyError, ValueError, TypeError, AttributeError) as error:
                 raise UserError(f"{path} is a damaged pruned checkpoint ({error}): copy it again or make it again.") from error
         checkpoint = Checkpoint(path)
         _require_widths(checkpoint.layout, plan, str(path))
         return cls(
             path=Path(path),
-            tensors=_Only(checkpoint, [key for key in checkpoint if not key.startswith("flux_poke.")]),
+            tensors=WhenAsked(
+                [key for key in checkpoint if not key.startswith("flux_poke.")],
+                lambda key: require_finite(checkpoint[key], key),
+            ),
             layout=checkpoint.layout,
             plan=plan,
             report=report,
-            folds=_Folds(checkpoint, list(kept)),
+            folds=WhenAsked(
+                kept, lambda name: Fold(*(checkpoint.get(f"{FOLD}{name}.{part}") for part in ("matrix", "offset")))
+            ),
+            vectors=_vectors(checkpoint),
+            certificate=certified,
             metadata=header,
         )
 
 
-def save_pruned(path: str | os.PathLike[str], changed: Changed, fold: bool = False, progress: Progress = silent) -> None:
-    """Writes a cut or replaced checkpoint as a whole, one tensor in memory at a time.
+def save_pruned(
+    path: str | os.PathLike[str], changed: Changed, fold: bool = False, progress: Progress = silent, precision: str = "stored"
+) -> None:
+    """Writes a cut or replaced checkpoint as a whole, one tensor in memory at a time, in `precision` (`precision.py`).
 
     `fold`: also write what exact conversion of LoRAs needs after affine repair: [cut, kept] numbers in bf16 per MLP, on disk
     only. Raises `UserError`, before anything is computed, where a file at `path` is not a pruned checkpoint, and without a file
     being left where a tensor holds a number that is not finite.
     """
     check_replaces(path, PRUNED_FORMAT)
+    changed = changed if require_precision(precision) == "stored" else Rounded(changed, precision)
     changed.dense.release()
     report = changed.work_out(part(progress, 0, 2), fold)
     kinds = {key: changed.kind(key) for key in changed}
-    folds: dict[str, Callable[[], Tensor]] = {}
     for name, kept in changed.plan.kept.items():
-        for what, kind in _fold_kinds(changed.dense.layout.site(name), len(kept), report[name].method, fold).items():
-            folds[f"{FOLD}{name}.{what}"] = partial(_fold_part, changed, name, what)
-            kinds[f"{FOLD}{name}.{what}"] = kind
+        site, method = changed.dense.layout.site(name), report[name].method
+        cut, matrix = site.width - len(kept), fold and method == "affine"
+        if matrix:
+            kinds[f"{FOLD}{name}.matrix"] = "BF16", (cut, site.down_column + len(kept))
+        if site.biased and (matrix or method == "bias"):
+            kinds[f"{FOLD}{name}.offset"] = "F32", (cut,)
+
+    extra: dict[str, Tensor] = {}
+    if (vectors := changed.vectors) is not None:
+        spread = vectors.spread[:, -DIRECTIONS * max(changed.plan.ranks.values()) :]  # the last ones vary most
+        extra = {f"{VECTORS}mean": vectors.mean.float().cpu(), f"{VECTORS}spread": spread.float().cpu().contiguous()}
+        kinds |= {key: kind_of(value) for key, value in extra.items()}
 
     def tensor(key: str) -> Tensor:
         changed.dense.release()
-        return folds[key]() if key in folds else changed[key]
+        if key in extra:
+            return extra[key]
+        if not key.startswith(FOLD):
+            return changed[key]
+        name, _, what = key.removeprefix(FOLD).rpartition(".")
+        return getattr(changed.fold(name, matrix=what == "matrix"), what)
 
-    _write(path, kinds, tensor, changed.plan, report, _passed_on(changed.dense), part(progress, 1, 2))
+    header = _passed_on(changed.dense, changed.plan)
+    header["certificate"] = json.dumps(certificate(changed, report, precision))
+    if precision == "bf16":
+        header.pop("_quantization_metadata", None)
+    _write(path, kinds, tensor, changed.plan, report, header, part(progress, 1, 2))
+    if isinstance(changed, Rounded):
+        changed.forget()
+
+
+def overhead(dense: Dense, plan: PruningPlan, precision: str = "stored") -> int:
+    """About how many bytes a pruned file takes beside the model's own tensors: header, kept indices, what LoRAs need."""
+    entries = len(dense.tensors) + 2 * len(plan.ranks) + 2 * len(plan.kept)
+    header = sum(map(len, {**dense.metadata, **plan.header()}.values()))
+    kept = sum(map(len, plan.kept.values()))
+    spread = 1 + DIRECTIONS * max(plan.ranks.values()) if plan.ranks else 0
+    header += ENTRIES * len(rounded_layers(dense, precision))
+    return header + 110 * entries + 200 * len(plan.kept) + 4 * (kept + spread * dense.layout.hidden)
 
 
 def save_weights(
@@ -137,7 +188,12 @@ def save_changed(
     unknown = sorted(tensors.keys() - found.tensors.keys())
     if unknown:
         raise UserError(f"{pruned} has no {unknown[0]}: these tensors belong to another model.")
-    save_weights(path, {**found.tensors, **tensors}, found.plan, {**found.report, **report}, metadata=found.metadata)
+    changed = dict(tensors)
+    for key in tensors:
+        if (scale := scale_key(found.tensors, key)) is not None:
+            rounded, new = stored_like(tensors[key].float(), found.tensors, key)
+            changed |= {key: rounded} if new is None else {key: rounded, scale: new}
+    save_weights(path, {**found.tensors, **changed}, found.plan, {**found.report, **report}, metadata=found.metadata)
 
 
 def _write(
@@ -160,14 +216,14 @@ def _write(
     written = itertools.count(1)
 
     def next_tensor(key: str) -> Tensor:
-        value = kept[key] if key in kept else _require_finite(tensor(key), key)
+        value = kept[key] if key in kept else require_finite(tensor(key), key)
         progress(f"writing {key}", next(written), len(kinds) + len(kept))
         return value
 
     stream_safetensors(path, {**kinds, **{key: kind_of(indices) for key, indices in kept.items()}}, next_tensor, header)
 
 
-def _require_finite(tensor: Tensor, key: str) -> Tensor:
+def require_finite(tensor: Tensor, key: str) -> Tensor:
     """`tensor`; raises `UserError` where it holds a number that is not finite. Numbers of 8 bits are not looked at."""
     looked_at = tensor.is_floating_point() and tensor.dtype.itemsize > 1 and tensor.numel()
     # Least and largest are not finite where any number is not; unlike isfinite(tensor), that takes no memory.
@@ -180,7 +236,13 @@ def _require_finite(tensor: Tensor, key: str) -> Tensor:
 
 
 def _require_widths(layout: Layout, plan: PruningPlan, source: str) -> None:
-    """Raises `UserError` where the MLPs of a pruned model are not as wide as `plan` leaves them."""
+    """Raises `UserError` where the MLPs of a pruned model are not as wide as `plan` leaves them, or its modulation layers of
+    another rank."""
+    if layout.ranks != plan.ranks:
+        raise UserError(
+            f"{source} has modulation layers of the ranks {dict(layout.ranks)}, and its plan leaves {dict(plan.ranks)}: they "
+            "do not belong together."
+        )
     for site in layout.sites:
         width = plan.widths.get(site.name, 0)
         expected = plan.unknown.get(site.name, len(plan.kept.get(site.name, range(width))))
@@ -198,78 +260,51 @@ def inspect(path: str | os.PathLike[str]) -> str:
     """
     checkpoint = Checkpoint(path)
     layout = checkpoint.layout
-    pruned = checkpoint.metadata.get("format") == PRUNED_FORMAT
+    pruned = Pruned.open(path) if checkpoint.metadata.get("format") == PRUNED_FORMAT else None
     parameters = sum(torch.Size(shape).numel() for key, shape in checkpoint.shapes.items() if not key.startswith("flux_poke."))
-    lines = [
+    said = (
         f"{FAMILY_NAMES[layout.family]}{', pruned' if pruned else ''}: {layout.depth} double and {layout.depth_single} single "
-        f"blocks, hidden {layout.hidden}, {layout.neurons:,} MLP neurons, {parameters:,} parameters",
-    ]
-    if not pruned:
-        widths = sorted({site.width for site in layout.sites}, reverse=True)
-        lines.append(f"MLP widths: {', '.join(f'{width:,}' for width in widths)}")
-        return "\n".join(lines)
-    found = Pruned.open(path)
-    return "\n".join([*lines, found.plan.table(), report_table(found.report)])
+        f"blocks, hidden {layout.hidden}, {layout.neurons:,} MLP neurons, {parameters:,} parameters"
+    )
+    if pruned is not None:
+        certified = [certificate_text(pruned.certificate)] if pruned.certificate else []
+        return "\n".join([said, *certified, pruned.plan.table(), report_table(pruned.report)])
+    widths = sorted({site.width for site in layout.sites}, reverse=True)
+    return f"{said}\nMLP widths: {', '.join(f'{width:,}' for width in widths)}"
 
 
-class _Only(Mapping[str, Tensor]):
-    """Some keys of a checkpoint."""
+class WhenAsked(Mapping[str, Value]):
+    """Values by name, each read when it is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, keys: list[str]):
-        self.checkpoint, self.names = checkpoint, dict.fromkeys(keys)
+    def __init__(self, names: Iterable[str], read: Callable[[str], Value]):
+        self.names, self.read = dict.fromkeys(names), read
 
-    def __getitem__(self, key: str) -> Tensor:
-        if key not in self.names:
-            raise KeyError(key)
-        return _require_finite(self.checkpoint[key], key)
+    def __getitem__(self, name: str) -> Value:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.read(name)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
     def __len__(self) -> int:
         return len(self.names)
 
 
-class _Folds(Mapping[str, Fold]):
-    """The folds in a checkpoint, by site, each read when it is asked for."""
-
-    def __init__(self, checkpoint: Checkpoint, sites: list[str]):
-        self.checkpoint, self.sites = checkpoint, dict.fromkeys(sites)
-
-    def __getitem__(self, name: str) -> Fold:
-        if name not in self.sites:
-            raise KeyError(name)
-        parts = {part: f"{FOLD}{name}.{part}" for part in ("matrix", "offset")}
-        return Fold(**{part: self.checkpoint.get(key) for part, key in parts.items()})
-
-    def __iter__(self):
-        return iter(self.sites)
-
-    def __len__(self) -> int:
-        return len(self.sites)
+def _vectors(checkpoint: Checkpoint) -> Vectors | None:
+    mean, spread = (checkpoint.get(f"{VECTORS}{part}") for part in ("mean", "spread"))
+    return None if mean is None or spread is None else Vectors(mean.double(), spread.double())
 
 
-def _fold_kinds(site: Site, kept: int, method: str, fold: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Types and shapes of what is stored of a site's fold: the offset of a repaired bias; of affine repair all or nothing."""
-    cut = site.width - kept
-    matrix = method == "affine" and fold
-    found: dict[str, tuple[str, tuple[int, ...]]] = {"matrix": ("BF16", (cut, site.down_column + kept))} if matrix else {}
-    return {**found, "offset": ("F32", (cut,))} if site.biased and (matrix or method == "bias") else found
-
-
-def _fold_part(changed: Changed, name: str, part: str) -> Tensor:
-    fold = changed.fold(name, matrix=part == "matrix")
-    value = fold.matrix if part == "matrix" else fold.offset
-    assert value is not None
-    return value
-
-
-def _passed_on(dense: Dense) -> dict[str, str]:
-    """The dense file's header; names of quantised layers lose the prefix that the keys lose."""
+def _passed_on(dense: Dense, plan: PruningPlan) -> dict[str, str]:
+    """The dense file's header; names of quantised layers lose the prefix that the keys lose, and truncated layers are not
+    quantised any more."""
     header = {key: value for key, value in dense.metadata.items() if key != "format"}
     quantised = header.get("_quantization_metadata")
     if quantised is not None:
         found = json.loads(quantised)
-        found["layers"] = {canonical_key(name, dense.layout.prefix): v for name, v in found.get("layers", {}).items()}
+        thin = {dense.layout.site(name).modulation for name in plan.ranks}
+        layers = {canonical_key(name, dense.layout.prefix): facts for name, facts in found.get("layers", {}).items()}
+        found["layers"] = {name: facts for name, facts in layers.items() if name not in thin}
         header["_quantization_metadata"] = json.dumps(found)
     return header

@@ -1,6 +1,7 @@
 """LoRAs that were made for the dense model, made to fit a pruned one.
 
-    converted = convert_lora(load_file("style.safetensors"), pruned.layout, pruned.plan, pruned.folds, pruned.report)
+    lora = load_file("style.safetensors")
+    converted = convert_lora(lora, pruned.layout, pruned.plan, pruned.folds, pruned.report, pruned.vectors, pruned.tensors)
     converted.tensors                                # to load as any LoRA
     print(converted.table())                         # every module: applied, converted, skipped and why
 
@@ -9,6 +10,10 @@ of cut neurons P do; but what they would read is predicted from what is kept, h_
 columns, and s U D_P c to the bias, exactly as repair did with the dense weights. c is stored with every repair and pruned
 checkpoint; B, which takes [cut, kept] numbers per MLP, on request (`fold`).
 
+A modulation layer of low rank sees no more of the vector s than z = down s. By least squares over what these layers read,
+s ~ P z + c (`modulation.regression`): so U (D P) is added to the layer's `up`, and s U D c to its bias. What of D s is no
+linear function of z is lost; how much that is, as a share of the variance of U D s, is told of every module.
+
 Modules may be named as ComfyUI, kohya, black-forest-labs, diffusers/PEFT, OneTrainer or SimpleTuner name them. What changes is
 named as ComfyUI does; the rest is passed on as it is.
 """
@@ -16,20 +21,25 @@ named as ComfyUI does; the rest is passed on as it is.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ..flux.diffusers import CLASSES, modules
 from ..flux.layout import Layout, Site
+from ..flux.weights import full_precision
 from ..progress import Progress, silent
+from .modulation import Vectors, regression
 from .plan import PruningPlan
 from .refit import Fold, RepairReport
 from .surgery import down_columns, len_up, up_rows
 
 Outcome = Literal["applied", "converted", "skipped"]
+#: Of a site: the projections of its MLP, and the modulation layer of its stream of the block.
+Part = Literal["up", "down", "modulation"]
 
 #: The two factors of a LoRA, (U, D), as trainers call them after the module's name.
 _FACTORS = (
@@ -41,7 +51,12 @@ _FACTORS = (
     (".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight"),
     (".lora_B", ".lora_A"),
 )
+#: What trainers put before a module's name, as it is and with _ for every dot.
+_PREFIXES = ("", "diffusion_model.", "transformer.", "unet.", "base_model.model.")
+_FLAT_PREFIXES = ("lora_unet_", "lycoris_", "lora_transformer_")
 _BIAS = (".diff_b", ".lora_B.bias")
+#: Of a module's tensors, those whose columns belong to its inputs.
+_READING = frozenset((".diff", ".lora_down.weight"))
 #: What else may follow a module's name. Of these only `.alpha` and `.diff` can follow a cut.
 _OTHERS = re.compile(
     r"\.(alpha|diff|dora_scale|set_weight|reshape_weight|lora_mid\.weight|hada_\w+|lokr_\w+|oft_\w+|[abw]\d?\.weight|w_norm|b_norm)$"
@@ -87,15 +102,21 @@ class ConvertedLora:
 
 @dataclass(frozen=True)
 class _Target:
-    """A module of a cut site; `mlp_rows` where the LoRA's module is the MLP's part of linear1 alone."""
+    """A module that was cut; `mlp_rows` where the LoRA's module is the MLP's part of linear1 alone."""
 
     site: Site
-    down: bool
+    part: Part
     mlp_rows: bool = False
 
     @property
-    def module(self) -> str:
-        return self.site.down if self.down else self.site.up
+    def dense(self) -> str:
+        """What it is in the dense model."""
+        return {"up": self.site.up, "down": self.site.down, "modulation": self.site.modulation}[self.part]
+
+    @property
+    def pruned(self) -> str:
+        """What follows the LoRA in the pruned one."""
+        return f"{self.dense}.up" if self.part == "modulation" else self.dense
 
 
 def convert_lora(
@@ -104,140 +125,146 @@ def convert_lora(
     plan: PruningPlan,
     folds: Mapping[str, Fold],
     report: Mapping[str, RepairReport],
+    vectors: Vectors | None,
+    tensors: Mapping[str, Tensor],
     progress: Progress = silent,
 ) -> ConvertedLora:
     """Makes `lora` fit the model that `plan` cut, repaired as `report` and `folds` tell; `layout` may be dense or pruned.
 
-    `progress` is told before every module; an exception from it stops the work.
+    `vectors` is what its modulation layers read, where any is of low rank; of its `tensors` (canonical keys), those are read
+    that a module needs. `progress` is told before every module; an exception from it stops the work.
     """
     targets = _targets(layout, plan)
-    tensors: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     modules: list[LoraModule] = []
     named = _modules(lora)
     for done, (name, parts) in enumerate(named.items()):
         progress(f"converting {name}", done, len(named))
         target = targets.get(name)
         if target is None:
-            tensors |= {name + suffix: tensor for suffix, tensor in parts.items()}
+            found |= {name + suffix: tensor for suffix, tensor in parts.items()}
             modules.append(LoraModule(name, "applied", "its weight was not cut"))
             continue
+        site = target.site
         try:
-            if target.site.name in plan.unknown:
+            new = _known(parts)
+            if target.part == "modulation":
+                changed, why = _truncated(new, site, vectors, tensors)
+            elif site.name in plan.unknown:
                 raise _Unfit("which of the MLP's neurons were kept is not known")
-            # only what reads the neurons has to follow their repair
-            fold = folds[target.site.name] if target.down else Fold(None, None)
-            changed, why = _converted(parts, target, plan, fold, report[target.site.name])
+            elif target.part == "up":
+                changed, why = _rows(new, target, plan.kept[site.name])
+            else:
+                changed, why = _columns(new, site, plan, folds[site.name], report[site.name])
         except _Unfit as reason:
             modules.append(LoraModule(name, "skipped", f"{reason}; merge it into the dense model before pruning"))
             continue
-        tensors |= {f"diffusion_model.{target.module}{suffix}": tensor.contiguous() for suffix, tensor in changed.items()}
+        found |= {f"diffusion_model.{target.pruned}{suffix}": tensor.contiguous() for suffix, tensor in changed.items()}
         modules.append(LoraModule(name, "converted", why))
-    return ConvertedLora(tensors, tuple(modules))
+    return ConvertedLora(found, tuple(modules))
 
 
 class _Unfit(Exception):
     """This module cannot follow the cut, because ..."""
 
 
-def _converted(
-    parts: Mapping[str, Tensor], target: _Target, plan: PruningPlan, fold: Fold, report: RepairReport
-) -> tuple[dict[str, Tensor], str]:
-    """New tensors by suffix, and what was done in words."""
-    site, name = target.site, target.site.name
-    factors = next(((up, down) for up, down in _FACTORS if up in parts and down in parts), None)
-    bias = next((parts[suffix] for suffix in _BIAS if suffix in parts), None)
-    known = {*(factors or ()), ".diff", ".alpha", *_BIAS}
-    for suffix in parts.keys() - known:
+def _known(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a module by ComfyUI's suffixes."""
+    factors = next((pair for pair in _FACTORS if parts.keys() >= set(pair)), ())
+    names = {".alpha": ".alpha", ".diff": ".diff", **dict.fromkeys(_BIAS, ".diff_b")}
+    names |= zip(factors, (".lora_up.weight", ".lora_down.weight"), strict=False)
+    for suffix in parts.keys() - names.keys():
         kind = next((kind for kind in _REASONS if kind in suffix), "")
         raise _Unfit(_REASONS.get(kind, f"{suffix.lstrip('.')} is not known to follow a cut"))
-    rows, columns = up_rows(site, plan.kept[name]), down_columns(site, plan.kept[name])
-    new: dict[str, Tensor] = {key: parts[key] for key in (".alpha",) if key in parts}
-    expected = site.down_column + site.width if target.down else len_up(site) - (site.up_row if target.mlp_rows else 0)
+    return {own: parts[suffix] for suffix, own in names.items() if suffix in parts}
 
-    def widened(tensor: Tensor) -> Tensor:
-        """Rows of the MLP alone, with rows of zeros for q, k and v before them."""
-        return torch.cat((tensor.new_zeros(site.up_row, *tensor.shape[1:]), tensor)) if target.mlp_rows else tensor
 
-    if not target.down:
-        for suffix, tensor in (
-            (".diff", parts.get(".diff")),
-            (".lora_up.weight", parts[factors[0]] if factors else None),
-            (".diff_b", bias),
-        ):
-            if tensor is not None:
-                _require(tensor.shape[0], expected, "rows")
-                new[suffix] = widened(tensor)[rows]
-        if factors:
-            new[".lora_down.weight"] = parts[factors[1]]
-        return new, f"rows of the {len(plan.kept[name]):,} kept neurons of {name}"
-
-    cut = plan.removed(name) + site.down_column
-    moved = None if bias is None else bias.float()
-    for suffix, tensor in ((".diff", parts.get(".diff")), (".lora_down.weight", parts[factors[1]] if factors else None)):
-        if tensor is None:
+def _rows(new: dict[str, Tensor], target: _Target, kept: Tensor) -> tuple[dict[str, Tensor], str]:
+    """What of an up projection's new tensors is left, and what was done in words."""
+    site = target.site
+    expected, rows = len_up(site) - (site.up_row if target.mlp_rows else 0), up_rows(site, kept)
+    for suffix, tensor in new.items():
+        if suffix in (".alpha", ".lora_down.weight"):
             continue
-        _require(tensor.shape[1], expected, "columns")
-        wide = tensor.float()
+        _require(tensor.shape[0], expected, "rows")
+        if target.mlp_rows:  # q, k and v come before them
+            tensor = torch.cat((tensor.new_zeros(site.up_row, *tensor.shape[1:]), tensor))
+        new[suffix] = tensor[rows]
+    return new, f"rows of the {len(kept):,} kept neurons of {site.name}"
+
+
+def _columns(
+    new: dict[str, Tensor], site: Site, plan: PruningPlan, fold: Fold, report: RepairReport
+) -> tuple[dict[str, Tensor], str]:
+    """As `_rows`, of a down projection."""
+    name = site.name
+    columns, cut = down_columns(site, plan.kept[name]), site.down_column + plan.removed(name)
+    for suffix in _READING & new.keys():
+        _require(new[suffix].shape[1], site.down_column + site.width, "columns")
+        wide = new[suffix].float()
         kept = wide[:, columns]
         if fold.matrix is not None:
             kept = kept + wide[:, cut] @ fold.matrix.float()
-        new[suffix] = kept.to(tensor.dtype)
+        new[suffix] = kept.to(new[suffix].dtype)
         if fold.offset is not None:
-            shift = wide[:, cut] @ fold.offset.float()
-            if factors and suffix == ".lora_down.weight":
-                up = parts[factors[0]].float()
-                scale = parts[".alpha"].item() / up.shape[1] if ".alpha" in parts else 1.0
-                shift = scale * (up @ shift)
-            moved = shift if moved is None else moved + shift
-    if factors:
-        new[".lora_up.weight"] = parts[factors[0]]
-    if moved is not None:
-        new[".diff_b"] = moved
+            _move(new, suffix, wide[:, cut] @ fold.offset.float())
     why = f"columns of the kept neurons of {name}"
     if report.method in _LOST and fold.matrix is None:
         return new, f"{why} only: {_LOST[report.method]}, so what the cut ones would have added is lost"
     return new, why if report.method == "none" else f"{why}, with the cut ones' folded in"
 
 
+def _truncated(
+    new: dict[str, Tensor], site: Site, vectors: Vectors | None, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], str]:
+    """As `_rows`, of a modulation layer of low rank."""
+    if vectors is None:
+        raise _Unfit("its layer is of low rank, and what it reads was not stored with the model")
+    down = full_precision(tensors, f"{site.modulation}.down.weight").double()
+    hidden, spread = down.shape[1], vectors.spread
+    weights, constant = regression(down, vectors)
+    missed = spread - weights @ (down @ spread)
+    varies = lost = 0.0
+    for suffix in _READING & new.keys():
+        wide, up = new[suffix].double(), new[".lora_up.weight"].double() if suffix == ".lora_down.weight" else None
+        _require(wide.shape[1], hidden, "columns")
+        _require(len(wide if up is None else up), hidden * (3 if site.stream == "single" else 6), "rows")
+        varies, lost = varies + _energy(up, wide @ spread), lost + _energy(up, wide @ missed)
+        new[suffix] = (wide @ weights).float()
+        _move(new, suffix, (wide @ constant).float())
+    loss = 100 * lost / varies if varies else 0.0
+    return new, f"fitted to rank {len(down)} of the modulation of {site.name} with a loss of {loss:.2g} %"
+
+
+def _energy(up: Tensor | None, read: Tensor) -> float:
+    """Sum of squares of `up @ read`, without making it; or of `read`."""
+    return (read.square() if up is None else (up.T @ up @ read) * read).sum().item()
+
+
+def _move(new: dict[str, Tensor], suffix: str, shift: Tensor) -> None:
+    """Adds to the bias's difference what the tensor `suffix` makes of a constant input: itself, or through the other factor."""
+    if suffix == ".lora_down.weight":
+        up = new[".lora_up.weight"].float()
+        scale = new[".alpha"].item() / up.shape[1] if ".alpha" in new else 1.0
+        shift = scale * (up @ shift)
+    new[".diff_b"] = shift + new[".diff_b"].float() if ".diff_b" in new else shift
+
+
 def _targets(layout: Layout, plan: PruningPlan) -> dict[str, _Target]:
     """Every name that a module of a cut site goes by in LoRA files."""
     found: dict[str, _Target] = {}
     for own in layout.sites:
-        if own.name not in plan.cut:
-            continue
-        site = replace(own, width=plan.widths[own.name])
-        for target in (_Target(site, down=False), _Target(site, down=True)):
-            module = target.module
-            flat = module.replace(".", "_")
-            for name in (
-                module,
-                f"diffusion_model.{module}",
-                f"transformer.{module}",
-                f"base_model.model.{module}",
-                f"lora_unet_{flat}",
-            ):
-                found[name] = target
-            for alias in _diffusers_names(target):
-                flat = alias.replace(".", "_")
-                names = (alias, f"transformer.{alias}", f"unet.{alias}", f"base_model.model.{alias}")
-                for name in (*names, f"lora_unet_{flat}", f"lycoris_{flat}", f"lora_transformer_{flat}"):
-                    found[name] = replace(target, mlp_rows=alias.endswith(".proj_mlp"))
+        parts: list[Part] = ["up", "down"] if own.name in plan.cut else []
+        parts += ["modulation"] if own.name in plan.ranks else []
+        for part in parts:
+            target = _Target(replace(own, width=plan.widths[own.name]), part)
+            # of linear1, diffusers has the rows of q, k and v elsewhere: the MLP's are the last
+            theirs = [names[-1] for family in CLASSES if (names := modules(family, target.dense))]
+            for name in (target.dense, *theirs):
+                known = replace(target, mlp_rows=name.endswith(".proj_mlp"))
+                found |= {f"{prefix}{name}": known for prefix in _PREFIXES}
+                found |= {f"{prefix}{name.replace('.', '_')}": known for prefix in _FLAT_PREFIXES}
     return found
-
-
-def _diffusers_names(target: _Target) -> Iterator[str]:
-    """What diffusers calls a module (`FluxTransformer2DModel` and `Flux2Transformer2DModel`)."""
-    site = target.site
-    if site.stream == "single":
-        block = f"single_transformer_blocks.{site.index}"
-        yield from (
-            (f"{block}.proj_out", f"{block}.attn.to_out")
-            if target.down
-            else (f"{block}.proj_mlp", f"{block}.attn.to_qkv_mlp_proj")
-        )
-    else:
-        mlp = f"transformer_blocks.{site.index}.{'ff' if site.stream == 'img' else 'ff_context'}"
-        yield from (f"{mlp}.net.2", f"{mlp}.linear_out") if target.down else (f"{mlp}.net.0.proj", f"{mlp}.linear_in")
 
 
 def _modules(lora: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

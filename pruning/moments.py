@@ -1,6 +1,6 @@
 """Means and covariances of what a down projection reads, over rows: everything that ranking and repair need of them.
 
-    moments = gather(weights, store.rows("single-7", images=fit), partial(store.importance, "single-7"))
+    moments = gather_recorded(weights, store, images)
     moments.second, moments.mean                     # over [attention | neurons] in single blocks, [neurons] elsewhere
 
 Products are taken in float32 with TF32 off, and added up in float64, about a first guess of the mean so that nothing cancels.
@@ -9,9 +9,9 @@ Rows are taken in pieces, so that no more than `PIECE` activations of all neuron
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from torch import Tensor
 from ..errors import UserError
 from ..flux.weights import SiteWeights
 from ..progress import Progress, silent
-from ..recording.store import Rows
-from .symmetric import add_product, mirror
+from ..recording.store import HiddenStates, Rows
+from .symmetric import add_product, exact_products, mirror
 
 #: Rows that are worked on together.
 PIECE = 4096
@@ -68,22 +68,25 @@ def gather(
     importance: Callable[[Tensor], Tensor] | None = None,
     progress: Progress = silent,
     expected: int = 0,
+    up: bool = False,
 ) -> Moments:
     """Moments of a site over `rows`, about `expected` of them, on the device of `weights`; raises `UserError` where there are
     none.
 
-    `importance` gives the weights of rows [n] from their noise levels [n]; without it, all weigh 1.
+    `importance` gives the weights of rows [n] from their noise levels [n]; without it, all weigh 1. `up`: moments of what the
+    up projection reads, instead of the down projection.
     """
-    count, squares, attn, seen = 0.0, 0.0, 0, 0
-    guess = total = second = None
+    count = squares = 0.0
+    seen = 0
     with exact_products():
-        for part in _pieces(rows):
-            z = regressors(weights, part)
-            if guess is None or total is None or second is None:
-                attn = z.shape[1] - weights.down.shape[1]
+        for part in (some[start : start + PIECE] for some in rows for start in range(0, len(some), PIECE)):
+            z = part.x.to(weights.down) if up else weights.activations(part.x.to(weights.down.device))
+            if not (up or weights.attn is None or part.attn is None):
+                z = torch.cat((part.attn.to(z), z), dim=1)
+            if not seen:
                 guess = z.mean(0)
-                total = torch.zeros(z.shape[1], dtype=torch.float64, device=z.device)
-                second = torch.zeros(z.shape[1], z.shape[1], dtype=torch.float64, device=z.device)
+                total = torch.zeros_like(guess, dtype=torch.float64)
+                second = total.new_zeros(len(total), len(total))
             z -= guess
             weight = z.new_ones(len(z)) if importance is None else importance(part.sigma).to(z)
             count += weight.double().sum().item()
@@ -93,7 +96,7 @@ def gather(
             add_product(second, z, z)
             seen += len(z)
             progress(f"reading rows of {weights.site.name}", seen, max(seen, expected))
-    if guess is None or total is None or second is None:
+    if not seen:
         raise UserError(f"There are no rows of {weights.site.name}: record hidden states of all MLPs that are to be cut.")
     offset = total / count
     mean = guess.double() + offset
@@ -101,27 +104,11 @@ def gather(
     second.addr_(offset, offset, alpha=-1.0)
     if weights.bias is None:
         second.addr_(mean, mean)
+    attn = 0 if up else len(mean) - weights.down.shape[1]
     return Moments(count, squares, attn, weights.bias is not None, mean, second)
 
 
-def _pieces(rows: Iterable[Rows]) -> Iterator[Rows]:
-    for part in rows:
-        for start in range(0, len(part), PIECE):
-            yield part[start : start + PIECE]
-
-
-def regressors(weights: SiteWeights, rows: Rows) -> Tensor:
-    """[attention | neurons] of some rows, float32 [n, regressors], a new tensor."""
-    h = weights.activations(rows.x.to(weights.down.device))
-    return h if weights.attn is None or rows.attn is None else torch.cat((rows.attn.to(h), h), dim=1)
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """float32 products in float32: TF32 (10 bits) is off while this lasts."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def gather_recorded(weights: SiteWeights, store: HiddenStates, images: Set[int], progress: Progress = silent) -> Moments:
+    """Moments of a site over what was recorded of `images`, weighted by importance."""
+    name = weights.site.name
+    return gather(weights, store.rows(name, images), partial(store.importance, name), progress, store.count(name))

@@ -1,4 +1,5 @@
-"""A pruning plan: which neurons of which MLPs are kept. A value, to be looked at, saved and passed on before any cut.
+"""A pruning plan: which neurons of which MLPs are kept, and which rank modulation layers are left with. A value, to be looked
+at, saved and passed on before any cut.
 
     plan.save("plan.safetensors")
     plan = PruningPlan.load("plan.safetensors")
@@ -16,22 +17,22 @@ import math
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import write_safetensors
+from ..files import size_text, write_safetensors
 from ..flux.checkpoint import open_safetensors, require_format
 from ..flux.fingerprint import Fingerprint
+from ..recording.amplification import MODULATION
 from ..recording.internals import site_order
-from .curves import Ranking, predicted_errors
+from .curves import Ranking
 from .dense import Dense
 
 FORMAT = "flux-poke plan 1"
@@ -46,11 +47,15 @@ class PruningPlan:
         kept: by site, indices in ascending order, int64. Sites that are not named stay whole.
         widths: by site, how many neurons the dense model has.
         score: what ranked them. made: how, in words.
-        predicted: by site, predicted squared error of its output relative to the output's energy, if the score predicts it.
+        ranks: by site, what rank the modulation layer of its stream of the block is left with; it stays whole elsewhere.
+        predicted: by site, predicted squared error of its output relative to the output's energy, if the score predicts it;
+            `S.modulation` for the modulation layer of site S.
         velocity_error: predicted relative squared error of the velocity, where amplifications were measured.
         unknown: by site, how many neurons are kept where nobody wrote down which: layers of the original flux-poke.
         checkpoint, recording: paths of the dense file and of the recording's folder, where the plan was made from files.
         settings: what was asked for, as data: `by` (count, threshold or budget) and the fields of that request.
+        sizes: bytes, of a plan by budget: of the dense model and of the file in the precision asked for ("dense", "file"), and
+            what cutting saves of that ("neurons", "ranks").
     """
 
     family: str
@@ -65,6 +70,8 @@ class PruningPlan:
     checkpoint: str = ""
     recording: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def keeping_all(cls, dense: Dense) -> PruningPlan:
@@ -86,6 +93,11 @@ class PruningPlan:
         return total - sum(self.cut.values()), total
 
     @property
+    def precision(self) -> str:
+        """What its file is to be saved in, where a budget counted in it."""
+        return str(self.settings.get("precision", "stored"))
+
+    @property
     def masked_count(self) -> str:
         """How many neurons go, by stream: "img{n}_txt{n}_single{n}"."""
         totals = {"img": 0, "txt": 0, "single": 0}
@@ -100,6 +112,8 @@ class PruningPlan:
         content.update(json.dumps(self.fingerprint.values).encode())
         for name in sorted(self.kept):
             content.update(f"{name} {self.kept[name].tolist()}".encode())
+        if self.ranks:
+            content.update(json.dumps(self.ranks, sort_keys=True).encode())
         return content.hexdigest()
 
     def removed(self, site: str) -> Tensor:
@@ -117,19 +131,36 @@ class PruningPlan:
             )
 
     def totals(self) -> str:
-        """One line: how it was made, neurons kept, and the predicted error of the whole model."""
+        """One line: how it was made, what is kept, its size, and the predicted error of the whole model."""
         kept, total = self.neurons
-        error = "" if self.velocity_error is None else f"; predicted relative velocity error {self.velocity_error:.3g}"
-        return f"{self.made}: {kept:,} of {total:,} neurons kept ({kept / total:.1%}){error}"
+        said = [f"{self.made}: {kept:,} of {total:,} neurons kept ({kept / total:.1%})"]
+        if self.ranks:
+            least, most = min(self.ranks.values()), max(self.ranks.values())
+            said.append(f"{len(self.ranks)} of {len(self.widths)} modulation layers of rank {least} to {most}")
+        if self.sizes:
+            said.append(
+                f"{size_text(self.sizes['file'])} instead of {size_text(self.sizes['dense'])} (neurons "
+                f"-{size_text(self.sizes['neurons'])}, modulation -{size_text(self.sizes['ranks'])})"
+            )
+        if self.velocity_error is not None:
+            said.append(f"predicted relative velocity error {self.velocity_error:.3g}")
+        return "; ".join(said)
 
     def table(self) -> str:
-        """Text: the totals, then one line per site that is cut: width, kept, cut, predicted error."""
+        """Text: the totals, then a line for each site that is cut (width, kept, cut, predicted error), and for each modulation
+        layer that is truncated (rank, predicted error)."""
         lines = [self.totals()]
         lines.append(f"{'site':<16}{'width':>8}{'kept':>8}{'cut':>8}{'predicted error':>18}")
         for name in sorted(self.cut, key=site_order):
             width, gone = self.widths[name], self.cut[name]
             error = f"{self.predicted[name]:.3g}" if name in self.predicted else "-"
             lines.append(f"{name:<16}{width:>8}{width - gone:>8}{gone / width:>8.1%}{error:>18}")
+        if self.ranks:
+            lines.append(f"{'modulation of':<16}{'rank':>8}{'predicted error':>34}")
+            for name in sorted(self.ranks, key=site_order):
+                key = f"{name}{MODULATION}"
+                error = f"{self.predicted[key]:.3g}" if key in self.predicted else "-"
+                lines.append(f"{name:<16}{self.ranks[name]:>8}{error:>34}")
         if self.unknown:
             lines.append(f"Which neurons were kept is not known of {', '.join(sorted(self.unknown, key=site_order))}.")
         return "\n".join(lines)
@@ -138,10 +169,10 @@ class PruningPlan:
         """What it says of some sites; the others stay whole."""
 
         def of_these(values: Mapping) -> dict:
-            return {name: value for name, value in values.items() if name in sites}
+            return {name: value for name, value in values.items() if name.removesuffix(MODULATION) in sites}
 
-        kept, predicted, unknown = map(of_these, (self.kept, self.predicted, self.unknown))
-        return replace(self, kept=kept, predicted=predicted, velocity_error=None, unknown=unknown)
+        kept, ranks, predicted, unknown = map(of_these, (self.kept, self.ranks, self.predicted, self.unknown))
+        return replace(self, kept=kept, ranks=ranks, predicted=predicted, velocity_error=None, unknown=unknown, sizes={})
 
     def joined(self, other: PruningPlan) -> PruningPlan:
         """Both together, plans of one model for different sites."""
@@ -151,7 +182,7 @@ class PruningPlan:
             self, kept={**self.kept, **other.kept}, score=score, made=made, predicted={**self.predicted, **other.predicted},
             velocity_error=None, unknown={**self.unknown, **other.unknown},
             recording=self.recording if self.recording == other.recording else "",
-            settings=self.settings if self.settings == other.settings else {},
+            settings=self.settings if self.settings == other.settings else {}, ranks={**self.ranks, **other.ranks}, sizes={},
         )  # fmt: skip
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -160,11 +191,8 @@ class PruningPlan:
 
     def header(self) -> dict[str, str]:
         """Everything but the indices, as safetensors metadata."""
-        facts = {
-            "widths": dict(self.widths), "score": self.score, "made": self.made, "predicted": dict(self.predicted),
-            "velocity_error": self.velocity_error, "unknown": dict(self.unknown),
-            "checkpoint": self.checkpoint, "recording": self.recording, "settings": dict(self.settings),
-        }  # fmt: skip
+        apart = ("family", "fingerprint", "kept")
+        facts = {fact.name: getattr(self, fact.name) for fact in fields(self) if fact.name not in apart}
         return {"format": FORMAT, "family": self.family, "model": self.fingerprint.to_json(), "plan": json.dumps(facts)}
 
     @classmethod
@@ -176,27 +204,33 @@ class PruningPlan:
         """
         try:
             facts = json.loads(header["plan"])
-            fingerprint = Fingerprint.from_json(header["model"])
-            widths = {name: _whole(width, name, least=1) for name, width in facts["widths"].items()}
-            unknown = {name: _whole(count, name, least=1) for name, count in facts.get("unknown", {}).items()}
-            predicted = {name: _finite(error, name) for name, error in facts["predicted"].items()}
-            velocity_error = facts["velocity_error"]
-            if velocity_error is not None:
-                velocity_error = _finite(velocity_error, "the velocity error")
-            family, score, made = (str(found) for found in (header["family"], facts["score"], facts["made"]))
-            checkpoint, recording = str(facts.get("checkpoint", "")), str(facts.get("recording", ""))
-            settings = dict(facts.get("settings", {}))
+            velocity = facts["velocity_error"]
+            plan = cls(
+                family=str(header["family"]),
+                fingerprint=Fingerprint.from_json(header["model"]),
+                kept={},
+                widths={name: _whole(width, name) for name, width in facts["widths"].items()},
+                score=str(facts["score"]),
+                made=str(facts["made"]),
+                predicted={name: _finite(error, name) for name, error in facts["predicted"].items()},
+                velocity_error=None if velocity is None else _finite(velocity, "the velocity error"),
+                unknown={name: _whole(count, name) for name, count in facts.get("unknown", {}).items()},
+                checkpoint=str(facts.get("checkpoint", "")),
+                recording=str(facts.get("recording", "")),
+                settings=dict(facts.get("settings", {})),
+                ranks={name: _whole(rank, name) for name, rank in facts.get("ranks", {}).items()},
+                sizes={what: _whole(size, what, least=0) for what, size in facts.get("sizes", {}).items()},
+            )
         except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"its header lacks or misstates {error}") from error
-        for name in (*widths, *kept, *unknown):
-            if not _SITE.fullmatch(name) or name not in widths:
+        for name in (*plan.widths, *kept, *plan.unknown, *plan.ranks):
+            if not _SITE.fullmatch(name) or name not in plan.widths:
                 raise ValueError(f"it names an MLP {name!r}, which the model does not have")
-        for name, count in unknown.items():
-            if count > widths[name]:
-                raise ValueError(f"it keeps {count} of the {widths[name]} neurons of {name}")
-        sound = {name: require_indices(kept[name], widths[name], name) for name in sorted(kept, key=site_order)}
-        return cls(
-            family, fingerprint, sound, widths, score, made, predicted, velocity_error, unknown, checkpoint, recording, settings
+        for name, count in plan.unknown.items():
+            if count > plan.widths[name]:
+                raise ValueError(f"it keeps {count} of the {plan.widths[name]} neurons of {name}")
+        return replace(
+            plan, kept={name: require_indices(kept[name], plan.widths[name], name) for name in sorted(kept, key=site_order)}
         )
 
     @classmethod
@@ -224,11 +258,12 @@ def require_indices(kept: Tensor, width: int, site: str) -> Tensor:
 
 def from_rankings(dense: Dense, rankings: Mapping[str, Ranking], cuts: Mapping[str, int], score: str, made: str) -> PruningPlan:
     """The plan that cuts the first `cuts[site]` neurons of each ranking."""
-    missing = [name for name, cut in cuts.items() if cut and name not in rankings]
-    if missing:
-        raise UserError(f"{missing[0]} was not ranked, but is to be cut: rank all MLPs that the plan may touch.")
     kept = {name: rankings[name].order[cut:].sort().values for name, cut in cuts.items() if cut}
-    predicted = predicted_errors(rankings, kept)
+    predicted = {
+        name: ranking.error[cuts[name]].item() / ranking.energy
+        for name in kept
+        if (ranking := rankings[name]).error is not None
+    }
     return replace(PruningPlan.keeping_all(dense), kept=kept, score=score, made=made, predicted=predicted)
 
 
@@ -238,7 +273,6 @@ def plan_figure(plan: PruningPlan) -> Figure:
     cut = [plan.cut.get(name, 0) for name in names]
     kept = [plan.widths[name] - gone for name, gone in zip(names, cut, strict=True)]
     figure = Figure(figsize=(8, max(3.0, 0.17 * len(names) + 1.4)), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.barh(names, kept, color="#4c5b8c", label="kept")
     axes.barh(names, cut, left=kept, color="#d9d4c8", label="cut")
@@ -249,7 +283,7 @@ def plan_figure(plan: PruningPlan) -> Figure:
     return figure
 
 
-def _whole(value: object, name: str, least: int) -> int:
+def _whole(value: object, name: str, least: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"it says {value!r} of {name}, expected a whole number from {least} on")
     return value

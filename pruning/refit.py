@@ -28,7 +28,7 @@ from torch import Tensor
 from ..flux.weights import SiteWeights
 from ..progress import Progress, silent
 from .moments import Moments
-from .symmetric import BLOCK, select
+from .symmetric import BLOCK, exact_products, quadratic, select
 
 METHODS = ("none", "bias", "affine")
 
@@ -45,7 +45,7 @@ class RepairReport:
     `before` is cut without repair, `bias` with the bias repaired, `after` with what was chosen: all on held-out images. Where
     `method` is retrained, they are what the training measured, of the block or the whole model.
     `predicted` is the certificate: the error of `method` on the rows it was fitted to. None = not measured. In outputs wider
-    than `SKETCH` all four are estimates (`sketched`).
+    than `SKETCH` all four are estimates (`sketched`). `energy` is that variance per token, on held-out images.
     """
 
     method: str
@@ -54,6 +54,7 @@ class RepairReport:
     bias: float | None = None
     after: float | None = None
     predicted: float | None = None
+    energy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class Fold:
     `matrix` [cut, attention + kept], None for zero; `offset` [cut], None where the MLP has no bias.
     """
 
-    matrix: Tensor | None
-    offset: Tensor | None
+    matrix: Tensor | None = None
+    offset: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Repaired:
 
 def none(weights: SiteWeights, kept: Tensor) -> Repaired:
     """Kept columns as they are."""
-    return Repaired(_kept_columns(weights, kept), weights.bias, RepairReport("none"), Fold(None, None))
+    return Repaired(_kept_columns(weights, kept), weights.bias, RepairReport("none"), Fold())
 
 
 def bias(weights: SiteWeights, kept: Tensor, mean: Tensor) -> Repaired:
@@ -99,7 +100,7 @@ def affine(weights: SiteWeights, kept: Tensor, moments: Moments, ridge: float, f
         ridge: in units of the mean variance of what is regressed on; `choose` finds it.
         fold: also return the regression's matrix, which is not needed for anything but converting LoRAs.
     """
-    problem, mean = Problem.of(weights, kept, moments), moments.mean
+    problem, mean = Regression.of(weights, kept, moments), moments.mean
     change, matrix = problem.solve(ridge), problem.matrix(ridge) if fold else None
     moved = offset = None
     if weights.bias is not None:
@@ -122,7 +123,7 @@ def choose(
     """Affine repair with the ridge that does best on `held_out`, rows of other images than those of `moments`, or the bias
     alone where none of them does better than that."""
     weights = sketched(weights)
-    problem = Problem.of(weights, kept, moments)
+    problem = Regression.of(weights, kept, moments)
     unit = output_energy(weights.down, held_out)
     before, only_bias = (problem.error(None, held_out, repaired) / unit for repaired in (False, True))
     after, best, best_change = only_bias, None, None
@@ -133,15 +134,15 @@ def choose(
         if error < after:
             after, best, best_change = error, ridge, change
     predicted = problem.error(best_change, moments) / output_energy(weights.down, moments)
-    return RepairReport("bias" if best is None else "affine", best, before, only_bias, after, predicted)
+    return RepairReport("bias" if best is None else "affine", best, before, only_bias, after, predicted, unit)
 
 
 @dataclass(frozen=True)
-class Problem:
+class Regression:
     """The regression of one MLP's cut neurons on what is kept, all float64 on one device.
 
     Attributes:
-        target, regressed: places among the moments of the cut neurons and of all that is kept, ascending.
+        target, regressed: places among the moments of the cut neurons, ascending, and of all that is kept, in the order given.
         down_cut: W_P [hidden, cut].
         shared: C_KP W_P^T [regressed, hidden].
     """
@@ -153,21 +154,37 @@ class Problem:
     shared: Tensor
 
     @classmethod
-    def of(cls, weights: SiteWeights, kept: Tensor, moments: Moments) -> Problem:
+    @exact_products()
+    def of(cls, weights: SiteWeights, kept: Tensor, moments: Moments) -> Regression:
         device, a = weights.down.device, moments.attn
         cut = _rest(weights, kept)
         target, regressed = a + cut, torch.cat((torch.arange(a, device=device), a + kept.to(device)))
-        down_cut = weights.down[:, cut].double()
-        shared = torch.cat([moments.second[rows].index_select(1, target) @ down_cut.T for rows in regressed.split(BLOCK)])
-        return cls(moments, target, regressed, down_cut, shared)
+        down_cut = weights.down[:, cut].float()
+        parts = (moments.second[rows].index_select(1, target).float() @ down_cut.T for rows in regressed.split(BLOCK))
+        return cls(moments, target, regressed, down_cut.double(), torch.cat([part.double() for part in parts]))
 
     def solve(self, ridge: float) -> Tensor:
         """W_P B [hidden, regressed]: what is added to the kept columns."""
-        return torch.cholesky_solve(self.shared, self._factor(ridge)).T
+        return self.solve_with(self.factor(ridge))
+
+    def solve_with(self, factor: Tensor) -> Tensor:
+        """As `solve`, with the `factor` of what is regressed on."""
+        return torch.cholesky_solve(self.shared.to(factor), factor).T.double()
 
     def matrix(self, ridge: float) -> Tensor:
         """B [cut, regressed]."""
-        return torch.cholesky_solve(self.moments.second[self.regressed][:, self.target], self._factor(ridge)).T
+        factor = self.factor(ridge)
+        return torch.cholesky_solve(self.moments.second[self.regressed][:, self.target].to(factor), factor).T.double()
+
+    def factor(self, ridge: float) -> Tensor:
+        """Cholesky factor [regressed, regressed] of C_KK plus a ridge; its first rows and columns are the factor of fewer.
+
+        In float32 where that can be: errors are least at the solution, so that its rounding changes next to nothing.
+        """
+        try:
+            return torch.linalg.cholesky(self._system(ridge, torch.float32))
+        except torch.linalg.LinAlgError:
+            return torch.linalg.cholesky(self._system(ridge, torch.float64))
 
     def error(self, change: Tensor | None, rows: Moments, repaired: bool = True) -> float:
         """Squared error per row of the output over the rows of these moments, with the bias repaired (or not, without a
@@ -176,18 +193,19 @@ class Problem:
         lost[:, self.target] = self.down_cut
         if change is not None:
             lost[:, self.regressed] = -change
-        error = _energy(lost, rows.second)
+        error = quadratic(lost.float(), rows.second)
         if rows.centred:
             error += (lost @ (rows.mean - self.moments.mean if repaired else rows.mean)).square().sum().item()
         return error
 
-    def _factor(self, ridge: float) -> Tensor:
-        """Cholesky factor of C_KK plus a ridge, in units of the mean variance of attention and of neurons each."""
-        system, a = select(self.moments.second, self.regressed), self.moments.attn
+    def _system(self, ridge: float, precision: torch.dtype) -> Tensor:
+        """C_KK plus a ridge, in units of the mean variance of attention and of neurons each."""
+        second, a, size = self.moments.second, self.moments.attn, len(self.regressed)
+        system = select(second, self.regressed, out=second.new_zeros(size, size, dtype=precision))
         variances = system.diagonal()
         for part in (variances[:a], variances[a:]):
             part += ridge * part.mean().clamp(min=torch.finfo(torch.float32).tiny)
-        return torch.linalg.cholesky(system)
+        return system
 
 
 def sketched(weights: SiteWeights) -> SiteWeights:
@@ -207,12 +225,7 @@ def sketched(weights: SiteWeights) -> SiteWeights:
 def output_energy(down: Tensor, moments: Moments) -> float:
     """tr W C W^T: energy of an MLP's output per token, about its mean if the moments are; above zero."""
     own = moments.second[moments.attn :, moments.attn :]
-    return max(_energy(down.double(), own), torch.finfo(torch.float32).tiny)
-
-
-def _energy(lost: Tensor, second: Tensor) -> float:
-    """tr L C L^T."""
-    return ((lost @ second) * lost).sum().item()
+    return max(quadratic(down, own), torch.finfo(torch.float32).tiny)
 
 
 def _rest(weights: SiteWeights, kept: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Repair of a whole plan: worked out once, one MLP in memory at a time, and kept for the next time.
 
     repairs = Repairs(dense, plan, "affine", recording)
-    repairs.compute(progress)
+    if not repairs.complete():
+        repairs.compute(progress)
     repairs["single-7"].down, repairs.reports()["single-7"].after
     repairs.fold("single-7")                         # what a LoRA needs to follow
 
@@ -12,9 +13,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,22 +28,25 @@ from ..recording.recording import Recording
 from ..recording.split import held_out
 from .cache import Shapes, cache_key, cached_header, read_cached, recorded_rows, write_cached
 from .dense import Dense
-from .moments import gather
+from .modulation import LowRanks
+from .moments import gather_recorded
 from .plan import PruningPlan
 from .refit import METHODS, Fold, Repaired, RepairReport, affine, bias, choose, none
 from .scores import require_internals, require_rows
 
-FORMAT = "flux-poke repair 2"
+FORMAT = "flux-poke repair 3"
+#: What is stored of a site, and what a LoRA needs of it.
+OWN, FOLD = ("down", "bias", "offset"), ("matrix", "offset")
 
 
 class Repairs(Mapping[str, Repaired]):
-    """The repairs of a whole plan, one site in memory at a time.
+    """The repairs of a whole plan, one site in memory at a time; `low_ranks` are its truncated modulation layers, worked out
+    from the recording `truncated_by` where that is another one.
 
     none and bias are worked out whenever a site is asked for. affine is worked out once: every site is a file in the
-    recording's cache, in a folder that is named after the plan, the model in its precision and the rows, so asking again costs
-    reading it, and a run that was cancelled goes on where it was. Once more rows were recorded, what comes from the earlier
-    ones is removed, and nothing more is worked out from those. Work is done on `device`, which may be changed at any time, and
-    tells `progress`, from which an exception stops it.
+    recording's cache, in a folder that is named after the plan, the model in its precision and the rows, so a run that was
+    cancelled goes on where it was. Once more rows were recorded, what comes from the earlier ones is removed, and nothing more
+    is worked out from those. Work is done on `device` and tells `progress`, both of which may be set at any time.
 
     Raises `UserError` where the plan is not of `dense`, or what the method needs is missing, too little, or of another model.
     """
@@ -55,12 +58,14 @@ class Repairs(Mapping[str, Repaired]):
         method: str = "none",
         recording: Recording | None = None,
         device: torch.device | str = "cpu",
-        progress: Progress = silent,
+        truncated_by: Recording | None = None,
     ):
         plan.require(dense)
         if method not in METHODS:
             raise UserError(f"There is no repair {method!r}; there are {', '.join(METHODS)}.")
-        self.dense, self.plan, self.method, self.device, self.progress = dense, plan, method, device, progress
+        self.dense, self.plan, self.method, self.device, self.recording = dense, plan, method, device, recording
+        self.progress: Progress = silent
+        self.low_ranks = LowRanks(dense, plan, truncated_by or recording)
         self.sites = {site.name: site for site in dense.layout.sites if site.name in plan.kept}
         sites = list(self.sites.values())
         self.folder: Path | None = None
@@ -68,7 +73,6 @@ class Repairs(Mapping[str, Repaired]):
             return
         if recording is None:
             raise UserError(f"Repair = {method} works from what was recorded of the dense model, and no recording is given.")
-        self.recording = recording
         if method == "bias":
             self.internals = require_internals(recording.internals(), dense, sites, "repair = bias")
             self.internals.require_sums("repair = bias")
@@ -88,14 +92,8 @@ class Repairs(Mapping[str, Repaired]):
     def __getitem__(self, name: str) -> Repaired:
         site, kept = self.sites[name], self.plan.kept[name]
         if self.method == "affine":
-            if self.lacks(name):
-                self._compute(site)
-            if (found := self._load(site)) is None:  # the header was sound, the numbers are not
-                self._path(name).unlink()
-                self._compute(site)
-                found = self._load(site)
-            assert found is not None
-            return found
+            report, found = self._stored(site)
+            return Repaired(found["down"].float(), found.get("bias"), report, Fold(None, found.get("offset")))
         weights = SiteWeights.read(self.dense.tensors, site, up=False)
         return none(weights, kept) if self.method == "none" else bias(weights, kept, self.internals.sites[name].mean)
 
@@ -105,25 +103,12 @@ class Repairs(Mapping[str, Repaired]):
         The matrix of affine repair is worked out when it is first asked for, and kept: [cut, attention + kept] numbers.
         """
         site = self.sites[name]
-        if self.method == "none":
-            return Fold(None, None)
-        if self.method == "bias":
-            mean = self.internals.sites[name].mean[self.plan.removed(name)].float()
-            return Fold(None, mean if site.biased else None)
-        if self.lacks(name, fold=True):
-            self._compute(site, fold=True)
-        report = self._report(name)
-        assert report is not None
-        if report.method == "bias":
-            return Fold(None, (read_cached(self._path(name), FORMAT, self._shapes(site, "bias")) or {}).get("offset"))
-        shapes = self._fold_shapes(site)
-        found = read_cached(
-            self._fold_path(name), FORMAT, shapes if matrix else {k: v for k, v in shapes.items() if k == "offset"}
-        )
-        if found is None:
-            self._fold_path(name).unlink(missing_ok=True)
-            return self.fold(name, matrix)
-        return Fold(found.get("matrix"), found.get("offset"))
+        if self.method == "affine":
+            _, found = self._stored(site, FOLD if matrix else ("offset",))
+            return Fold(found.get("matrix"), found.get("offset"))
+        if self.method == "none" or not site.biased:
+            return Fold()
+        return Fold(None, self.internals.sites[name].mean[self.plan.removed(name)].float())
 
     def reports(self) -> dict[str, RepairReport]:
         """By site, how well it was repaired, as its file tells; only of those that were computed."""
@@ -133,105 +118,111 @@ class Repairs(Mapping[str, Repaired]):
 
     def compute(self, progress: Progress | None = None, fold: bool = False) -> dict[str, RepairReport]:
         """Works out what is not there yet, and with `fold` also what LoRAs need; the reports of all sites."""
-        if progress is not None:
-            self.progress = progress
-        whole = self.progress
-        try:
-            for done, (name, site) in enumerate(self.sites.items()):
-                whole(f"repairing {name}", done, len(self))
-                if self.lacks(name, fold):
-                    self.progress = part(whole, done, len(self))
-                    self._compute(site, fold)
-        finally:
-            self.progress = whole
-        whole("repaired", len(self), len(self))
+        self.progress, self.low_ranks.device = progress or self.progress, self.device
+        total = len(self.low_ranks) + len(self)
+        for done, name in enumerate(self.low_ranks):
+            self.progress(f"truncating the modulation of {name}", done, total)
+            if self.low_ranks.lacks(name):
+                self.low_ranks[name]
+        for done, (name, site) in enumerate(self.sites.items(), start=len(self.low_ranks)):
+            self.progress(f"repairing {name}", done, total)
+            if self.lacks(name, fold):
+                self._compute(site, fold, part(self.progress, done, total))
+        self.progress("repaired", total, total)
         return self.reports()
+
+    def complete(self, fold: bool = False) -> bool:
+        """Whether nothing is left to be worked out by `compute`."""
+        return not any(self.lacks(name, fold) for name in self) and not any(map(self.low_ranks.lacks, self.low_ranks))
 
     def lacks(self, name: str, fold: bool = False) -> bool:
         """Whether a site, or with `fold` what LoRAs need of it, is still to be worked out: by `compute`, or when asked for."""
         if self.method != "affine":
             return False
         report = self._report(name)
-        if report is None:
-            return True
-        shapes = self._fold_shapes(self.sites[name])
-        return fold and report.method == "affine" and cached_header(self._fold_path(name), FORMAT, shapes) is None
+        if report is None or not fold:
+            return report is None
+        path, shapes = self._file(self.sites[name], report.method, FOLD)
+        return cached_header(path, FORMAT, shapes) is None
 
-    def _compute(self, site: Site, fold: bool = False) -> None:
+    def _stored(self, site: Site, parts: Sequence[str] = OWN) -> tuple[RepairReport, dict[str, Tensor]]:
+        """A site's report and what is stored of it, worked out before where it is not there or not sound."""
+        for _ in range(2):
+            if self.lacks(site.name, fold=parts != OWN):
+                self._compute(site, parts != OWN, self.progress)
+            report = self._report(site.name)
+            assert report is not None
+            path, shapes = self._file(site, report.method, parts)
+            if (found := read_cached(path, FORMAT, shapes)) is not None:
+                return report, found
+            path.unlink(missing_ok=True)  # the header was sound, the numbers are not
+        raise UserError(f"The repair of {site.name} is not finite: look at the model, or record again.")
+
+    def _compute(self, site: Site, fold: bool, progress: Progress) -> None:
+        assert self.recording is not None
         if recorded_rows(self.recording) != self._of_rows:
             raise UserError(
                 f"More rows were recorded in {self.recording.folder} since this plan was loaded: load it again (Load Pruned "
                 "FLUX), or start the command again."
             )
-        name, kept, path = site.name, self.plan.kept[site.name], self._path(site.name)
+        kept = self.plan.kept[site.name]
         weights = SiteWeights.read(self.dense.tensors, site, self.device)
-        fit, held = held_out(self.rows.images(name))
-        importance, count = partial(self.rows.importance, name), self.rows.count(name)
-        moments = gather(weights, self.rows.rows(name, fit), importance, part(self.progress, 0, 4), count)
-        others = gather(weights, self.rows.rows(name, held), importance, part(self.progress, 1, 4), count)
-        known = self._report(name)
-        report = known or choose(weights, kept, moments, others, progress=part(self.progress, 2, 4))
+        fit, held = held_out(self.rows.images(site.name))
+        moments = gather_recorded(weights, self.rows, fit, part(progress, 0, 4))
+        others = gather_recorded(weights, self.rows, held, part(progress, 1, 4))
+        known = self._report(site.name)
+        report = known or choose(weights, kept, moments, others, progress=part(progress, 2, 4))
         moments = moments.merge(others)
         del others
         if report.ridge is None:
             repaired = bias(weights, kept, moments.mean[moments.attn :])
         else:
             repaired = affine(weights, kept, moments, report.ridge, fold)
-        if fold and repaired.fold.matrix is not None:
-            found = {"matrix": repaired.fold.matrix.bfloat16(), "offset": repaired.fold.offset}
-            _write(self._fold_path(name), found, report)
+        if repaired.fold.matrix is not None:
+            self._write(site, report, FOLD, repaired)
         if known is None:
-            stored = self.dense.tensors[f"{site.down}.weight"].dtype
-            save_repaired(path, replace(repaired, report=report), stored)
-        self._remove_those_of_earlier_rows()
-        self.dense.release()
-
-    def _remove_those_of_earlier_rows(self) -> None:
+            self._write(site, report, OWN, repaired)
         assert self.folder is not None
         for other in self.folder.parent.iterdir():
-            if not other.name.startswith(self._begins):
+            if not other.name.startswith(self._begins):  # of earlier rows
                 shutil.rmtree(other, ignore_errors=True)
+        self.dense.release()
 
-    def _path(self, name: str) -> Path:
+    def _write(self, site: Site, report: RepairReport, parts: Sequence[str], repaired: Repaired) -> None:
+        """Weights are as precise as the checkpoint's, from 16 bits on."""
+        stored = self.dense.tensors[f"{site.down}.weight"].dtype
+        down = repaired.down.to(stored if stored in (torch.float32, torch.float16) else torch.bfloat16)
+        matrix = None if repaired.fold.matrix is None else repaired.fold.matrix.bfloat16()
+        found = {"down": down, "bias": repaired.bias, "matrix": matrix, "offset": repaired.fold.offset}
+        path, shapes = self._file(site, report.method, parts)
+        there = {name: tensor for name, tensor in found.items() if name in shapes and tensor is not None}
+        write_cached(path, FORMAT, there, {"report": json.dumps(asdict(report))})
+
+    def _file(self, site: Site, method: str, parts: Sequence[str]) -> tuple[Path, Shapes]:
+        """The file in which `parts` of a site's repair by `method` are, and the shapes of those that there are. The matrix of
+        affine repair and its offset have a file of their own."""
         assert self.folder is not None
-        return self.folder / f"{name}.safetensors"
-
-    def _fold_path(self, name: str) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{name}.fold.safetensors"
-
-    def _shapes(self, site: Site, method: str) -> Shapes:
-        """What a site's file holds."""
         hidden, kept = self.dense.layout.hidden, len(self.plan.kept[site.name])
-        shapes: dict[str, tuple[int, ...]] = {"down": (hidden, site.down_column + kept)}
-        if site.biased:
+        columns, cut = site.down_column + kept, site.width - kept
+        own = "down" in parts or method == "bias"
+        shapes: dict[str, tuple[int, ...]] = {"down": (hidden, columns)} if own else {"matrix": (cut, columns)}
+        if site.biased and own:
             shapes["bias"] = (hidden,)
-            if method == "bias":
-                shapes["offset"] = (site.width - kept,)
-        return shapes
-
-    def _fold_shapes(self, site: Site) -> Shapes:
-        kept = len(self.plan.kept[site.name])
-        shapes: dict[str, tuple[int, ...]] = {"matrix": (site.width - kept, site.down_column + kept)}
-        return {**shapes, "offset": (site.width - kept,)} if site.biased else shapes
+        if site.biased and not (own and method == "affine"):
+            shapes["offset"] = (cut,)
+        path = self.folder / f"{site.name}{'' if own else '.fold'}.safetensors"
+        return path, {name: shape for name, shape in shapes.items() if name in parts}
 
     def _report(self, name: str) -> RepairReport | None:
         """What a site's file tells, or None where it is not there or not sound; its numbers are not read."""
-        header = cached_header(self._path(name), FORMAT, {})
+        assert self.folder is not None
+        header = cached_header(self.folder / f"{name}.safetensors", FORMAT, {})
         try:
             report = RepairReport(**json.loads((header or {})["report"]))
         except (KeyError, ValueError, TypeError):
             return None
-        shapes = self._shapes(self.sites[name], report.method)
-        return None if cached_header(self._path(name), FORMAT, shapes) is None else report
-
-    def _load(self, site: Site) -> Repaired | None:
-        report = self._report(site.name)
-        assert report is not None
-        found = read_cached(self._path(site.name), FORMAT, self._shapes(site, report.method))
-        if found is None:
-            return None
-        return Repaired(found["down"].float(), found.get("bias"), report, Fold(None, found.get("offset")))
+        path, shapes = self._file(self.sites[name], report.method, OWN)
+        return None if cached_header(path, FORMAT, shapes) is None else report
 
 
 def report_table(report: Mapping[str, RepairReport]) -> str:
@@ -245,15 +236,3 @@ def report_table(report: Mapping[str, RepairReport]) -> str:
         numbers = (site.before, site.bias, site.after, site.predicted)
         lines.append(f"{name:<16}{site.method:>8}{number(site.ridge):>9}" + "".join(f"{number(v):>11}" for v in numbers))
     return "\n".join(lines)
-
-
-def save_repaired(path: Path, repaired: Repaired, stored: torch.dtype) -> None:
-    """One site's file; its weights are as precise as the checkpoint's, `stored`, from 16 bits on."""
-    dtype = stored if stored in (torch.float32, torch.float16) else torch.bfloat16
-    offset = repaired.fold.offset if repaired.report.method == "bias" else None  # else it goes with the matrix
-    _write(path, {"down": repaired.down.to(dtype), "bias": repaired.bias, "offset": offset}, repaired.report)
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor | None], report: RepairReport) -> None:
-    found = {key: tensor for key, tensor in tensors.items() if tensor is not None}
-    write_cached(path, FORMAT, found, {"report": json.dumps(asdict(report))})

@@ -11,6 +11,7 @@ to the right of that is not read. All changes are made in place.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -63,12 +64,13 @@ def select(matrix: Tensor, kept: Tensor, out: Tensor | None = None) -> Tensor:
     return small
 
 
-def inner(left: Tensor, right: Tensor) -> float:
-    """tr(left right)."""
+def quadratic(rows: Tensor, matrix: Tensor) -> float:
+    """tr(R M R^T) of `rows` R [k, size], in whose precision products are taken."""
     total = 0.0
-    for rows in blocks(len(left), BLOCK):
-        below, own = slice(0, rows.start), rows
-        total += 2 * (left[rows, below] * right[rows, below]).sum().item() + (left[rows, own] * right[rows, own]).sum().item()
+    for block in blocks(len(matrix), BLOCK):
+        beside, own = matrix[block, : block.start].to(rows), matrix[block, block].to(rows)
+        read = (rows[:, : block.start] @ beside.T).mul_(2).addmm_(rows[:, block], own)
+        total += read.mul_(rows[:, block]).sum(dtype=torch.float64).item()
     return total
 
 
@@ -90,3 +92,14 @@ def invert(matrix: Tensor, progress: Progress = silent) -> None:
         matrix[swept, swept] = -pivot
         progress("inverting", swept.stop, size)
     matrix.neg_()
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """float32 products in float32: TF32 (10 bits) is off while this lasts."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

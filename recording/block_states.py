@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..flux.fingerprint import Fingerprint
-from .manifest import record_first
-from .shards import ShardSlices
+from .manifest import nothing_recorded, require_model
+from .shards import Samples, ShardFile
 from .store import MANIFEST, HiddenStates
 
 
@@ -38,37 +38,21 @@ class State:
     pe: Tensor
 
 
-class BlockStates:
+class BlockStates(Samples):
     """States by sample (one image at one step) and block index: what enters block k, and what leaves the last one.
 
     Attributes:
-        indices: of the states that every file has, ascending. image: [samples] int64. groups: samples of equal shapes.
-        fingerprint: of the model they come from; None in the original's folders. digest: hexadecimal, another one whenever
-        block states are recorded (in the original's folders, by the files' names, sizes and times).
+        indices: of the states that every file has, ascending.
+        fingerprint: of the model they come from; None in the original's folders, whose digest is of files' names, sizes, times.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        files: Sequence[ShardSlices],
-        images: Sequence[Tensor],
-        fingerprint: Fingerprint | None,
-        digest: str,
-    ):
-        self.folder, self.files, self.fingerprint, self.digest = folder, list(files), fingerprint, digest
-        self.image = torch.cat(list(images))
-        self.indices = sorted(set.intersection(*(_indices(file) for file in self.files)))
+    def __init__(self, folder: Path, files: Sequence[ShardFile], fingerprint: Fingerprint | None, digest: str):
+        self.folder, self.fingerprint = folder, fingerprint
+        self.indices = sorted(set.intersection(*(_indices(file) for file in files)))
         if not self.indices:
             raise UserError(f"The block states in {folder} have no block in common: record the same blocks in one folder.")
-        self._of = [(file, row) for file, image in zip(self.files, images, strict=True) for row in range(len(image))]
-        by_shape: dict[tuple, list[int]] = {}
-        for sample, (file, _) in enumerate(self._of):
-            key = tuple(file.shape(f"{self.indices[0]}-{stream}")[1:] for stream in ("img", "txt"))
-            by_shape.setdefault(key, []).append(sample)
-        self.groups = [torch.tensor(samples) for samples in by_shape.values()]
-
-    def __len__(self) -> int:
-        return len(self.image)
+        super().__init__(files, [f"{self.indices[0]}-{stream}" for stream in ("img", "txt")], digest)
+        self.hidden = files[0].shape(f"{self.indices[0]}-img")[-1]
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> BlockStates:
@@ -76,43 +60,33 @@ class BlockStates:
         folder = Path(folder)
         if (folder / MANIFEST).exists():
             store = HiddenStates.open(folder)
-            shards = [shard for shard in store.manifest.shards if shard.kind == "blocks"]
-            files = [ShardSlices(folder / shard.file) for shard in shards]
-            images = [torch.tensor([capture.image for capture in shard.captures]) for shard in shards]
-            fingerprint: Fingerprint | None = store.manifest.fingerprint
-            digest = store.digest("blocks")
-        else:
-            files = [file for path in sorted(folder.glob("*.safetensors")) if _indices(file := ShardSlices(path))]
-            counts = [file.shape(f"{min(_indices(file))}-img")[0] for file in files]
-            images = list(torch.arange(sum(counts)).split(counts)) if counts else []
-            fingerprint = None
-            known = [(file.path.name, file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files]
-            digest = hashlib.sha256(f"{known}".encode()).hexdigest()
+            return cls(folder, store.files("blocks"), store.manifest.fingerprint, store.digest("blocks"))
+        files = [file for path in sorted(folder.glob("*.safetensors")) if _indices(file := ShardFile(path))]
         if not files:
-            raise UserError(f"{folder} holds no block states. {record_first('blocks')}")
-        return cls(folder, files, images, fingerprint, digest)
+            raise nothing_recorded(folder, "blocks")
+        counts = [file.shape(f"{min(_indices(file))}-img")[0] for file in files]
+        for file, images in zip(files, torch.arange(sum(counts)).split(counts), strict=True):
+            file.images = images
+        known = [(file.path.name, file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files]
+        return cls(folder, files, None, hashlib.sha256(f"{known}".encode()).hexdigest())
 
     def require(self, fingerprint: Fingerprint, hidden: int, what: str) -> None:
         """Raises `UserError` where the states are of another model than the one with `fingerprint`, called `what`."""
-        if self.fingerprint is not None and not self.fingerprint.matches(fingerprint):
+        if self.fingerprint is not None:
+            require_model(self.fingerprint, fingerprint, self.folder, what)
+        if self.hidden != hidden:
             raise UserError(
-                f"{self.folder} was recorded on another model than {what}: {self.fingerprint.difference(fingerprint)}. "
-                "Choose the folder that belongs to it, or record again."
-            )
-        found = self.files[0].shape(f"{self.indices[0]}-img")[-1]
-        if found != hidden:
-            raise UserError(
-                f"The states in {self.folder} are {found} wide, those of {what} {hidden}: they are another model's."
+                f"The states in {self.folder} are {self.hidden} wide, those of {what} {hidden}: they are another model's."
             )
 
     def batch(self, samples: Tensor, block_index: int, device: torch.device | str = "cpu") -> State:
         """Samples of one group as they enter a block, float32 on `device`; raises `UserError` where that was not recorded."""
         img, txt = self.tokens(samples, block_index, device)
         vec, pe = [], []
-        for sample in samples.tolist():
-            file, row = self._of[sample]
-            vec.append(file.row(f"{block_index}-vec" if f"{block_index}-vec" in file else "vec", row))
-            positions = file[f"{block_index}-pe" if f"{block_index}-pe" in file else "pe"][:]
+        for file, row in self.places(samples):
+            own = f"{block_index}-" if f"{block_index}-vec" in file.names else ""
+            vec.append(file.read(f"{own}vec", row))
+            positions = file.read(f"{own}pe")
             pe.append(positions.reshape(-1, 1, *positions.shape[-4:])[:1])
         return State(img, txt, *(torch.cat(part).to(device).float() for part in (vec, pe)))
 
@@ -123,13 +97,12 @@ class BlockStates:
                 f"{self.folder} holds the states at {_listed(self.indices)}, but {block_index} is needed (what enters block "
                 f"{block_index}, or leaves block {block_index - 1}): record more blocks, or choose other layers."
             )
-        found = [self._of[sample] for sample in samples.tolist()]
-        img, txt = (torch.cat([file.row(f"{block_index}-{name}", row) for file, row in found]) for name in ("img", "txt"))
-        return img.to(device).float(), txt.to(device).float()
+        img, txt = (self.read(samples, f"{block_index}-{stream}").to(device).float() for stream in ("img", "txt"))
+        return img, txt
 
 
-def _indices(file: ShardSlices) -> set[int]:
-    return {int(found[1]) for name in file if (found := re.fullmatch(r"(\d+)-img", name))}
+def _indices(file: ShardFile) -> set[int]:
+    return {int(found[1]) for name in file.names if (found := re.fullmatch(r"(\d+)-img", name))}
 
 
 def _listed(indices: Sequence[int]) -> str:

@@ -29,18 +29,16 @@ class TokenMask:
     def rows(self, stream: str, batch: int, tokens: int) -> Tensor | None:
         """The mask for one MLP's input [batch, tokens, ...], flat, bool [batch * tokens]; None = all.
 
-        A single block sees text first, then the image.
+        A single block sees text first, then the image; tokens of references may be missing at the end (FluxKVCache).
         """
-        if self.img is None and self.txt is None:
+        words = self.txt.shape[1] if self.txt is not None and stream == "single" else 0
+        img = None if self.img is None else self.img[:, : tokens - words]
+        parts = {"img": [img], "txt": [self.txt], "single": [self.txt, img]}[stream]
+        known = [part for part in parts if part is not None]
+        if not known:
             return None
-        if stream == "single":
-            known = self.img if self.img is not None else self.txt
-            assert known is not None
-            other = torch.ones(batch, tokens - known.shape[1], dtype=torch.bool, device=known.device)
-            txt, img = self.txt if self.txt is not None else other, self.img if self.img is not None else other
-            return torch.cat((txt, img), dim=1).flatten()
-        mask = self.img if stream == "img" else self.txt
-        return None if mask is None else mask.flatten()
+        other = known[0].new_ones(batch, tokens - known[0].shape[1])
+        return torch.cat([other if part is None else part for part in parts], dim=1).flatten()
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,13 @@ class Call:
         sigmas: noise levels of the whole run, steps + 1 numbers: no device has to be waited for.
         images: which image of the run each row of the batch is, from 0; None for rows that no image is read from (a negative
             prompt's, or a second positive prompt's).
-        mask: which tokens count.
-        context, guidance, seed: text [batch, words, width], what distilled guidance is told, and the seed of the sampler, or
-            one for each image, if known.
-        prompts: of each image, if known.
+        context, guidance: text [batch, words, width], and what distilled guidance is told.
+        seed, prompts: the sampler's seed, or one for each image, and the prompt of each, if known.
         references: latents of reference pictures, whose tokens follow those of the image.
         again: makes the same call once more, unwatched; the velocity.
+        padded: whether padding of the text may be among the words that count.
         known_step: which of the run's steps this is, where nobody has to be asked (see `step`).
+        known_drawn: what tells the images of this run from others, where it is known before they are drawn (see `drawn`).
     """
 
     x: Tensor
@@ -72,7 +70,9 @@ class Call:
     prompts: tuple[str, ...] = ()
     references: tuple[Tensor, ...] = ()
     again: Callable[[], Tensor] | None = None
+    padded: bool = False
     known_step: int | None = None
+    known_drawn: str = ""
 
     @classmethod
     def at(
@@ -85,8 +85,7 @@ class Call:
         mask: TokenMask | None = None,
         **known: Any,
     ) -> Call:
-        """Where `sigma` [batch] stands in the schedule `sigmas` [steps + 1], unless `step` says so; row i is image i, unless
-        `images` says so."""
+        """Where `sigma` stands in `sigmas`, unless `step` says so; row i is image i, unless `images` says so."""
         levels = tuple(sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas)
         rows = tuple(range(len(x)) if images is None else images)
         return cls(x, sigma, levels, rows, mask or TokenMask(), known_step=step, **known)
@@ -100,14 +99,13 @@ class Call:
         return max(sum(level >= now for level in self.sigmas[:-1]) - 1, 0)
 
     @property
-    def sigma_next(self) -> float:
-        """The level that the step leads to."""
-        return self.sigmas[self.step + 1]
-
-    @property
     def sigma_now(self) -> float:
         """The level that the step begins at."""
         return self.sigmas[self.step]
+
+    @property
+    def sigma_next(self) -> float:
+        return self.sigmas[self.step + 1]
 
     @property
     def rows(self) -> list[int]:
@@ -120,12 +118,10 @@ class Call:
         return [image for image in self.images if image is not None]
 
     def part(self, values: Tensor) -> Tensor:
-        """Those rows of `values` [batch, ...]; no copy where they are all of them."""
+        """Those rows of `values` [batch, ...]; no copy where they stand together."""
         rows = self.rows
-        if len(rows) == len(self.images):
-            return values
-        first, count = (rows[0], len(rows)) if rows else (0, 0)
-        return values[first : first + count] if rows == [*range(first, first + count)] else values[rows]
+        first, end = (rows[0], rows[-1] + 1) if rows else (0, 0)
+        return values[first:end] if len(rows) == end - first else values[rows]
 
     @property
     def count(self) -> int:
@@ -135,6 +131,8 @@ class Call:
     @property
     def drawn(self) -> str:
         """Tells the images of this run from those of others: noise and text of its first call, in hexadecimal."""
+        if self.known_drawn:
+            return self.known_drawn
         parts = [self.part(self.x), *(() if self.context is None else (self.part(self.context),))]
         return hashlib.sha256(b"".join(part.float().cpu().numpy().tobytes() for part in parts)).hexdigest()[:32]
 

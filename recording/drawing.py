@@ -9,25 +9,26 @@ All kinds are recorded in one pass. What was drawn stays where a recording is st
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UserError
 from ..flux.blocks import choose_blocks
 from ..flux.checkpoint import Checkpoint
 from ..flux.fingerprint import Fingerprint
+from ..flux.integrators import euler
 from ..flux.layout import Layout
-from ..flux.sampling import FluxTimer, euler
-from ..progress import Progress, part, renamed, silent
-from ..tiny.model import LATENT_SIDE, TinyFlux
-from ..tiny.words import PADDED
+from ..progress import Progress, part, renamed, silent, whole
+from ..tiny.model import TinyFlux
 from .amplification import AmplificationProbe, probed_steps
+from .calibration import AskedImage, Effort, batches, drawn_name
 from .call import Call
 from .internals import Internals, add_to_file
 from .lens_rows import LensRecorder, estimated_lens_bytes
@@ -35,11 +36,12 @@ from .manifest import Kind, Limit
 from .neurons import InternalsRecorder
 from .recording import Recording
 from .rows import RowChoice, RowRecorder, estimated_bytes
-from .run import Run
-from .states import StateChoice, StateRecorder, estimated_state_bytes, indices_around
+from .run import Recorder, Run
+from .states import StateChoice, StateKind, StateRecorder, estimated_state_bytes, indices_around
 from .store import HiddenStates
 
-#: At how many steps of the first batch the amplification of every MLP is measured.
+#: On how many images of the first batch, and at how many of their steps and the last, amplifications are measured.
+PROBED_IMAGES = 8
 PROBED_STEPS = 10
 
 
@@ -59,22 +61,32 @@ class Wanted:
     limit: Limit | None = None
 
     def __post_init__(self) -> None:
-        if not self.internals and not any((self.rows, self.lens, self.blocks, self.trajectories)):
+        if not self.internals and not self.states:
             raise UserError("Nothing is to be recorded: choose internals, rows, lens rows, block states or trajectories.")
 
-    def estimated_bytes(self, layout: Layout, steps: int, images: int) -> dict[Kind, int]:
-        """What `images` images of a tiny FLUX take on disk at most, by kind; internals have one size whatever is drawn."""
-        tokens = (LATENT_SIDE // layout.patch) ** 2
+    @property
+    def states(self) -> bool:
+        """Whether anything but internals is recorded."""
+        return any((self.rows, self.lens, self.blocks, self.trajectories))
+
+    def indices(self, layout: Layout) -> frozenset[int]:
+        return indices_around(choose_blocks(self.blocks_of_states, layout), layout)
+
+    def estimated_bytes(self, tiny: TinyFlux, steps: int, images: int) -> dict[Kind, int]:
+        """What `images` images of `tiny` take on disk at most, by kind; internals have one size whatever is drawn."""
+        layout, tokens = tiny.flux.layout, tiny.tokens
         found: dict[Kind, int] = {}
         if self.rows:
-            found["rows"] = estimated_bytes(layout.sites, layout.hidden, self.rows, steps, images)
+            found["rows"] = estimated_bytes(layout, self.rows, steps, images)
         if self.lens:
             found["lens"] = 2 * estimated_lens_bytes(layout, self.lens, steps, images)  # it runs in float32
-        for kind, choice in (("blocks", self.blocks), ("trajectories", self.trajectories)):
+        choices: dict[StateKind, StateChoice | None] = {"blocks": self.blocks, "trajectories": self.trajectories}
+        for kind, choice in choices.items():
             if choice:
-                indices = indices_around(choose_blocks(self.blocks_of_states, layout), layout)
                 calls = images * choice.count(steps)
-                found[kind] = estimated_state_bytes(kind, layout, indices, choice, calls, tokens, PADDED)  # type: ignore
+                found[kind] = estimated_state_bytes(
+                    kind, layout, self.indices(layout), choice, calls, tokens["img"], tokens["txt"]
+                )
         return found
 
 
@@ -90,100 +102,124 @@ def record(
 ) -> tuple[str, ...]:
     """Draws every prompt once (image n from seed + n) and adds what is wanted to `recording`; sentences on what was left out.
 
-    With rows, the amplification of every MLP is measured once. Raises `UserError`, before anything is drawn, where the
+    With rows, amplifications are measured once. Raises `UserError`, before anything is drawn, where the
     checkpoint is not of the tiny kind, or the recording is of another model or cannot be written.
     """
     tiny = TinyFlux.load(checkpoint)
-    layout = tiny.flux.layout
     fingerprint = Fingerprint.of_checkpoint(Checkpoint(checkpoint))
     recording.check_writable(fingerprint, str(checkpoint), wanted.internals)
-    recorders = _recorders(recording, layout, fingerprint, wanted)
-    probe = _probe(recorders, layout)
-    sigmas = FluxTimer(steps).sigmas()
-    what, notes = f"drawing and recording {len(prompts)} prompts", dict[str, None]()
-    for start in range(0, len(prompts), batch):
-        texts = tuple(prompts[start : start + batch])
-        within = renamed(part(progress, start, len(prompts), len(texts)), what)
-        run = _Drawn(tiny, texts, tuple(range(seed + start, seed + start + len(texts))), sigmas, within)
-        if start == 0 and probe.sites:
-            run.probe = probe
-        runs: list[Run] = [recorder.begin() for recorder in recorders]
-        neurons = InternalsRecorder(layout.sites if wanted.internals else ())
-        run.draw([neurons, *runs])
-        for finished in runs:
-            finished.finish()
-        if run.probe is not None:
-            recorders[0].store.add_amplification(probe.results())
-        if found := neurons.results():
-            add_to_file(recording.internals_file, Internals.new(layout.family, fingerprint, found, neurons.calls))
-        notes |= dict.fromkeys(note for note in (neurons.note, *(finished.note for finished in runs)) if note)
-        if not wanted.internals and all(recorder.full for recorder in recorders):
+    recorders = _recorders(recording, tiny.flux.layout, fingerprint, wanted)
+    parts = [Together(tuple(prompts[start : start + batch]), seed + start) for start in range(0, len(prompts), batch)]
+    return _record(tiny, fingerprint, recording, recorders, wanted.internals, parts, steps, progress)
+
+
+def calibrate(
+    tiny: TinyFlux,
+    fingerprint: Fingerprint,
+    recording: Recording,
+    images: Sequence[AskedImage],
+    effort: Effort,
+    batch: int = 16,
+    progress: Progress = silent,
+) -> tuple[str, ...]:
+    """Draws `images` and adds internals, rows as `effort` says, and amplifications to `recording`, where these are not known;
+    sentences on what was left out. `missing_images` knows from then on that they are there."""
+    layout = tiny.flux.layout
+    store = HiddenStates.for_model(recording.states_folder, layout.family, fingerprint)
+    choice = RowChoice(effort.rows << store.manifest.halvings, effort.steps)
+    recorders = [RowRecorder(layout.sites, store, choice, shard_bytes=math.inf)]
+    parts = [Together(tuple(image.prompt for image in some), some[0].seed, drawn_name(some)) for some in batches(images, batch)]
+    return _record(tiny, fingerprint, recording, recorders, True, parts, effort.steps, progress)
+
+
+@dataclass(frozen=True)
+class Together:
+    """Images that are drawn at once, number n from `seed` + n; `name` tells them from others, where that is known before."""
+
+    prompts: tuple[str, ...]
+    seed: int
+    name: str = ""
+
+
+def _record(
+    tiny: TinyFlux,
+    fingerprint: Fingerprint,
+    recording: Recording,
+    recorders: Sequence[Recorder],
+    internals: bool,
+    parts: Sequence[Together],
+    steps: int,
+    progress: Progress,
+) -> tuple[str, ...]:
+    layout, store = tiny.flux.layout, next((recorder.store for recorder in recorders if recorder.kind == "rows"), None)
+    probe = AmplificationProbe(layout, store.amplification) if store else None
+    sigmas, total, done = tiny.sigmas(steps), sum(len(images.prompts) for images in parts), 0
+    what, notes = f"drawing and recording {total} prompts", dict[str, None]()
+    for images in parts:
+        within = renamed(part(progress, done, total, len(images.prompts)), what)
+        runs = [recorder.begin() for recorder in recorders]
+        neurons = InternalsRecorder(layout.sites if internals else ())
+        _draw(tiny, images, sigmas, [neurons, *runs], None if done else probe, within)
+        with whole():
+            for run in runs:
+                run.finish()
+            if not done and store and probe is not None:
+                store.add_amplification(probe.results())
+            if found := neurons.results():
+                new = Internals.new(layout.family, fingerprint, found, neurons.calls, padded=neurons.padded)
+                add_to_file(recording.internals_file, new)
+        notes |= dict.fromkeys(filter(None, (neurons.note, *(run.note for run in runs))))
+        done += len(images.prompts)
+        if not internals and all(recorder.full for recorder in recorders):
             break
     progress(what, 1, 1)
     return tuple(notes)
 
 
-class _Watching(Protocol):
-    def watching(self, model: nn.Module, call: Call) -> AbstractContextManager[None]: ...
+@torch.no_grad()
+def _draw(
+    tiny: TinyFlux,
+    images: Together,
+    sigmas: Tensor,
+    watchers: Sequence[InternalsRecorder | Run],
+    probe: AmplificationProbe | None,
+    progress: Progress,
+) -> None:
+    """Draws one batch of images; at some steps of it, `probe` measures before the others look on."""
+    flux, prompts, steps = tiny.flux, images.prompts, len(sigmas) - 1
+    context, vector = tiny.words(prompts)
+    probed = probed_steps(steps, PROBED_STEPS) if probe is not None and probe.calls else ()
+    seeds = tuple(range(images.seed, images.seed + len(prompts)))
+    count = itertools.count()
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        step = next(count)
+        progress("", step, steps)
+        model = partial(flux, x, sigma, context, vector)
+        if probe is not None and step in probed:
+            few = partial(flux, *(given if given is None else given[:PROBED_IMAGES] for given in (x, sigma, context, vector)))
+            probe.measure(flux, sigmas[step].item(), few)
+        told = {"context": context, "prompts": prompts, "seed": seeds, "known_drawn": images.name}
+        call = Call.at(x, sigma, sigmas, step, padded=True, **told)  # its texts are filled up to 8 words
+        with ExitStack() as watching:
+            for watcher in watchers:
+                watching.enter_context(watcher.watching(flux, call))
+            return model()
+
+    euler(velocity, tiny.noise(len(prompts), images.seed), sigmas)
 
 
-@dataclass
-class _Drawn:
-    """One batch of prompts being drawn; at some steps of it, `probe` measures before the others look on."""
-
-    tiny: TinyFlux
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
-    sigmas: Tensor
-    progress: Progress
-    probe: AmplificationProbe | None = None
-
-    @torch.no_grad()
-    def draw(self, watchers: Sequence[_Watching]) -> None:
-        flux, steps = self.tiny.flux, len(self.sigmas) - 1
-        context, vector = self.tiny.words(self.prompts)
-        probed = probed_steps(steps, PROBED_STEPS)
-        count = itertools.count()
-
-        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            step = next(count)
-            self.progress("", step, steps)
-
-            def model() -> Tensor:
-                return flux(x, sigma, context, vector)
-
-            if self.probe is not None and step in probed:
-                self.probe.measure(flux, self.sigmas[step].item(), model)
-            call = Call.at(x, sigma, self.sigmas, step, context=context, prompts=self.prompts, seed=self.seeds)
-            with ExitStack() as watching:
-                for watcher in watchers:
-                    watching.enter_context(watcher.watching(flux, call))
-                return model()
-
-        euler(velocity, self.tiny.noise(len(self.prompts), self.seeds[0]), self.sigmas)
-
-
-def _recorders(
-    recording: Recording, layout: Layout, fingerprint: Fingerprint, wanted: Wanted
-) -> list[RowRecorder | LensRecorder | StateRecorder]:
-    if not any((wanted.rows, wanted.lens, wanted.blocks, wanted.trajectories)):
+def _recorders(recording: Recording, layout: Layout, fingerprint: Fingerprint, wanted: Wanted) -> list[Recorder]:
+    if not wanted.states:
         return []
-    store = HiddenStates.for_model(recording.states_folder, layout.family, fingerprint)
-    limit = wanted.limit
-    found: list[RowRecorder | LensRecorder | StateRecorder] = []
+    store, limit = HiddenStates.for_model(recording.states_folder, layout.family, fingerprint), wanted.limit
+    found: list[Recorder] = []
     if wanted.rows:
         found.append(RowRecorder(layout.sites, store, wanted.rows, limit))
     if wanted.lens:
         found.append(LensRecorder(layout, store, wanted.lens, limit))
     if wanted.blocks:
-        indices = indices_around(choose_blocks(wanted.blocks_of_states, layout), layout)
-        found.append(StateRecorder("blocks", store, wanted.blocks, limit, indices))
+        found.append(StateRecorder("blocks", store, wanted.blocks, limit, wanted.indices(layout)))
     if wanted.trajectories:
         found.append(StateRecorder("trajectories", store, wanted.trajectories, limit))
     return found
-
-
-def _probe(recorders: Sequence[RowRecorder | LensRecorder | StateRecorder], layout: Layout) -> AmplificationProbe:
-    """Of the MLPs whose amplification was not measured yet; of none where no rows are recorded."""
-    measured = [recorder.store.amplification for recorder in recorders if isinstance(recorder, RowRecorder)]
-    return AmplificationProbe([site for site in layout.sites if measured and site.name not in measured[0]])

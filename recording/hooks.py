@@ -1,8 +1,8 @@
-"""Hooks that run whatever was compiled before, the image tokens that pass between blocks, and which blocks ran.
+"""Hooks that run whatever was compiled before, the tokens that pass between blocks, and which blocks ran.
 
     with force_eager():
         model(x)                                     # also where torch.compile compiled it earlier, without hooks
-    with watching_image_tokens(model, {0, 5}, see):  # see(block_index, img): what enters a block, or the final layer
+    with watching_tokens(model, {0, 5}, see):        # see(block_index, img, txt): what enters a block, or the final layer
         model(...)
     with watching_blocks(model) as ran:
         model(...)
@@ -45,14 +45,17 @@ def blocks_in(model: nn.Module) -> list[nn.Module]:
 
 @dataclass
 class Ran:
-    """Which of `count` blocks ran while they were watched."""
-
     count: int
     blocks: set[int] = field(default_factory=set)
 
     @property
     def whole(self) -> bool:
         return len(self.blocks) == self.count
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the model ran, but not all of it."""
+        return bool(self.blocks) and not self.whole
 
 
 @contextmanager
@@ -71,7 +74,7 @@ def watching_blocks(model: nn.Module) -> Iterator[Ran]:
             def note(*_: Any, block_index: int = block_index) -> None:
                 ran.blocks.add(block_index)
 
-            hooks.callback(block.register_forward_pre_hook(note).remove)
+            hooks.enter_context(block.register_forward_pre_hook(note))
         yield ran
 
 
@@ -86,36 +89,42 @@ def left_out(calls: int) -> str:
 
 
 @contextmanager
-def watching_image_tokens(
-    model: nn.Module, block_indices: Collection[int], see: Callable[[int, Tensor], None]
+def watching_tokens(
+    model: nn.Module, block_indices: Collection[int], see: Callable[[int, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """Calls `see(block_index, img)` with the image tokens [batch, tokens, hidden] that enter the blocks at `block_indices`.
+    """Calls `see(block_index, img, txt)` with the tokens [batch, tokens, hidden] that enter the blocks at `block_indices`.
 
-    The index after the last block is the final layer. References of an edit follow the image's own tokens. `img` is the
-    model's own memory, which the next block may overwrite: use it at once or clone it, and do not write to it. Works on
-    any model with FLUX's module names; hooks are gone when the `with` ends.
+    The index after the last block is the final layer; the text there is what left the last block. References of an edit follow
+    the image's own tokens. Both are the model's own memory, which the next block may overwrite: use them at once or clone
+    them, and do not write to them. Works on any model with FLUX's module names; hooks are gone when the `with` ends.
     """
-    doubles: list[Any] = list(model.get_submodule("double_blocks").children())
-    singles: list[Any] = list(model.get_submodule("single_blocks").children())
-    final = len(doubles) + len(singles)
-    words = 0
+    depth, blocks = len(list(model.get_submodule("double_blocks").children())), blocks_in(model)
+    final, txt = len(blocks), torch.empty(0, 0)
 
-    def entering(block_index: int):
+    def entering(block_index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            nonlocal words
-            if block_index < len(doubles):
-                img, words = kwargs["img"], kwargs["txt"].shape[1]
+            nonlocal txt
+            if block_index < depth:
+                img, txt = kwargs["img"], kwargs["txt"]
+            elif block_index < final:
+                txt, img = args[0].tensor_split([txt.shape[1]], dim=1)
             else:
-                img = args[0] if block_index == final else args[0][:, words:]
+                img = args[0]
             if block_index in block_indices:
-                see(block_index, img)
+                see(block_index, img, txt)
 
         return hook
 
+    def leaving(module: nn.Module, args: tuple, output: Any) -> None:
+        nonlocal txt
+        txt = output[1] if final == depth else output[:, : txt.shape[1]]
+
     with ExitStack() as hooks:
         hooks.enter_context(force_eager())
-        for block_index, module in enumerate((*doubles, *singles, model.get_submodule("final_layer"))):
+        for block_index, module in enumerate((*blocks, model.get_submodule("final_layer"))):
             # The last double block that runs tells how many text tokens come first in a single block.
-            if block_index in block_indices or block_index < len(doubles):
-                hooks.callback(module.register_forward_pre_hook(entering(block_index), with_kwargs=True).remove)
+            if block_index in block_indices or block_index < depth:
+                hooks.enter_context(module.register_forward_pre_hook(entering(block_index), with_kwargs=True))
+        if final in block_indices:
+            hooks.enter_context(blocks[-1].register_forward_hook(leaving))
         yield

@@ -8,15 +8,19 @@ Keys, per site S: `S` int64 [width] (fires), `S.tokens` int64 [1], `S.sum` and `
 the header. Sums stand on a grid of 2^-20, so that adding them is exact, and the same in every order, as long as they
 stay below 2^33.
 
+Where a queue recorded (`queued.py`), the header also names its runs, and `S.last`, `S.last.tokens`, ... are the part of the
+last one in all of it.
+
 The original flux-poke's files hold the counts alone and no header: they are read, for what counts are enough for.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,29 +31,37 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import check_writable, locked, write_safetensors
-from ..flux.checkpoint import open_safetensors, require_format
+from ..flux.checkpoint import open_safetensors, require_format, unreplaced
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import FAMILY_NAMES, Family
-from .manifest import record_first
-from .neurons import merge
+from .manifest import at_least, record_first, require_model, utc_now
 from .statistics import SiteInternals
 
 FORMAT = "flux-poke internals 1"
 GRID = 2.0**-20
 
 _SITE = re.compile(r"(double-img|double-txt|single)-\d{1,4}")
-_NOT_ADDED = "it is read, but nothing is added to it. Choose another name for new recordings."
+
+
+@dataclass(frozen=True)
+class LastRun:
+    """What the newest run of a queue added: the run's `key`, which of its attempts it was, and the statistics by site."""
+
+    key: str
+    attempt: str
+    runs: int
+    steps: int
+    sites: Mapping[str, SiteInternals]
 
 
 @dataclass(frozen=True)
 class Internals:
     """Statistics of every MLP of the model with `fingerprint`.
 
-    `runs` and `steps` count sampling runs and model calls; times are UTC, as 2026-01-31T12:00:00Z. `workflow` holds
-    the ComfyUI graphs (`workflow`, `prompt`) of the run that made the file.
-
-    In the original's files the model is not known (`fingerprint` is None). They have counts alone: sums are 0, and `tokens` of
-    an MLP is how often the busiest neuron of its stream fired.
+    `steps` counts model calls; times are UTC; `workflow` holds ComfyUI's `workflow` and `prompt` of the run that made the file.
+    `padded`: whether padding of the texts may be among the words that were counted; None where the file does not say.
+    In the original's files `fingerprint` is None, sums are 0, and `tokens` is how often the busiest neuron of a stream fired.
+    `queued` are the keys of all runs of queues in it, `last` is the newest one's part, where it can still be taken out.
     """
 
     family: Family
@@ -60,6 +72,9 @@ class Internals:
     created: str
     updated: str
     workflow: Mapping[str, str] = field(default_factory=dict)
+    padded: bool | None = None
+    queued: frozenset[str] = frozenset()
+    last: LastRun | None = None
 
     @classmethod
     def new(
@@ -70,34 +85,37 @@ class Internals:
         steps: int,
         runs: int = 1,
         workflow: Mapping[str, str] | None = None,
+        padded: bool | None = None,
     ) -> Internals:
         """What was just recorded; sums are rounded to the grid."""
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        now = utc_now()
         rounded = {name: replace(site, sum=_on_grid(site.sum), sum_sq=_on_grid(site.sum_sq)) for name, site in sites.items()}
-        return cls(family, fingerprint, rounded, runs, steps, now, now, workflow or {})
+        return cls(family, fingerprint, rounded, runs, steps, now, now, workflow or {}, padded)
 
     def merge(self, other: Internals, name: str = "the other file") -> Internals:
         """Both together; raises `UserError` (calling `other` by `name`) where they are not of one model."""
-        if self.fingerprint is None or other.fingerprint is None:
-            which = "This file" if self.fingerprint is None else name
-            raise UserError(f"{which} holds counts of the original flux-poke, which do not say of which model: {_NOT_ADDED}")
-        if not self.fingerprint.matches(other.fingerprint):
-            raise UserError(
-                f"{name} was recorded on another model: {self.fingerprint.difference(other.fingerprint)}. "
-                "Recordings add up only for one model; choose another file name for this one."
-            )
+        known, new = _known(self.fingerprint, "This file"), _known(other.fingerprint, name)
+        require_model(new, known, name, "what it is to be added to")
         if differ := sorted(self._widths().items() ^ other._widths().items()):
             raise UserError(
                 f"{name} holds other MLPs of the model ({len(other.sites)}) than this recording ({len(self.sites)}), "
                 f"first {differ[0][0]}: record the same ones, or choose another file name."
             )
+        if twice := self.queued & other.queued:
+            raise UserError(
+                f"{name} holds {len(twice)} run{'s' if len(twice) > 1 else ''} of a queue that this recording holds too, and "
+                "they would count twice: choose recordings of different servers."
+            )
         first = min(self, other, key=Internals._age)
         return replace(
             first,
-            sites={name: merge(site, other.sites[name]) for name, site in self.sites.items()},
+            sites={name: site + other.sites[name] for name, site in self.sites.items()},
             runs=self.runs + other.runs,
             steps=self.steps + other.steps,
             updated=max(self.updated, other.updated),
+            padded=None if None in (self.padded, other.padded) else self.padded or other.padded,
+            queued=self.queued | other.queued,
+            last=None if self.last and other.last else self.last or other.last,
         )
 
     def _widths(self) -> dict[str, int]:
@@ -112,18 +130,14 @@ class Internals:
 
         `widths` of its MLPs, by site, are compared where the model is not known.
         """
-        if self.fingerprint is None:
-            differ = [name for name, width in self._widths().items() if widths.get(name) != width]
-            if differ:
+        if self.fingerprint is not None:
+            return require_model(self.fingerprint, fingerprint, "What is known of the neurons", what)
+        for name, width in self._widths().items():
+            if widths.get(name) != width:
                 raise UserError(
-                    f"The counts are of another model than {what}: {differ[0]} has {self._widths()[differ[0]]} neurons in "
-                    f"them, {widths.get(differ[0], 'none')} there. Choose the file that belongs to it, or record again."
+                    f"The counts are of another model than {what}: {name} has {width} neurons in them, "
+                    f"{widths.get(name, 'none')} there. Choose the file that belongs to it, or record again."
                 )
-        elif not self.fingerprint.matches(fingerprint):
-            raise UserError(
-                f"The internals were recorded on another model than {what}: {self.fingerprint.difference(fingerprint)}. Record "
-                "internals of this one, or choose the checkpoint they belong to."
-            )
 
     def require_sums(self, what: str) -> None:
         """Raises `UserError` where there are counts alone, and `what` needs more."""
@@ -134,55 +148,46 @@ class Internals:
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file as a whole, in place of what was there."""
         assert self.fingerprint is not None
         tensors: dict[str, Tensor] = {}
         for name, site in self.sites.items():
-            tensors[name] = site.fires
-            tensors[f"{name}.tokens"] = torch.tensor([site.tokens])
-            tensors[f"{name}.sum"] = site.sum
-            tensors[f"{name}.sum_sq"] = site.sum_sq
-        metadata = {
-            "format": FORMAT,
-            "family": self.family,
-            "model": self.fingerprint.to_json(),
-            "runs": str(self.runs),
-            "steps": str(self.steps),
-            "created": self.created,
-            "updated": self.updated,
-            **self.workflow,
-        }
+            tensors |= {name: site.fires, f"{name}.tokens": torch.tensor([site.tokens])}
+            tensors |= {f"{name}.sum": site.sum, f"{name}.sum_sq": site.sum_sq}
+        counted = {key: str(getattr(self, key)) for key in ("family", "runs", "steps", "created", "updated")}
+        padded = {} if self.padded is None else {"padded": str(self.padded)}
+        metadata = {"format": FORMAT, "model": self.fingerprint.to_json(), **counted, **padded, **self.workflow}
+        if self.queued:
+            metadata["queued"] = json.dumps(sorted(self.queued))
+        if self.last is not None:
+            metadata["last"] = json.dumps([self.last.key, self.last.attempt, self.last.runs, self.last.steps])
+            for name, site in self.last.sites.items():
+                tensors |= {f"{name}.last": site.fires, f"{name}.last.tokens": torch.tensor([site.tokens])}
+                tensors |= {f"{name}.last.sum": site.sum, f"{name}.last.sum_sq": site.sum_sq}
         write_safetensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Internals:
         """Raises `UserError` where the file is missing, damaged, or holds something else."""
+        return unreplaced(path, lambda: cls._read(path))
+
+    @classmethod
+    def _read(cls, path: str | os.PathLike[str]) -> Internals:
         with _opened(path) as (file, metadata):
             if metadata is None:
-                return _originals(file, path)
-            names = [key for key in file.keys() if "." not in key]
-            family = next(known for known in FAMILY_NAMES if known == metadata["family"])
-            sites = {
-                name: _whole(
-                    name,
-                    SiteInternals(
-                        fires=file.get_tensor(name),
-                        tokens=int(file.get_tensor(f"{name}.tokens")),
-                        sum=file.get_tensor(f"{name}.sum"),
-                        sum_sq=file.get_tensor(f"{name}.sum_sq"),
-                    ),
-                )
-                for name in sorted(names, key=site_order)
-            }
+                return _originals(file)
+            sites = {name: _site(file, name) for name in sorted((key for key in file.keys() if "." not in key), key=site_order)}
             return cls(
-                family=family,
+                family=next(known for known in FAMILY_NAMES if known == metadata["family"]),
                 fingerprint=Fingerprint.from_json(metadata["model"]),
                 sites=sites,
-                runs=_count(metadata["runs"]),
-                steps=_count(metadata["steps"]),
+                runs=at_least(0, int(metadata["runs"])),
+                steps=at_least(0, int(metadata["steps"])),
                 created=metadata["created"],
                 updated=metadata["updated"],
                 workflow={key: metadata[key] for key in ("workflow", "prompt") if key in metadata},
+                padded={"True": True, "False": False}[metadata["padded"]] if "padded" in metadata else None,
+                queued=frozenset(json.loads(metadata.get("queued", "[]"))),
+                last=_last(file, metadata, sites),
             )
 
 
@@ -203,50 +208,34 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[safe_open, dict[str,
 
 
 def check_file(path: str | os.PathLike[str], fingerprint: Fingerprint) -> None:
-    """Raises `UserError` where a recording of the model with `fingerprint` could not be added to the file at `path`.
-
-    Reads the header alone.
-    """
+    """Raises `UserError` where a recording of this model could not be added to the file at `path`, by its header alone."""
     if Path(path).exists():
         check_writable(path)
-        with _opened(path) as (_, metadata):
-            if metadata is None:
-                raise UserError(f"{path} holds counts of the original flux-poke, which do not say of which model: {_NOT_ADDED}")
-            found = Fingerprint.from_json(metadata["model"])
-        if not found.matches(fingerprint):
-            raise UserError(
-                f"{path} was recorded on another model than this one: {found.difference(fingerprint)}. "
-                "Recordings add up only for one model; choose another file name for this one."
-            )
+        require_model(unreplaced(path, lambda: _model(path)), fingerprint, path, "this one")
+
+
+def _model(path: str | os.PathLike[str]) -> Fingerprint:
+    with _opened(path) as (_, metadata):
+        return _known(None if metadata is None else Fingerprint.from_json(metadata["model"]), str(path))
 
 
 def add_to_file(path: str | os.PathLike[str], new: Internals) -> Internals:
-    """Adds a recording to the file at `path`, or makes it; the total. Safe beside other processes and against kills.
-
-    Raises `UserError`, with the file as it was, where it is of another model, damaged or read-only.
-    """
+    """Adds a recording to the file at `path`, or makes it; the total. Safe beside other processes and against kills."""
     with locked(path):
         total = Internals.load(path).merge(new, "This run") if Path(path).exists() else new
         total.save(path)
     return total
 
 
-def merge_files(out: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]]) -> Internals:
-    """The sum of the recordings in `files`, written to `out`, which is a new file or one of them; the total.
-
-    Raises `UserError`, with `out` as it was, where another file stands there, or the recordings are not of one model.
-    """
-    out = Path(out)
-    if len({Path(file).resolve() for file in files}) < len(files):
-        raise UserError("A recording is named twice, and would be counted twice: name each once.")
-    with locked(out):
-        if out.exists() and out.resolve() not in {Path(file).resolve() for file in files}:
-            raise UserError(f"{out} is there already and is none of the files to add up: choose another name, or add it too.")
-        total, *others = [Internals.load(file) for file in files]
-        for file, other in zip(files[1:], others, strict=True):
-            total = total.merge(other, str(file))
-        total.save(out)
-    return total
+def replace_in_file(path: str | os.PathLike[str], new: Internals) -> Internals:
+    """Puts a recording in the place of the one in the file at `path`, or makes it; raises `UserError` where that is of another
+    model."""
+    assert new.fingerprint is not None  # what was recorded knows its model
+    with locked(path):
+        assert new.fingerprint is not None
+        check_file(Path(path), new.fingerprint)
+        new.save(path)
+    return new
 
 
 def site_order(name: str) -> tuple[str, int, str]:
@@ -255,8 +244,10 @@ def site_order(name: str) -> tuple[str, int, str]:
     return kind, int(index), stream[0] if stream else ""
 
 
-def _whole(name: str, site: SiteInternals) -> SiteInternals:
-    """`site`, or a `ValueError` where it cannot have been recorded."""
+def _site(file: safe_open, name: str) -> SiteInternals:
+    """Raises `ValueError` where this cannot have been recorded."""
+    fires, tokens, *sums = (file.get_tensor(f"{name}{part}") for part in ("", ".tokens", ".sum", ".sum_sq"))
+    site = SiteInternals(fires, int(tokens), *sums)
     kinds = [(tensor.dtype, tensor.shape) for tensor in (site.fires, site.sum, site.sum_sq)]
     width = (site.fires.numel(),)
     if kinds != [(torch.int64, width), (torch.float64, width), (torch.float64, width)]:
@@ -268,29 +259,41 @@ def _whole(name: str, site: SiteInternals) -> SiteInternals:
     return site
 
 
-def _originals(file: safe_open, path: str | os.PathLike[str]) -> Internals:
-    """The counts in a file of the original flux-poke."""
+def _last(file: safe_open, metadata: Mapping[str, str], sites: Mapping[str, SiteInternals]) -> LastRun | None:
+    if "last" not in metadata:
+        return None
+    key, attempt, runs, steps = json.loads(metadata["last"])
+    parts = {name: _site(file, f"{name}.last") for name in sites}
+    if any(len(part.fires) != len(sites[name].fires) for name, part in parts.items()):
+        raise ValueError("the newest run's MLPs have other widths than all of them together")
+    return LastRun(f"{key}", f"{attempt}", at_least(0, runs), at_least(0, steps), parts)
+
+
+def _known(fingerprint: Fingerprint | None, name: str) -> Fingerprint:
+    if fingerprint is None:
+        raise UserError(
+            f"{name} holds counts of the original flux-poke, which do not say of which model: it is read, but nothing is added "
+            "to it. Choose another name for new recordings."
+        )
+    return fingerprint
+
+
+def _originals(file: safe_open) -> Internals:
     counts = {name: file.get_tensor(name) for name in sorted(file.keys(), key=site_order)}
+    most: defaultdict[str, int] = defaultdict(int)
     for name, fires in counts.items():
         if fires.ndim != 1 or fires.is_floating_point() or bool((fires < 0).any()):
             raise ValueError(f"{name} is {fires.dtype} {tuple(fires.shape)}, expected counts of at least 0")
-    most: dict[str, int] = {}
-    for name, fires in counts.items():
-        stream = name.rsplit("-", 1)[0]
-        most[stream] = max(most.get(stream, 0), int(fires.max()) if len(fires) else 0)
-    nothing = {name: torch.zeros(len(fires), dtype=torch.float64) for name, fires in counts.items()}
+        most[_stream(name)] = max([most[_stream(name)], *fires.tolist()])
     sites = {
-        name: SiteInternals(fires.long(), most[name.rsplit("-", 1)[0]], nothing[name], nothing[name].clone())
+        name: SiteInternals(fires.long(), most[_stream(name)], *torch.zeros(2, len(fires), dtype=torch.float64))
         for name, fires in counts.items()
     }
     return Internals("flux1", None, sites, runs=0, steps=0, created="", updated="")
 
 
-def _count(text: str) -> int:
-    """A number of at least 0; raises `ValueError` for others."""
-    if int(text) < 0:
-        raise ValueError(f"{text} where a number of at least 0 is expected")
-    return int(text)
+def _stream(name: str) -> str:
+    return name.rsplit("-", 1)[0]
 
 
 def _on_grid(sums: Tensor) -> Tensor:

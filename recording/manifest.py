@@ -14,32 +14,55 @@ import hashlib
 import json
 import math
 import re
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from ..errors import UserError
+from ..files import write_text
 from ..flux.fingerprint import Fingerprint
 
 FORMAT = "flux-poke hidden states 2"
 MANIFEST = "manifest.json"
 
 Kind = Literal["rows", "lens", "blocks", "trajectories"]
+Number = TypeVar("Number", int, float)
 
-
-#: The nodes that record them, where it is not Record itself.
-NODES = {"lens": "Record Lens Rows", "blocks": "Record Block States", "trajectories": "Record Trajectories"}
+#: What a recording may lack, and the node that records it, where these are not its own name and Record.
+_WORDS = {"lens": "lens rows", "blocks": "block states"}
+_NODES = {"lens": "Record Lens Rows", "blocks": "Record Block States", "trajectories": "Record Trajectories"}
 
 
 def record_first(kind: str) -> str:
     """How to get what is missing, in a sentence."""
-    return f"Record it first ({NODES.get(kind, 'Record')}, or `uv run flux-poke record --what {kind}`)."
+    return f"Record it first ({_NODES.get(kind, 'Record')}, or `uv run flux-poke record --what {kind}`)."
 
 
-def new_id() -> str:
-    return uuid.uuid4().hex
+def nothing_recorded(folder: Path, kind: str) -> UserError:
+    return UserError(f"{folder} holds no {_WORDS.get(kind, kind)}. {record_first(kind)}")
+
+
+def require_model(found: Fingerprint, expected: Fingerprint, source: object, what: str) -> None:
+    """Raises `UserError` where `source`, recorded on the model of `found`, is not of `what`, the model of `expected`."""
+    if not found.matches(expected):
+        raise UserError(
+            f"{source} was recorded on another model than {what}: {found.difference(expected)}. "
+            "Choose the recording that belongs to it, or a new name to record to."
+        )
+
+
+def utc_now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def at_least(least: int, number: Number) -> Number:
+    """`number`; raises `ValueError` where it is below `least` or not finite."""
+    if not least <= number < math.inf:
+        raise ValueError(f"{number} where a number of at least {least} is expected")
+    return number
 
 
 @dataclass(frozen=True)
@@ -87,7 +110,11 @@ class Shard:
     rows: Mapping[str, int] = field(default_factory=dict)
     halvings: int = 0
     captures: tuple[Capture, ...] = ()
-    id: str = field(default_factory=new_id)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def number(self) -> int:
+        return int(self.file.removeprefix(f"{self.kind}-").removesuffix(".safetensors"))
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Shard:
@@ -112,13 +139,16 @@ class Drawing(NamedTuple):
         times = self.times.get(kind, 0)
         return f"{self.first} {times}" if times else f"{self.first}"
 
+    def again(self, kind: Kind) -> Drawing:
+        return self._replace(times={**self.times, kind: self.times.get(kind, 0) + 1})
+
 
 @dataclass(frozen=True)
 class Manifest:
     """What a folder holds. `images` is the next image's number; `halvings` is what new rows start at.
 
-    The images of a drawing have the same number for ever, whatever is recorded of them, so that none is on both sides of a
-    split. `amplification` is, by site and sigma, [sum of measurements, their number] (see `amplification.py`).
+    The images of a drawing keep their numbers, whatever is recorded of them, so that none is on both sides of a split.
+    `amplification` is, by site and sigma, [sum of measurements, their number] (see `amplification.py`).
     """
 
     family: str
@@ -128,8 +158,8 @@ class Manifest:
     halvings: int = 0
     shards: tuple[Shard, ...] = ()
     amplification: Mapping[str, Mapping[float, tuple[float, int]]] = field(default_factory=dict)
-    created: str = ""
-    updated: str = ""
+    created: str = field(default_factory=utc_now)
+    updated: str = field(default_factory=utc_now)
 
     def digest(self, *kinds: str) -> str:
         """Hexadecimal; another one whenever something of these kinds is recorded or thinned; "amplification" is one."""
@@ -138,10 +168,10 @@ class Manifest:
         text = json.dumps([self.fingerprint.values, shards, measured], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def to_json(self) -> str:
+    def save(self, folder: Path) -> None:
         content = asdict(self)
-        del content["fingerprint"]
-        return json.dumps({"format": FORMAT, "model": json.loads(self.fingerprint.to_json()), **content}, indent=1)
+        model = content.pop("fingerprint")
+        write_text(folder / MANIFEST, json.dumps({"format": FORMAT, "model": model, **content, "updated": utc_now()}, indent=1))
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -163,7 +193,7 @@ class Manifest:
                 halvings=int(found["halvings"]),
                 shards=tuple(Shard.from_json(shard) for shard in found["shards"]),
                 amplification={
-                    name: {_finite(sigma): (_finite(a), _count(n)) for sigma, (a, n) in levels.items()}
+                    name: {_level(sigma): (_level(value), at_least(1, int(count))) for sigma, (value, count) in levels.items()}
                     for name, levels in found["amplification"].items()
                 },
                 created=found["created"],
@@ -175,16 +205,5 @@ class Manifest:
             raise UserError(f"{path} is damaged ({error}): restore it or record into another folder.") from error
 
 
-def _finite(number: Any) -> float:
-    """A number of at least 0; raises `ValueError` for others."""
-    found = float(number)
-    if not 0 <= found < math.inf:
-        raise ValueError(f"{found} where a number of at least 0 is expected")
-    return found
-
-
-def _count(number: Any) -> int:
-    """A number of at least 1; raises `ValueError` for others."""
-    if int(number) < 1:
-        raise ValueError(f"{number} measurements where at least 1 is expected")
-    return int(number)
+def _level(number: Any) -> float:
+    return at_least(0, float(number))

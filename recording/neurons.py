@@ -1,12 +1,10 @@
 """Watching every MLP of a FLUX while it runs, without leaving a trace in it.
 
-    recorder = InternalsRecorder(layout.sites)
-    with recorder.watching(model, call):             # any module with the checkpoint's module names
-        model(x, sigma, context, vector)
-    recorder.results()                               # {"double-img-0": SiteInternals(...), ...}
-    recorder.note                                    # what was left out, and why
-
-Hooks stand for the length of the `with` and are removed whatever happens in it. What the model computes is not touched.
+recorder = InternalsRecorder(layout.sites)
+with recorder.watching(model, call):             # any module with the checkpoint's module names
+    model(x, sigma, context, vector)
+recorder.results()                               # {"double-img-0": SiteInternals(...), ...}
+recorder.note                                    # what was left out, and why
 """
 
 from __future__ import annotations
@@ -20,22 +18,23 @@ from torch import Tensor, nn
 from ..flux.layout import Site
 from .call import Call, TokenMask
 from .hooks import left_out, watching_blocks
-from .statistics import NeuronStatistics, SiteInternals, Sums
+from .statistics import SiteInternals, Sums
 
 
 class InternalsRecorder:
     """Accumulates the statistics of `sites` over any number of calls, on whichever devices the model runs.
 
-    `calls` are those that were recorded. Calls in which blocks were skipped are left out, and so is everything where an
-    activation was not finite; `note` says so.
+    `calls` are those that were recorded, `padded` whether padding may be among the words of any. Calls in which blocks were
+    skipped are left out, and so is everything where an activation was not finite; `note` says so.
     """
 
     def __init__(self, sites: Sequence[Site]):
         self.sites = tuple(sites)
         self.calls = 0
+        self.padded = False
         self._skipping = 0
         self._not_finite: dict[str, int] = {}
-        self._statistics: dict[tuple[str, torch.device], NeuronStatistics] = {}
+        self._sums: dict[tuple[str, torch.device], Sums] = {}
 
     @contextmanager
     def watching(self, model: nn.Module, call: Call) -> Iterator[None]:
@@ -47,26 +46,25 @@ class InternalsRecorder:
                 gates: list[Tensor] = []
                 if site.gated:
                     act = model.get_submodule(site.act)
-                    hooks.callback(act.register_forward_pre_hook(_keep_gate(gates)).remove)
+                    hooks.enter_context(act.register_forward_pre_hook(_keep_gate(gates)))
                 down = model.get_submodule(site.down)
-                hooks.callback(down.register_forward_pre_hook(_measure(site, call.mask, gates, seen)).remove)
+                hooks.enter_context(down.register_forward_pre_hook(_measure(site, call.mask, gates, seen)))
             yield
+        self._skipping += ran.skipped
         if not ran.whole:
-            self._skipping += bool(ran.blocks)
             return
         self.calls += 1
+        self.padded |= call.padded
         for name, sums in seen:
             key = name, sums.fires.device
-            if key not in self._statistics:
-                self._statistics[key] = NeuronStatistics(len(sums.fires), sums.fires.device)
-            self._statistics[key].add(sums)
+            self._sums[key] = self._sums[key] + sums if key in self._sums else sums
 
     def results(self) -> dict[str, SiteInternals]:
         """What was recorded, by site, on the CPU; empty where nothing ran, or not all of it was finite (see `note`)."""
         found: dict[str, SiteInternals] = {}
-        for (name, _), statistics in self._statistics.items():
-            part = statistics.result()
-            found[name] = part if name not in found else merge(found[name], part)
+        for (name, _), sums in self._sums.items():
+            part = sums.result()
+            found[name] = found[name] + part if name in found else part
         wrong = {name: int((~(site.sum.isfinite() & site.sum_sq.isfinite())).sum()) for name, site in found.items()}
         self._not_finite = {name: count for name, count in wrong.items() if count}
         return {} if self._not_finite else found
@@ -74,19 +72,14 @@ class InternalsRecorder:
     @property
     def note(self) -> str:
         """What `results` leaves out, and why; empty where it is everything."""
-        said = [left_out(self._skipping)] if self._skipping else []
+        said = [left_out(self._skipping)]
         if self._not_finite:
             first, neurons = next(iter(self._not_finite.items()))
             said.append(
                 f"The activations of {len(self._not_finite)} of {len(self.sites)} MLPs are not finite (first {first}: "
                 f"{neurons} neurons): this run is left out of the recording. Load the model in bfloat16 or float32."
             )
-        return " ".join(said)
-
-
-def merge(a: SiteInternals, b: SiteInternals) -> SiteInternals:
-    """Both recordings of one MLP together."""
-    return SiteInternals(a.fires + b.fires, a.tokens + b.tokens, a.sum + b.sum, a.sum_sq + b.sum_sq)
+        return " ".join(filter(None, said))
 
 
 def _measure(site: Site, mask: TokenMask, gates: list[Tensor], seen: list[tuple[str, Sums]]):

@@ -23,7 +23,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..flux.fingerprint import Fingerprint
 from .internals import Internals, check_file
-from .manifest import MANIFEST, Manifest, record_first
+from .manifest import MANIFEST, Manifest, nothing_recorded, require_model
 from .store import HiddenStates
 
 INTERNALS, STATES, CACHE = "internals.safetensors", "hidden_states", "cache"
@@ -31,24 +31,21 @@ INTERNALS, STATES, CACHE = "internals.safetensors", "hidden_states", "cache"
 
 @dataclass(frozen=True)
 class Recording:
-    """A folder, and where in it things are. `folder` need not exist yet.
-
-    `file` is an internals file that stands for itself, whatever else is in its folder; None = the one in the folder.
-    """
+    """A folder, which need not exist yet; or, with `file`, an internals file alone, whatever else is in its folder."""
 
     folder: Path
     file: Path | None = None
 
     @classmethod
     def at(cls, folder: str | os.PathLike[str]) -> Recording:
-        """The recording in `folder`, to be recorded to; nothing is read or made."""
+        """The recording in `folder`, which may be a new one."""
         return cls(Path(folder))
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Recording:
-        """The recording in `folder`; raises `UserError` where there is none.
+        """The recording in `folder`, or beside an internals.safetensors, or in an internals file of another name alone.
 
-        The name of an internals file stands for its folder; one of another name for itself alone.
+        Raises `UserError` where there is none.
         """
         path = Path(folder)
         alone = path.is_file() and path.name != INTERNALS
@@ -100,7 +97,7 @@ class Recording:
     def require_internals(self) -> None:
         """Raises `UserError` where there are none."""
         if not self.internals_file.is_file():
-            raise UserError(f"{self.folder} holds no internals. {record_first('internals')}")
+            raise nothing_recorded(self.folder, "internals")
 
     def states(self) -> HiddenStates:
         """Raises `UserError` where there are none."""
@@ -124,17 +121,11 @@ class Recording:
     def require(self, fingerprint: Fingerprint, what: str) -> None:
         """Raises `UserError` where something was recorded of another model than the one with `fingerprint`, called `what`."""
         found = self.fingerprint() if self.kinds else None
-        if found is not None and not found.matches(fingerprint):
-            raise UserError(
-                f"{self.folder} was recorded on another model than {what}: {found.difference(fingerprint)}. "
-                "Choose the recording that belongs to it, or a new folder."
-            )
+        if found is not None:
+            require_model(found, fingerprint, self.folder, what)
 
     def check_writable(self, fingerprint: Fingerprint, what: str, internals: bool) -> None:
-        """Raises `UserError` where nothing of the model with `fingerprint`, called `what`, could be recorded here.
-
-        `internals`: whether they are to be.
-        """
+        """Raises `UserError` where nothing of this model, called `what`, can be added, or no `internals` if they are to be."""
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file: expected a folder to record to. Choose another name.")
         if internals:
@@ -142,9 +133,10 @@ class Recording:
         self.require(fingerprint, what)
 
     def fingerprint(self) -> Fingerprint | None:
-        """Of the model that was recorded, None where that is not known (the original's counts).
+        """Of the model that was recorded; None where only the original's counts are there, which do not tell.
 
-        Raises `UserError` where nothing was recorded, or internals and states are of two models.
+        Reads the internals whole, so that a damaged file is found before anything is drawn. Raises `UserError` where nothing
+        was recorded, or internals and states are of two models.
         """
         found: list[Fingerprint | None] = []
         if self.internals_file.is_file():

@@ -15,24 +15,26 @@ written.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..flux.layout import Site
+from ..flux.layout import Layout, Site
+from ..flux.vectors import VECTOR
 from .call import Call
-from .hooks import watching_blocks
 from .manifest import Limit
 from .run import Recorder, Run, StepDraw
 from .store import HiddenStates
 
 #: Rows in memory before they are written, in the middle of a run if need be.
 SHARD_BYTES = 256_000_000
+#: Bytes that a row has of its sigma, image and step; all else is bf16.
+KNOWN = 4 + 4 + 4
 
 
 @dataclass(frozen=True)
@@ -48,153 +50,146 @@ class RowChoice(StepDraw):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.check()
+        super().__post_init__()
         if self.rows < 1:
             raise UserError(f"At least 1 row per image and step is recorded; asked for {self.rows}.")
 
 
-def estimated_bytes(sites: Sequence[Site], hidden: int, choice: RowChoice, steps: int, images: int) -> int:
+def estimated_bytes(layout: Layout, choice: RowChoice, steps: int, images: int) -> int:
     """What `images` images of `steps` steps take on disk at most.
 
     It is less where an image has fewer tokens than `choice.rows`, or fewer steps within `choice.sigmas` than are asked for,
     which the sampler's schedule alone tells.
     """
-    row = sum(2 * (hidden + site.down_column) + 4 + 4 + 4 for site in sites)  # x, attn in bf16; sigma, image, step
-    return images * choice.count(steps) * choice.rows * row
+    row = sum(row_bytes(layout, site) for site in layout.sites)
+    return images * choice.count(steps) * (choice.rows * row + 2 * (layout.vector or 0) + KNOWN)
+
+
+def row_bytes(layout: Layout, site: Site) -> int:
+    """What one row of a site takes on disk."""
+    return 2 * (layout.hidden + site.down_column) + KNOWN
 
 
 class RowRecorder(Recorder):
-    """Records rows of `sites` into `store`, over any number of runs, until `limit` says stop (`full`).
+    """Records rows of `sites`; what it thins out is left as many rows as a regression on all that the MLP reads needs.
 
-    What it thins out is left as many rows as a regression on all that the MLP reads needs.
+    Rows in memory are written before they exceed `shard_bytes`; where that is infinite, a run leaves all of its rows or none.
     """
 
+    kind = "rows"
     choice: RowChoice
 
-    def __init__(self, sites: Sequence[Site], store: HiddenStates, choice: RowChoice | None = None, limit: Limit | None = None):
-        self.sites = tuple(sites)
-        self.store = store
-        self.choice = choice or RowChoice()
-        self.limit = limit and replace(limit, least={site.name: site.regressors for site in sites})
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        store: HiddenStates,
+        choice: RowChoice,
+        limit: Limit | None = None,
+        shard_bytes: float = SHARD_BYTES,
+    ):
+        super().__init__(store, choice, limit and replace(limit, least={site.name: site.regressors for site in sites}))
+        self.sites, self.shard_bytes = tuple(sites), shard_bytes
 
     def begin(self) -> RowRun:
-        """A run of the sampler: `finish` it when it ended well."""
         return RowRun(self)
 
 
-class RowRun(Run):
-    """One sampling run (see `Run`)."""
-
-    def __init__(self, recorder: RowRecorder):
-        super().__init__(recorder, "rows")
-        self.recorder = recorder
-        self.halvings = recorder.store.manifest.halvings
-        self.rows = recorder.choice.rows >> self.halvings
-        self._pieces: list[_Piece] = []
-        self._events: list[torch.cuda.Event] = []
-
-    @contextmanager
-    def watching(self, model: nn.Module, call: Call) -> Iterator[None]:
-        """Hooks on `model` for one call of it, if its step is one of `steps`; tokens outside `call.mask` are not drawn."""
-        if not self.wants(call) or not self.rows:
-            yield
-            return
-        drawn = _Draw(self, call)
-        with ExitStack() as hooks:
-            ran = hooks.enter_context(watching_blocks(model))
-            for site in self.recorder.sites:
-                hooks.callback(model.get_submodule(site.up).register_forward_pre_hook(drawn.hook(site, "x")).remove)
-                if site.down_column:
-                    hooks.callback(model.get_submodule(site.down).register_forward_pre_hook(drawn.hook(site, "attn")).remove)
-            yield
-        if not self.is_whole(ran):
-            return
-        self._pieces += drawn.pieces
-        if drawn.device is not None and drawn.device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(drawn.device))
-            self._events.append(event)
-        if sum(piece.values.numel() for piece in self._pieces) * 2 >= SHARD_BYTES:
-            self.flush()
-
-    def finish(self) -> None:
-        """Writes the rest, and that these images were recorded."""
-        self.flush()
-        if self.drawing is not None and not self._wrong:
-            self.recorder.store.note_recorded(self.drawing, "rows")
-
-    def flush(self) -> None:
-        """Writes what was recorded so far as one shard; nothing, and nothing more of this run, where a row is not finite."""
-        for event in self._events:
-            event.synchronize()
-        found: dict[str, list[Tensor]] = {}
-        for piece in self._pieces:
-            keep = piece.drawn
-            count = int(keep.sum())
-            found.setdefault(f"{piece.site}.{piece.part}", []).append(piece.values[keep])
-            if piece.part == "x":
-                found.setdefault(f"{piece.site}.sigma", []).append(torch.full((count,), piece.sigma))
-                found.setdefault(f"{piece.site}.image", []).append(piece.image[keep])
-                found.setdefault(f"{piece.site}.step", []).append(torch.full((count,), piece.step, dtype=torch.int32))
-        self._pieces, self._events = [], []
-        recorder = self.recorder
-        tensors = {key: torch.cat(parts) for key, parts in found.items()}
-        if not self.all_finite(tensors.items()):
-            self.steps = frozenset()
-        elif tensors and not recorder.store.append("rows", tensors, recorder.limit, self.halvings):
-            recorder.full = True
-            self.steps = frozenset()
-
-
 @dataclass
-class _Piece:
-    """What one hook drew: values [rows, hidden] bf16, which of them count, and the image of each."""
+class _Drawn:
+    """Tokens of one call that all sites of a stream give, or its pooled texts.
 
-    site: str
-    part: str
+    `tokens` [images, rows], or all texts, on the device; on the CPU, of each of these rows, whether it counts, and its image's
+    number.
+    """
+
+    tokens: Tensor
+    counts: Tensor
+    image: Tensor
     step: int
     sigma: float
-    values: Tensor
-    drawn: Tensor
-    image: Tensor
 
 
-class _Draw:
-    """What is drawn of one call of the model: all sites of a stream give the same tokens."""
+class RowRun(Run):
+    recorder: RowRecorder
 
-    def __init__(self, run: RowRun, call: Call):
-        assert run.drawing is not None
-        self.run, self.call, self.first = run, call, run.drawing.first
-        self.pieces: list[_Piece] = []
-        self.device: torch.device | None = None
-        self._drawn: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    def __init__(self, recorder: RowRecorder):
+        super().__init__(recorder)
+        self.halvings = recorder.store.manifest.halvings
+        self.rows = recorder.choice.rows >> self.halvings
+        #: Site, "x" or "attn", and its values [images * rows, hidden] bf16 of what was drawn.
+        self._pieces: list[tuple[str, str, Tensor, _Drawn]] = []
+        self._events: list[torch.cuda.Event] = []
 
-    def hook(self, site: Site, part: str):
-        @torch.no_grad()
-        def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            values = inputs[0] if part == "x" else inputs[0][..., : site.down_column]
-            self.device = values.device
-            if site.stream not in self._drawn:
-                self._drawn[site.stream] = self._draw(site.stream, values.shape[0], values.shape[1], values.device)
-            tokens, drawn, image = self._drawn[site.stream]
-            rows = self.call.part(values).gather(1, tokens[..., None].expand(-1, -1, values.shape[-1])).flatten(0, 1).bfloat16()
-            step = self.call.step
-            self.pieces.append(_Piece(site.name, part, step, self.call.sigma_now, to_host(rows), drawn, image))
+    def wants(self, call: Call) -> bool:
+        return super().wants(call) and self.rows > 0
 
-        return record
+    def hook(self, hooks: ExitStack, model: nn.Module, call: Call) -> Callable[[], None]:
+        drawn: dict[str, _Drawn] = {}
+        pieces: list[tuple[str, str, Tensor, _Drawn]] = []
 
-    def _draw(self, stream: str, batch: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [images, rows] on the device; which of them count, and their image's number [images * rows], on the CPU."""
-        run, call = self.run, self.call
-        seed = hashlib.sha256(f"{run.recorder.choice.seed} {run.key} {call.step} {stream}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "big"))
-        order = torch.rand(batch, tokens, generator=generator).to(device)
+        def recording(site: Site, part: str) -> Callable[..., None]:
+            @torch.no_grad()
+            def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                values = inputs[0] if part == "x" else inputs[0][..., : site.down_column]
+                if site.stream not in drawn:
+                    drawn[site.stream] = self._draw(call, site.stream, values)
+                chosen = drawn[site.stream]
+                rows = call.part(values).gather(1, chosen.tokens[..., None].expand(-1, -1, values.shape[-1]))
+                pieces.append((site.name, part, to_host(rows.flatten(0, 1).bfloat16()), chosen))
+
+            return record
+
+        def record_vector(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            pooled = call.part(inputs[0])
+            image = self.numbers(call).int()
+            drawn[VECTOR] = _Drawn(pooled, torch.ones_like(image, dtype=torch.bool), image, call.step, call.sigma_now)
+            pieces.append((VECTOR, "x", to_host(pooled.bfloat16()), drawn[VECTOR]))
+
+        if isinstance(embedder := getattr(model, VECTOR, None), nn.Module):
+            hooks.enter_context(embedder.register_forward_pre_hook(record_vector))
+        for site in self.recorder.sites:
+            hooks.enter_context(model.get_submodule(site.up).register_forward_pre_hook(recording(site, "x")))
+            if site.down_column:
+                hooks.enter_context(model.get_submodule(site.down).register_forward_pre_hook(recording(site, "attn")))
+
+        def take() -> None:
+            self._pieces += pieces
+            for device in {chosen.tokens.device for chosen in drawn.values()}:
+                if device.type == "cuda":
+                    self._events.append(torch.cuda.current_stream(device).record_event())
+            if sum(values.numel() for _, _, values, _ in self._pieces) * 2 >= self.recorder.shard_bytes:
+                self.finish()
+
+        return take
+
+    def _draw(self, call: Call, stream: str, values: Tensor) -> _Drawn:
+        """Tokens of `values` [batch, tokens, ...] at random; those outside `call.mask` do not count."""
+        batch, tokens = values.shape[:2]
+        order = torch.rand(batch, tokens, generator=self.generator(call, stream)).to(values.device)
         allowed = call.mask.rows(stream, batch, tokens)
         if allowed is not None:
             order = order.masked_fill(~allowed.view(batch, tokens), -1.0)
-        best, chosen = call.part(order).topk(min(run.rows, tokens), dim=1)
-        image = (torch.tensor(call.read, dtype=torch.int32) + self.first)[:, None].expand(-1, best.shape[1]).flatten()
-        return chosen, to_host((best >= 0).flatten()), image
+        best, chosen = call.part(order).topk(min(self.rows, tokens), dim=1)
+        image = self.numbers(call).int().repeat_interleave(best.shape[1])
+        return _Drawn(chosen, to_host((best >= 0).flatten()), image, call.step, call.sigma_now)
+
+    def finish(self) -> None:
+        """Writes what was recorded so far as one shard; where a row is not finite, nothing, and nothing more of this run."""
+        for event in self._events:
+            event.synchronize()
+        found: defaultdict[str, list[Tensor]] = defaultdict(list)
+        for site, part, values, drawn in self._pieces:
+            found[f"{site}.{part}"].append(values[drawn.counts])
+            if part == "x":
+                image = drawn.image[drawn.counts]
+                found[f"{site}.image"].append(image)
+                found[f"{site}.sigma"].append(torch.full((len(image),), drawn.sigma))
+                found[f"{site}.step"].append(torch.full_like(image, drawn.step))
+        self._pieces, self._events = [], []
+        if found:
+            self.write({key: torch.cat(parts) for key, parts in found.items()}, self.halvings)
+        if self._wrong:
+            self.steps = frozenset()
 
 
 def to_host(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ A recorded call is one shard, written at once. Kind `blocks`: `{k}-img` and `{k}
 k that is recorded, `vec` [rows, hidden], and `pe` [tokens, head dim / 2, 2, 2] float32, the rotations of text and image
 tokens. Index k is what enters block k; single blocks count on from the double ones, and the last index is what leaves the last
 block. Kind `trajectories`: `x`, `sigma`, `context`, `vector`, `guidance`, `velocity` [rows, ...], and `reference0`, ... of
-an edit.
+an edit (and `method-NAME` where its pictures are set in another way than the family's own).
 
 Works on `flux.model.Flux` and on ComfyUI's modules, whose blocks add to their input in place: everything is copied before
 the block runs.
@@ -19,8 +19,8 @@ the block runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,12 +31,14 @@ from ..errors import UserError
 from ..flux.blocks import Block, blocks_of
 from ..flux.layout import Layout
 from .call import Call
-from .hooks import watching_blocks
+from .hooks import blocks_in, watching_tokens
 from .manifest import Capture, Limit
 from .run import Recorder, Run, StepDraw
 from .store import HiddenStates
 
 StateKind = Literal["blocks", "trajectories"]
+#: What tensors of reference pictures are called, by number; and what says that they are set in another way than by default.
+REFERENCE, METHOD = "reference", "method-"
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,6 @@ class StateChoice(StepDraw):
     sigmas: tuple[float, float] = (0.0, 1.0)
     seed: int = 0
     dtype: torch.dtype = torch.bfloat16
-
-    def __post_init__(self) -> None:
-        self.check()
 
 
 def indices_around(blocks: Collection[Block], layout: Layout) -> frozenset[int]:
@@ -71,21 +70,18 @@ def estimated_state_bytes(
 
 
 class StateRecorder(Recorder):
-    """Records model calls into `store`, over any number of runs, until `limit` says stop (`full`)."""
+    """Records model calls; `indices` are those of the states that kind "blocks" keeps."""
 
     choice: StateChoice
 
     def __init__(
-        self,
-        kind: StateKind,
-        store: HiddenStates,
-        choice: StateChoice | None = None,
-        limit: Limit | None = None,
+        self, kind: StateKind, store: HiddenStates, choice: StateChoice = StateChoice(), limit: Limit | None = None,
         indices: Collection[int] = (),
-    ):
+    ):  # fmt: skip
+        super().__init__(store, choice, limit)
         if kind == "blocks" and not indices:
             raise UserError("No block is to be recorded: choose at least one.")
-        self.kind, self.store, self.choice, self.limit = kind, store, choice or StateChoice(), limit
+        self.kind = kind
         self.indices = frozenset(indices)
 
     def begin(self) -> StateRun:
@@ -94,38 +90,21 @@ class StateRecorder(Recorder):
 
 
 class StateRun(Run):
-    """One sampling run (see `Run`)."""
+    recorder: StateRecorder
 
-    def __init__(self, recorder: StateRecorder):
-        super().__init__(recorder, recorder.kind)
-        self.recorder = recorder
-        self._noted = False
+    def hook(self, hooks: ExitStack, model: nn.Module, call: Call) -> Callable[[], None]:
+        seen = _Seen(self.recorder.choice.dtype, call)
+        if self.kind == "blocks":
+            _watch_blocks(hooks, model, self.recorder.indices, seen)
+        else:
+            hooks.enter_context(model.register_forward_hook(seen.keep_call, with_kwargs=True))
 
-    @contextmanager
-    def watching(self, model: nn.Module, call: Call) -> Iterator[None]:
-        """Hooks on `model` for one call of it, if its step is one of `steps`; what was seen is written when it ends."""
-        if not self.wants(call):
-            yield
-            return
-        recorder, seen = self.recorder, _Seen(self.recorder.choice.dtype, call)
-        with ExitStack() as hooks:
-            ran = hooks.enter_context(watching_blocks(model))
-            hooks.enter_context(
-                _blocks(model, recorder.indices, seen) if recorder.kind == "blocks" else _trajectories(model, seen)
-            )
-            yield
-        if self.is_whole(ran) and self.all_finite(seen.tensors.items()):
-            self._write(call, seen)
+        def take() -> None:
+            images = zip(self.numbers(call).tolist(), call.read, strict=True)
+            captures = [Capture(number, call.step, call.sigma_now, *self._asked[image]) for number, image in images]
+            self.write(seen.tensors, captures=captures)
 
-    def _write(self, call: Call, seen: _Seen) -> None:
-        assert self.drawing is not None
-        recorder, store = self.recorder, self.recorder.store
-        captures = [Capture(self.drawing.first + image, call.step, call.sigma_now, *self._asked[image]) for image in call.read]
-        if not store.append(recorder.kind, seen.tensors, recorder.limit, captures=captures):
-            recorder.full, self.steps = True, frozenset()
-        elif not self._noted:
-            self._noted = True
-            store.note_recorded(self.drawing, recorder.kind)
+        return take
 
 
 class _Seen:
@@ -146,73 +125,38 @@ class _Seen:
     def put(self, name: str, values: Tensor, dtype: torch.dtype | None = None) -> None:
         self.tensors[name] = values.detach().to("cpu", dtype or self.dtype, copy=True)
 
+    def keep_call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+        """What the model was called with (ComfyUI calls the vector `y`), and what it answered."""
+        names = ("x", "sigma", "context", "vector", "guidance", "references")
+        told = {**dict(zip(names, args, strict=False)), **kwargs}
+        told.setdefault("vector", told.get("y"))
+        references = told.get("ref_latents") or told.get("references") or ()
+        for name in names[:-1]:
+            if told.get(name) is not None:
+                self.keep(name, told[name], torch.float32 if name == "sigma" else None)
+        for number, reference in enumerate(references):
+            self.keep(f"{REFERENCE}{number}", reference.expand(len(output), *reference.shape[1:]))
+        method = told.get("ref_latents_method") or getattr(getattr(module, "params", None), "default_ref_method", None)
+        own = "index" if hasattr(module, "double_stream_modulation_img") else "offset"
+        if references and method not in (None, own):
+            self.put(f"{METHOD}{method}", torch.ones(len(self.call.rows)))
+        self.keep("velocity", output)
 
-@contextmanager
-def _blocks(model: nn.Module, indices: frozenset[int], seen: _Seen) -> Iterator[None]:
+
+def _watch_blocks(hooks: ExitStack, model: nn.Module, indices: frozenset[int], seen: _Seen) -> None:
     """Hooks that keep the states at `indices`, the vector and the rotations."""
-    doubles: list[Any] = list(model.get_submodule("double_blocks").children())
-    singles: list[Any] = list(model.get_submodule("single_blocks").children())
-    last = len(doubles) + len(singles)
-    words = 0
 
-    def split(block_index: int, tokens: Tensor) -> None:
-        seen.keep(f"{block_index}-txt", tokens[:, :words])
-        seen.keep(f"{block_index}-img", tokens[:, words:])
+    def see(block_index: int, img: Tensor, txt: Tensor) -> None:
+        seen.keep(f"{block_index}-img", img)
+        seen.keep(f"{block_index}-txt", txt)
 
-    def entering(block_index: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            nonlocal words
-            if block_index < len(doubles):
-                words = kwargs["txt"].shape[1]
-                if block_index in indices:
-                    seen.keep(f"{block_index}-img", kwargs["img"])
-                    seen.keep(f"{block_index}-txt", kwargs["txt"])
-            else:
-                split(block_index, args[0])
-            if "pe" not in seen.tensors:  # all images of a batch have the same positions
-                pe = kwargs["pe"]
-                seen.put("pe", pe.reshape(-1, *pe.shape[-4:])[0], torch.float32)
-
-        return hook
-
-    def leaving(module: nn.Module, args: tuple, output: Any) -> None:
-        if singles:
-            split(last, output)
-        else:
-            seen.keep(f"{last}-img", output[0])
-            seen.keep(f"{last}-txt", output[1])
+    def first(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        pe = kwargs["pe"]  # all images of a batch have the same positions
+        seen.put("pe", pe.reshape(-1, *pe.shape[-4:])[0], torch.float32)
 
     def final(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         seen.keep("vec", args[1] if len(args) > 1 else kwargs["vec"])
 
-    with ExitStack() as hooks:
-        for block_index, module in enumerate((*doubles, *singles)):
-            # The first block gives the positions, the last double block the number of words.
-            if block_index in indices or block_index in (0, len(doubles) - 1):
-                hooks.callback(module.register_forward_pre_hook(entering(block_index), with_kwargs=True).remove)
-        if last in indices:
-            hooks.callback((*doubles, *singles)[-1].register_forward_hook(leaving).remove)
-        hooks.callback(model.get_submodule("final_layer").register_forward_pre_hook(final, with_kwargs=True).remove)
-        yield
-
-
-@contextmanager
-def _trajectories(model: nn.Module, seen: _Seen) -> Iterator[None]:
-    """A hook that keeps what `model` is called with (ComfyUI calls the vector `y`) and what it answers."""
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
-        names = ("x", "sigma", "context", "vector", "guidance")
-        told = {**dict(zip(names, args, strict=False)), **kwargs}
-        told.setdefault("vector", told.get("y"))
-        for name in names:
-            if told.get(name) is not None:
-                seen.keep(name, told[name], torch.float32 if name == "sigma" else None)
-        for number, reference in enumerate(told.get("ref_latents") or ()):
-            seen.keep(f"reference{number}", reference.expand(len(output), *reference.shape[1:]))
-        seen.keep("velocity", output)
-
-    handle = model.register_forward_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    hooks.enter_context(watching_tokens(model, indices, see))
+    hooks.enter_context(blocks_in(model)[0].register_forward_pre_hook(first, with_kwargs=True))
+    hooks.enter_context(model.get_submodule("final_layer").register_forward_pre_hook(final, with_kwargs=True))

@@ -1,8 +1,7 @@
 """Counts and sums of MLP activations, in one pass, where the model runs.
 
-    statistics = NeuronStatistics(width=12288, device=h.device)
-    statistics.add(Sums.of(h))                       # h [tokens, 12288], any float precision; nothing waits for the device
-    statistics.result()                              # moved to the CPU: fires, tokens, sum, sum_sq
+    sums = Sums.of(h) + Sums.of(more)                # h [tokens, width], any float precision; nothing waits for the device
+    sums.result()                                    # moved to the CPU: fires, tokens, sum, sum_sq
 
 Counts are exact integers. Sums are taken in float32 over at most `TILE` tokens and added up in float64.
 """
@@ -34,6 +33,16 @@ class SiteInternals:
     sum: Tensor
     sum_sq: Tensor
 
+    def __add__(self, other: SiteInternals) -> SiteInternals:
+        """Both recordings of one MLP together."""
+        return SiteInternals(
+            self.fires + other.fires, self.tokens + other.tokens, self.sum + other.sum, self.sum_sq + other.sum_sq
+        )
+
+    def __sub__(self, part: SiteInternals) -> SiteInternals:
+        """What is left without a part that was added."""
+        return SiteInternals(self.fires - part.fires, self.tokens - part.tokens, self.sum - part.sum, self.sum_sq - part.sum_sq)
+
     @property
     def rate(self) -> Tensor:
         """Share of tokens at which each neuron fired, float64 [width]; 0 where nothing was recorded."""
@@ -52,7 +61,7 @@ class SiteInternals:
 
 @dataclass(frozen=True)
 class Sums:
-    """Of one call of one MLP, where it ran: fires int64, sum and sum_sq float64 (float32 on MPS) [width], and over how many
+    """Of calls of one MLP, where it ran: fires int64, sum and sum_sq float64 (float32 on MPS) [width], and over how many
     tokens: a tensor [] where a mask tells."""
 
     fires: Tensor
@@ -68,43 +77,19 @@ class Sums:
             gate: pre-activation of the gate [tokens, width], whose sign tells what fires in a gated MLP.
             keep: which tokens count, bool [tokens].
         """
-        wide = _wide(h.device)
+        wide = torch.float32 if h.device.type == "mps" else torch.float64  # MPS has no float64
         fires, total, squares = partial_sums(h, gate, keep)
         return cls(
             fires.sum(0, dtype=torch.int64), total.sum(0, dtype=wide), squares.sum(0, dtype=wide),
             len(h) if keep is None else keep.sum(),
         )  # fmt: skip
 
-
-class NeuronStatistics:
-    """Accumulates `SiteInternals` of one MLP on `device`."""
-
-    def __init__(self, width: int, device: torch.device | str):
-        device = torch.device(device)
-        self.fires = torch.zeros(width, dtype=torch.int64, device=device)
-        self.sum, self.sum_sq = torch.zeros(2, width, dtype=_wide(device), device=device)
-        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
-        self._counted = 0
-
-    def add(self, sums: Sums) -> None:
-        """Adds those of one call."""
-        if isinstance(sums.tokens, int):
-            self._counted += sums.tokens
-        else:
-            self.tokens += sums.tokens
-        self.fires += sums.fires
-        self.sum += sums.sum
-        self.sum_sq += sums.sum_sq
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.fires + other.fires, self.sum + other.sum, self.sum_sq + other.sum_sq, self.tokens + other.tokens)
 
     def result(self) -> SiteInternals:
-        """What was added so far, on the CPU; this waits for the device."""
-        return SiteInternals(
-            self.fires.cpu(), int(self.tokens) + self._counted, self.sum.cpu().double(), self.sum_sq.cpu().double()
-        )
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        """On the CPU; this waits for the device."""
+        return SiteInternals(self.fires.cpu(), int(self.tokens), self.sum.cpu().double(), self.sum_sq.cpu().double())
 
 
 def partial_sums(h: Tensor, gate: Tensor | None = None, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

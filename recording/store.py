@@ -17,23 +17,23 @@ where, and whose, is in the manifest (`manifest.py`).
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import locked, write_safetensors, write_text
+from ..files import locked, write_safetensors
 from ..flux.checkpoint import open_safetensors
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import Site
-from .manifest import FORMAT, MANIFEST, Capture, Drawing, Kind, Limit, Manifest, Shard, new_id
-from .shards import halve, require_finite
+from .manifest import FORMAT, MANIFEST, Capture, Drawing, Kind, Limit, Manifest, Shard, nothing_recorded, require_model
+from .shards import ShardFile, halve, parts_at
 
 __all__ = ["MANIFEST", "HiddenStates", "Limit", "Manifest", "Rows"]
 
@@ -52,8 +52,14 @@ class Rows:
         return len(self.x)
 
     def __getitem__(self, chosen: Tensor | slice) -> Rows:
-        attn = None if self.attn is None else self.attn[chosen]
-        return Rows(self.x[chosen], attn, self.sigma[chosen], self.image[chosen], self.step[chosen])
+        return Rows(**parts_at(self, chosen))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rows]) -> Rows:
+        joined: dict[str, Any] = {}
+        for name, first in vars(parts[0]).items():
+            joined[name] = None if first is None else torch.cat([vars(part)[name] for part in parts])
+        return cls(**joined)
 
 
 class HiddenStates:
@@ -77,60 +83,39 @@ class HiddenStates:
                 store = cls.open(folder)
                 store.require(fingerprint, "this model")
                 return store
-            now = _now()
-            manifest = Manifest(family, fingerprint, created=now, updated=now)
-            write_text(folder / MANIFEST, manifest.to_json())
-        return cls(folder, manifest)
+            store = cls(folder, Manifest(family, fingerprint))
+            store.manifest.save(folder)
+            return store
 
     def require(self, fingerprint: Fingerprint, what: str) -> None:
         """Raises `UserError` where the folder is not of the model with `fingerprint`, called `what`."""
-        if not self.manifest.fingerprint.matches(fingerprint):
-            raise UserError(
-                f"{self.folder} was recorded on another model than {what}: "
-                f"{self.manifest.fingerprint.difference(fingerprint)}. Choose the folder that belongs to it, or a new one."
-            )
+        require_model(self.manifest.fingerprint, fingerprint, self.folder, what)
 
     def index(self, name: str, images: int) -> Drawing:
-        """Numbers for the `images` images of a sampling run; `name` tells them from others (`Call.drawn`).
-
-        The same images have the same numbers, whatever is recorded of them.
-        """
+        """Numbers for the `images` images of a sampling run; `name` tells them from others (`Call.drawn`)."""
         with self._changing():
             for known in self.manifest.drawings:
                 if (known.name, known.images) == (name, images):
                     return known
-            drawing = Drawing(self.manifest.images, images, name, {})
-            drawings = (*self.manifest.drawings, drawing)
-            self.manifest = replace(self.manifest, images=drawing.first + images, drawings=drawings)
-        return drawing
+            new = Drawing(self.manifest.images, images, name, {})
+            self.manifest = replace(self.manifest, images=new.first + images, drawings=(*self.manifest.drawings, new))
+        return new
 
     def note_recorded(self, drawing: Drawing, kind: Kind) -> None:
         """Notes that `kind` of these images was recorded whole, once more."""
         with self._changing():
-            found = {known.first: known for known in self.manifest.drawings}
-            known = found.get(drawing.first, drawing)
-            found[drawing.first] = known._replace(times={**known.times, kind: known.times.get(kind, 0) + 1})
-            self.manifest = replace(self.manifest, drawings=tuple(found.values()))
+            drawings = tuple(known.again(kind) if known.first == drawing.first else known for known in self.manifest.drawings)
+            self.manifest = replace(self.manifest, drawings=drawings)
 
     def image_count(self, kind: Kind | None = None) -> int:
         """How many different images were recorded whole, of one kind or of any."""
         return sum(drawing.images for drawing in self.manifest.drawings if (kind in drawing.times if kind else drawing.times))
 
     def append(
-        self,
-        kind: Kind,
-        tensors: Mapping[str, Tensor],
-        limit: Limit | None = None,
-        halvings: int = 0,
+        self, kind: Kind, tensors: Mapping[str, Tensor], limit: Limit | None = None, halvings: int = 0,
         captures: Sequence[Capture] = (),
-    ) -> bool:
-        """Adds one shard; False where `limit` leaves no room for it.
-
-        Args:
-            tensors: as the module says.
-            halvings: how often these rows were halved already, of `manifest.halvings`.
-            captures: of a model call, what each of its rows is.
-        """
+    ) -> bool:  # fmt: skip
+        """Adds one shard, of rows halved `halvings` times or of a call's `captures`; False where `limit` leaves no room."""
         with self._changing():
             while kind == "rows" and halvings < self.manifest.halvings:
                 tensors, halvings = halve(tensors), halvings + 1
@@ -140,8 +125,8 @@ class HiddenStates:
                 self._halve()
                 tensors, halvings = halve(tensors), halvings + 1
             if any(len(tensor) for tensor in tensors.values()):
-                numbers = [int(shard.file.removesuffix(".safetensors").rsplit("-", 1)[1]) for shard in self.manifest.shards]
-                name = f"{kind}-{max(numbers, default=-1) + 1:05d}.safetensors"
+                number = max((shard.number for shard in self.manifest.shards), default=-1) + 1
+                name = f"{kind}-{number:05d}.safetensors"
                 shard = self._write_shard(Shard(name, kind, 0, {}, halvings, tuple(captures)), tensors)
                 self.manifest = replace(self.manifest, shards=(*self.manifest.shards, shard))
         return True
@@ -178,21 +163,22 @@ class HiddenStates:
         return torch.from_numpy(_at(levels, sigma.numpy()) / mean).to(sigma)
 
     def digest(self, *kinds: str) -> str:
-        """Hexadecimal; another one whenever something of these kinds is recorded or thinned ("rows", "lens", "blocks",
-        "trajectories", "amplification"): what caches and interrupted work are known by."""
+        """Hexadecimal; another one whenever something of these kinds, or "amplification", is recorded or thinned."""
         return self.manifest.digest(*kinds)
 
-    def changed(self, *kinds: str) -> bool:
-        """Reads the manifest again: whether the folder holds other samples of these kinds by now."""
-        return HiddenStates.open(self.folder).digest(*kinds) != self.digest(*kinds)
-
     def bytes(self, kind: Kind) -> int:
-        """What the shards of `kind` take."""
         return sum(shard.bytes for shard in self.manifest.shards if shard.kind == kind)
 
     def count(self, site: str) -> int:
-        """How many rows there are of a site."""
         return sum(shard.rows.get(site, 0) for shard in self.manifest.shards)
+
+    def files(self, kind: Kind) -> list[ShardFile]:
+        """The shards of `kind`; raises `UserError` where there are none."""
+        shards = [shard for shard in self.manifest.shards if shard.kind == kind]
+        if not shards:
+            raise nothing_recorded(self.folder, kind)
+        images = [torch.tensor([capture.image for capture in shard.captures], dtype=torch.int64) for shard in shards]
+        return [ShardFile(self.folder / shard.file, of) for shard, of in zip(shards, images, strict=True)]
 
     def scarcest(self, sites: Sequence[Site]) -> Site:
         """The one of `sites` that has the fewest rows for a regression on all that it reads."""
@@ -213,26 +199,22 @@ class HiddenStates:
                 rows = rows[torch.isin(rows.image, torch.tensor(sorted(images), dtype=torch.int64))]
             waiting.append(rows)
             while sum(map(len, waiting)) >= size:
-                together = _joined(waiting)
+                together = Rows.joined(waiting)
                 yield together[:size]
                 waiting = [together[size:]]
         if sum(map(len, waiting)):
-            yield _joined(waiting)
+            yield Rows.joined(waiting)
 
     def _shards(self, site: str) -> list[Shard]:
         return [shard for shard in self.manifest.shards if shard.rows.get(site)]
 
     def _read(self, shard: Shard, site: str, names: tuple[str, ...]) -> dict[str, Tensor]:
-        path = self.folder / shard.file
-        with open_safetensors(path) as file:
-            there = set(file.keys())
-            found = {name: file.get_tensor(f"{site}.{name}") for name in names if f"{site}.{name}" in there}
-        for name, tensor in found.items():
-            require_finite(tensor, path, f"{site}.{name}")
+        file = ShardFile(self.folder / shard.file)
+        found = {name: file.read(f"{site}.{name}") for name in names if f"{site}.{name}" in file.names}
         missing = sorted({*names} - {"attn"} - found.keys())
         if missing or len({len(tensor) for tensor in found.values()}) != 1:
             what = f"it lacks {missing[0]}" if missing else "its parts differ in length"
-            raise UserError(f"{path} is damaged at {site}: {what}. Record again into a new folder.")
+            raise UserError(f"{file.path} is damaged at {site}: {what}. Record again into a new folder.")
         return found
 
     def _write_shard(self, shard: Shard, tensors: Mapping[str, Tensor]) -> Shard:
@@ -258,10 +240,10 @@ class HiddenStates:
                     done = int(file.metadata()["halvings"])
                 for _ in range(target - done):
                     tensors = halve(tensors)
-                shard = self._write_shard(replace(shard, halvings=target, id=new_id()), tensors)
+                shard = self._write_shard(Shard(shard.file, "rows", 0, halvings=target), tensors)
             thinned.append(shard)
         self.manifest = replace(self.manifest, halvings=target, shards=tuple(thinned))
-        self._write()
+        self.manifest.save(self.folder)
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -269,11 +251,7 @@ class HiddenStates:
         with locked(self.folder / MANIFEST):
             self.manifest = Manifest.load(self.folder)
             yield
-            self._write()
-
-    def _write(self) -> None:
-        self.manifest = replace(self.manifest, updated=_now())
-        write_text(self.folder / MANIFEST, self.manifest.to_json())
+            self.manifest.save(self.folder)
 
 
 def _at(levels: Mapping[float, tuple[float, int]], sigma: np.ndarray) -> np.ndarray:
@@ -283,17 +261,5 @@ def _at(levels: Mapping[float, tuple[float, int]], sigma: np.ndarray) -> np.ndar
     return np.interp(sigma, [level for level, _ in known], [value / count for _, (value, count) in known])
 
 
-def _joined(parts: list[Rows]) -> Rows:
-    attn = None if parts[0].attn is None else torch.cat([part.attn for part in parts if part.attn is not None])
-    return Rows(
-        torch.cat([part.x for part in parts]), attn, torch.cat([part.sigma for part in parts]),
-        torch.cat([part.image for part in parts]), torch.cat([part.step for part in parts]),
-    )  # fmt: skip
-
-
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -14,16 +14,16 @@ How trajectories are recorded is in `states.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..flux.sampling import euler
-from .manifest import record_first
-from .shards import ShardSlices
+from ..flux.integrators import euler
+from .shards import HeldShard, Samples, ShardFile
+from .states import METHOD, REFERENCE
 from .store import HiddenStates
 
 #: velocity = model(x, sigma, context, vector, guidance); `flux.model.Flux` is one.
@@ -32,7 +32,10 @@ Model = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Point:
-    """One call of a FLUX: latents x [batch, ...], sigma [batch], what it is told, and the velocity that came of it."""
+    """One call of a FLUX: latents x [batch, ...], sigma [batch], what it is told, and the velocity that came of it.
+
+    `references`: latents of the pictures that are edited, [batch, ...] each.
+    """
 
     x: Tensor
     sigma: Tensor
@@ -40,26 +43,45 @@ class Point:
     vector: Tensor | None
     guidance: Tensor | None
     velocity: Tensor
+    references: tuple[Tensor, ...] = ()
 
     def __getitem__(self, images: slice | list[int]) -> Point:
-        """The same for some images of the batch."""
-        parts = (self.x, self.sigma, self.context, self.vector, self.guidance, self.velocity)
-        return Point(*(None if part is None else part[images] for part in parts))  # type: ignore[arg-type]
+        return Point.of({name: value[images] for name, value in self.tensors.items()})
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Point:
+        """The point of such `tensors`."""
+        plain: dict[str, Any] = {name: value for name, value in tensors.items() if not name.startswith(REFERENCE)}
+        numbered = [f"{REFERENCE}{number}" for number in range(len(tensors) - len(plain))]
+        return cls(**{"vector": None, "guidance": None, **plain}, references=tuple(tensors[name] for name in numbered))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is of it, by name, references numbered: `reference0`, ..."""
+        found = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return found | {f"{REFERENCE}{number}": value for number, value in enumerate(self.references)}
 
     def run(self, model: Model) -> Tensor:
         """The velocity of another model there."""
-        return model(self.x, self.sigma, self.context, self.vector, self.guidance)
+        edited = {"references": self.references} if self.references else {}
+        return model(self.x, self.sigma, self.context, self.vector, self.guidance, **edited)
 
 
 @torch.no_grad()
 def trajectory(
-    model: Model, noise: Tensor, sigmas: Tensor, context: Tensor, vector: Tensor | None = None, guidance: Tensor | None = None
+    model: Model,
+    noise: Tensor,
+    sigmas: Tensor,
+    context: Tensor,
+    vector: Tensor | None = None,
+    references: Sequence[Tensor] = (),
 ) -> tuple[list[Point], Tensor]:
     """Every point an Euler run goes through, and the latents it ends at."""
     points: list[Point] = []
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        points.append(Point(x, sigma, context, vector, guidance, model(x, sigma, context, vector, guidance)))
+        asked = Point(x, sigma, context, vector, None, x, tuple(references))
+        points.append(replace(asked, velocity=asked.run(model)))
         return points[-1].velocity
 
     return points, euler(velocity, noise, sigmas)
@@ -81,64 +103,36 @@ def relative_error(expected: Tensor, found: Tensor) -> float:
     return ((found.double() - expected).square().sum() / expected.square().sum()).item()
 
 
-class Trajectories:
-    """Points of one image and step, each read when it is asked for.
-
-    Attributes:
-        image: [samples] number of the image each belongs to, int64.
-        groups: indices of samples that can stand in one batch: their latents and texts have equal shapes.
-        digest: hexadecimal; another one whenever trajectories are recorded. Empty for points in memory.
-    """
-
-    def __init__(self, parts: Sequence[Mapping[str, Any]], shapes: Sequence[tuple], images: Sequence[Tensor], digest: str = ""):
-        """`parts` hold `x`, `sigma`, `velocity`, `context` and, where there are such, `vector` and `guidance`, each [n, ...];
-        `shapes` tell which parts go together, `images` [n] the image of each sample."""
-        self.parts = parts
-        self.digest = digest
-        self.image = torch.cat([image.long() for image in images])
-        self._place = [(number, row) for number, image in enumerate(images) for row in range(len(image))]
-        starts = torch.tensor([0, *(len(image) for image in images)]).cumsum(0).tolist()
-        by_shape: dict[tuple, list[Tensor]] = {}
-        for number, shape in enumerate(shapes):
-            by_shape.setdefault(shape, []).append(torch.arange(starts[number], starts[number + 1]))
-        self.groups = [torch.cat(group) for group in by_shape.values()]
-
-    def __len__(self) -> int:
-        return len(self.image)
+class Trajectories(Samples):
+    """Points of one image and step, each read when it is asked for; latents and texts of a group have equal shapes."""
 
     @classmethod
     def open(cls, store: HiddenStates) -> Trajectories:
-        """What was recorded; raises `UserError` where that is nothing, or edits of reference pictures."""
-        shards = [shard for shard in store.manifest.shards if shard.kind == "trajectories"]
-        if not shards:
-            raise UserError(f"{store.folder} holds no trajectories. {record_first('trajectories')}")
-        parts = [ShardSlices(store.folder / shard.file) for shard in shards]
-        if any(name.startswith("reference") for part in parts for name in part):
+        """What was recorded.
+
+        Raises `UserError` where that is nothing, or edits whose reference pictures stand where the reference transformer does
+        not put them.
+        """
+        files = store.files("trajectories")
+        if others := sorted({name for file in files for name in file.names if name.startswith(METHOD)}):
             raise UserError(
-                f"{store.folder} holds edits of reference pictures, which cannot be trained on: record without them."
+                f"{store.folder} holds edits of reference pictures by the method {others[0].removeprefix(METHOD)!r}, which "
+                "cannot be trained on: record them without Edit Model Reference Method and Flux KV Cache."
             )
-        shapes = [(part.shape("x")[1:], part.shape("context")[1:]) for part in parts]
-        return cls(
-            parts,
-            shapes,
-            [torch.tensor([capture.image for capture in shard.captures]) for shard in shards],
-            store.digest("trajectories"),
-        )
+        return cls(files, _alike(files), store.digest("trajectories"))
 
     @classmethod
-    def of(cls, points: Sequence[Point], first_image: int = 0) -> Trajectories:
+    def of(cls, points: Sequence[Point]) -> Trajectories:
         """Of points whose row i is the same image in all of them."""
-        parts = [{name: value for name, value in vars(point).items() if value is not None} for point in points]
-        shapes = [(point.x.shape[1:], point.context.shape[1:]) for point in points]
-        return cls(parts, shapes, [torch.arange(first_image, first_image + len(point.x)) for point in points])
+        held = [HeldShard(point.tensors, torch.arange(len(point.x))) for point in points]
+        return cls(held, _alike(held))
 
     def batch(self, samples: Tensor, device: torch.device | str = "cpu") -> Point:
         """The samples of one group together, float32 on `device`."""
-        found: dict[str, list[Tensor]] = {"vector": [], "guidance": []}
-        for sample in samples.tolist():
-            number, row = self._place[sample]
-            part = self.parts[number]
-            for name in part:
-                one = part.row(name, row) if isinstance(part, ShardSlices) else part[name][row : row + 1]
-                found.setdefault(name, []).append(one)
-        return Point(**{name: torch.cat(rows).to(device).float() if rows else None for name, rows in found.items()})  # type: ignore[arg-type]
+        names = self.places(samples)[0][0].names
+        return Point.of({name: self.read(samples, name).to(device).float() for name in names})
+
+
+def _alike(files: Sequence[ShardFile | HeldShard]) -> tuple[str, ...]:
+    """What is to be of one shape in a batch: latents, texts, and every reference picture."""
+    return ("x", "context", *sorted({name for file in files for name in file.names if name.startswith(REFERENCE)}))

@@ -2,7 +2,7 @@
 
     chain = Chain.load(cut, range(3, 5))             # double blocks 3 and 4, at whatever widths `cut` has
     img, txt = chain(states.batch(samples, 3))
-    problem = BlockProblem("3 and 4", chain, states, options)    # against the states at 5, which the dense model left
+    problem = BlockProblem(chain, states, options)   # against the states at 5, which the dense model left
 
 Indices of blocks are those of block states: single blocks count on from the double ones. What is compared is the state after
 the *last* block of the chain.
@@ -10,8 +10,11 @@ the *last* block of the chain.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +22,19 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..flux.blocks import blocks_of, sites_at
 from ..flux.layout import Layout, Site, read_layout
-from ..flux.model import DoubleBlock, Modulation, SingleBlock, run_blocks
-from ..flux.weights import full_precision
-from ..progress import Progress, silent
-from ..pruning.surgery import shape_of
+from ..flux.model import Flux, run_blocks
+from ..flux.weights import SiteWeights, full_precision
+from ..progress import Progress, part, silent
+from ..pruning.surgery import Cut, shape_of
 from ..recording.block_states import BlockStates, State
-from ..recording.split import held_out
 from ..recording.store import Rows
-from .options import Options
-from .problem import samples_of, seeded, squared
+from .loop import Trained, train_best
+from .options import Options, Report
+from .problem import Problem, seeded, squared
+from .rows import closed_form
+
+#: Tokens that the closed form is fitted to, in units of the MLP's width.
+ROWS_PER_NEURON = 8
 
 
 class Chain(nn.Module):
@@ -38,19 +45,17 @@ class Chain(nn.Module):
         if layout.family == "chroma":
             raise UserError("Chroma's blocks get their modulation from outside: retrain its MLPs on rows.")
         self.layout, self.span = layout, span
-        self.double_blocks, self.single_blocks = nn.ModuleDict(), nn.ModuleDict()
-        for block in blocks_of(layout)[span.start : span.stop]:
-            if block.kind == "double":
-                sites = (layout.site(f"double-{stream}-{block.index}") for stream in ("img", "txt"))
-                self.double_blocks[str(block.index)] = DoubleBlock(layout, *sites)
-            else:
-                self.single_blocks[str(block.index)] = SingleBlock(layout, layout.site(block.name))
+        whole, self.blocks = Flux(layout), blocks_of(layout)[span.start : span.stop]
+        self.double_blocks, self.single_blocks = (
+            nn.ModuleDict({str(block.index): whole.get_submodule(block.path) for block in self.blocks if block.kind == kind})
+            for kind in ("double", "single")
+        )
         if layout.family == "flux2":
             if self.double_blocks:
-                self.double_stream_modulation_img = Modulation(layout.hidden, 6, bias=False)
-                self.double_stream_modulation_txt = Modulation(layout.hidden, 6, bias=False)
+                self.double_stream_modulation_img = whole.double_stream_modulation_img
+                self.double_stream_modulation_txt = whole.double_stream_modulation_txt
             if self.single_blocks:
-                self.single_stream_modulation = Modulation(layout.hidden, 3, bias=False)
+                self.single_stream_modulation = whole.single_stream_modulation
 
     @classmethod
     def load(cls, tensors: Mapping[str, Tensor], span: range, device: torch.device | str = "cpu") -> Chain:
@@ -58,7 +63,7 @@ class Chain(nn.Module):
         layout = read_layout({key: shape_of(tensors, key) for key in tensors})
         with torch.device("meta"):
             chain = cls(layout, span)
-        chain.load_state_dict({key: in_float32(tensors, key, device) for key in chain.state_dict()}, assign=True)
+        chain.load_state_dict({key: full_precision(tensors, key, device).clone() for key in chain.state_dict()}, assign=True)
         return chain.eval().requires_grad_(False)
 
     @property
@@ -73,39 +78,41 @@ class Chain(nn.Module):
     @torch.no_grad()
     def rows(self, states: Iterable[tuple[Tensor, State]], each: int) -> dict[str, Rows]:
         """What every MLP in here reads, by site, bfloat16: at most `each` tokens of every sample, drawn by its index."""
-        found: dict[str, list[Tensor]] = {}
+        x: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
+        attn: dict[str, list[Tensor]] = {site.name: [] for site in self.sites if site.down_column}
         with ExitStack() as hooks:
             seen: dict[str, Tensor] = {}
             for site in self.sites:
                 for path in (site.up, site.down):
-                    hooks.callback(_seeing(self, path, seen).remove)
+                    hooks.callback(self.get_submodule(path).register_forward_pre_hook(_seeing(seen, path)).remove)
             for samples, state in states:
                 self(state)
                 for site in self.sites:
                     tokens = _draw(samples, seen[site.up].shape[1], each).to(seen[site.up].device)
-                    found.setdefault(f"{site.name}.x", []).append(_taken(seen[site.up], tokens))
+                    x[site.name].append(_taken(seen[site.up], tokens))
                     if site.down_column:
-                        attended = seen[site.down][..., : site.down_column]
-                        found.setdefault(f"{site.name}.attn", []).append(_taken(attended, tokens))
-        whole = {name: torch.cat(parts) for name, parts in found.items()}
+                        attn[site.name].append(_taken(seen[site.down][..., : site.down_column], tokens))
         nothing = torch.zeros(0)  # whose rows they are is known by whoever chose the samples
         return {
-            site.name: Rows(whole[f"{site.name}.x"], whole.get(f"{site.name}.attn"), nothing, nothing, nothing)
-            for site in self.sites
+            name: Rows(torch.cat(x[name]), torch.cat(attn[name]) if name in attn else None, nothing, nothing, nothing)
+            for name in x
         }
 
 
-class BlockProblem:
-    """A chain against the states after it, only its MLPs trainable, split by image; a `Problem`.
+class BlockProblem(Problem):
+    """A chain against the states after it, only its MLPs trainable, split by image.
 
-    `before` are blocks that the states go through first, from `first` on: to train on what retrained layers give.
+    `before` are blocks that the states go through first: to train on what retrained layers give.
     """
 
-    def __init__(self, name: str, chain: Chain, states: BlockStates, options: Options, before: Sequence[Chain] = ()):
-        self.name, self.module, self.states, self.options, self.before = name, chain, states, options, tuple(before)
-        self.first = before[0].span.start if before else chain.span.start
-        self.images = held_out(states.image, options.eval_share, options.seed)
-        self.train, self.held_out = (samples_of(images, states.image, states.groups) for images in self.images)
+    module: Chain
+
+    def __init__(self, chain: Chain, states: BlockStates, options: Options, before: Sequence[Chain] = ()):
+        name = "_".join(block.name for block in chain.blocks)
+        super().__init__(name, chain, states.image, states.groups, options)
+        train_mlps_alone(chain, chain.sites)
+        self.states, self.before = states, before
+        self.first = (*before, chain)[0].span.start
 
     def errors(self, samples: Tensor) -> Tensor:
         expected = self.states.tokens(samples, self.module.span.stop, self.options.device)
@@ -128,48 +135,66 @@ class BlockProblem:
             progress(f"{self.name}: running the dense blocks", done, len(batches))
             yield samples, self.state(samples)
 
+    def closed_form(self, cut: Cut, progress: Progress) -> dict[str, Tensor]:
+        """Repaired down projections and biases of the MLPs that `cut` cuts."""
+        tensors, kept = cut.dense.tensors, cut.plan.kept
+        sites = [site for site in self.module.sites if site.name in kept]
+        dense = Chain.load(tensors, self.module.span, self.options.device)
+        each = -(-ROWS_PER_NEURON * max(site.width for site in sites) // sum(map(len, self.train)))
+        steps = 2 + len(sites)
+        fitted, held_out = (
+            dense.rows(self.inputs(groups, part(progress, number, steps)), each)
+            for number, groups in enumerate((self.train, self.held_out))
+        )
+        found: dict[str, Tensor] = {}
+        for number, site in enumerate(sites, start=2):
+            weights, told = SiteWeights.read(tensors, site, self.options.device), part(progress, number, steps)
+            repaired = closed_form(weights, kept[site.name], fitted[site.name], held_out[site.name], told)
+            found |= {f"{site.down}.{name}": value for name, value in repaired.items()}
+        return found
 
-def in_float32(tensors: Mapping[str, Tensor], key: str, device: torch.device | str) -> Tensor:
-    """A tensor in float32 that no one else holds, its scale undone."""
-    if key.endswith(".weight"):
-        return full_precision(tensors, key, device).clone()
-    return tensors[key].to(device, torch.float32, copy=True)
+
+def train_blocks(
+    cut: Cut,
+    states: BlockStates,
+    group: range,
+    options: Options,
+    before: Sequence[Chain],
+    saved: Callable[[str], Path],
+    report: Report | None,
+    progress: Progress,
+) -> Trained:
+    """The blocks of `group` together; where no neuron of them is cut, they are measured alone. `saved(name)` is where a
+    training's state is kept."""
+    chain = Chain.load(cut, group, options.device)
+    if any(site.name in cut.plan.kept for site in chain.sites):
+        problem = BlockProblem(chain, states, options, before)
+        return train_best(problem, partial(problem.closed_form, cut), saved(problem.name), report, progress)
+    measured = train_best(BlockProblem(chain, states, replace(options, just_evaluate=True), before), None, progress=progress)
+    return replace(measured, tensors={})
 
 
-def mlp_parameters(model: nn.Module, sites: Iterable[Site]) -> list[str]:
-    """Names of the MLPs' parameters, which from now on are the only ones of `model` to require gradients.
+def train_mlps_alone(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Makes the MLPs' parameters the only ones of `model` to require gradients.
 
-    The MLPs alone are trained: both projections in a double block; in a single block the MLP's rows of linear1, and linear2
-    whole, since the attention's half of it takes part in making up for cut neurons (as in repair).
+    Both projections in a double block; in a single block the MLP's rows of linear1, and linear2 whole, since the attention's
+    half of it takes part in making up for cut neurons (as in repair).
     """
     model.requires_grad_(False)
-    keys = []
     for site in sites:
         for path in (site.up, site.down):
-            for name, weight in model.get_submodule(path).named_parameters():
-                weight.requires_grad_(True)
-                keys.append(f"{path}.{name}")
+            for weight in model.get_submodule(path).requires_grad_(True).parameters():
                 if path == site.up and site.up_row:
                     weight.register_hook(_only_rows_from(site.up_row))
-    return keys
 
 
 def _only_rows_from(first: int):
     """A gradient without the rows before `first`, which make q, k and v. AdamW without decay leaves those where they are."""
-
-    def hook(gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        gradient[:first] = 0
-        return gradient
-
-    return hook
+    return lambda gradient: torch.cat((torch.zeros_like(gradient[:first]), gradient[first:]))
 
 
-def _seeing(model: nn.Module, path: str, seen: dict[str, Tensor]):
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen[path] = inputs[0]
-
-    return model.get_submodule(path).register_forward_pre_hook(hook)
+def _seeing(seen: dict[str, Tensor], path: str):
+    return lambda module, inputs: seen.update({path: inputs[0]})
 
 
 def _draw(samples: Tensor, tokens: int, each: int) -> Tensor:

@@ -1,39 +1,42 @@
 """`retrained_layers/`: a folder with one file per retrained block of one plan.
 
-    require_own_folder(folder, plan)                 # before any work: nothing of another plan or another kind is in there
-    write_layer(folder, layer)                       # 3.safetensors, layer_stats.yaml
+    output = Output(folder, cut, options, "rows", digest)            # nothing of another plan or another kind is in there
+    key = output.key([3])
+    stats = output.finished([3], key) or output.write([3], key, trained, ...)    # 3.safetensors, layer_stats.yaml
     print(stats_table(read_stats(folder)))
     draw_stats(folder)                               # layer_stats.png
 
 `{n}.safetensors` holds the changed tensors of block n, keyed relative to the block ("img_mlp.0.weight"); single blocks count on
 from the double ones. 8-bit weights stand beside a `scale_weight` each, and `flux_poke.kept.S` int32 are the kept neurons of
-site S. The header has the block's part of the plan, with the dense model's fingerprint, `plan_digest` of the whole plan, and
-what is known of the training. How such a folder takes the place of dense layers is in `replaced.py`.
+site S. Modulation layers that the plan truncates stand there as in a pruned checkpoint ("img_mod.lin.down.weight", `.up.weight`
+and `.bias`), in the dense model's precision whatever the MLPs are saved in. The header has the block's part of the plan, with
+the dense model's fingerprint, `plan_digest` of the whole plan, and what is known of the training. How such a folder takes the
+place of dense layers is in `replaced.py`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import locked, replacing, write_safetensors, write_text
+from ..files import locked, write_picture, write_safetensors, write_text
 from ..flux.blocks import blocks_of, sites_at
 from ..flux.checkpoint import open_safetensors
-from ..flux.layout import Layout
+from ..pruning.cache import cache_key
 from ..pruning.dense import KEPT, Dense
 from ..pruning.plan import PruningPlan
-from .loop import Losses
+from ..pruning.surgery import Cut
+from .loop import Trained
 from .options import Options, stored
 
 FORMAT = "flux-poke retrained layer 1"
@@ -73,44 +76,9 @@ class LayerStats:
     start: str = "cut"
 
     @property
-    def kept(self) -> int:
-        return sum(count for count in (self.img_lines, self.txt_lines, self.single_lines) if count is not None)
-
-    @classmethod
-    def of(
-        cls,
-        dense: Dense,
-        plan: PruningPlan,
-        block_index: int,
-        options: Options,
-        losses: Losses,
-        seconds: float,
-        images: Set[int],
-        **more: Any,
-    ) -> LayerStats:
-        """Of a block that `plan` cuts; `images` are those held out, `more` are the other fields."""
-        sites = sites_at(dense.layout, block_index)
-        lines: dict[str, Any] = {"img_lines": None, "txt_lines": None, "single_lines": None}
-        lines |= {f"{site.stream}_lines": len(plan.kept.get(site.name, range(site.width))) for site in sites}
-        thresholds = plan.settings if plan.settings.get("by") == "threshold" else {}
-        return cls(
-            layer=block_index,
-            name=blocks_of(dense.layout)[block_index].name,
-            **lines,
-            img_threshold=thresholds.get("img"),
-            txt_threshold=thresholds.get("txt"),
-            initial_loss=losses.cut.mse,
-            final_loss=losses.final.mse,
-            train_loss=losses.train.mse if losses.train else None,
-            relative_cut=losses.cut.relative,
-            relative_start=losses.start.relative,
-            relative_final=losses.final.relative,
-            steps=losses.steps,
-            seconds=round(seconds, 3),
-            held_out_images=sorted(images),
-            save_dtype=options.save_dtype,
-            **more,
-        )
+    def kept(self) -> list[int]:
+        """Neurons kept, by stream."""
+        return [count for count in (self.img_lines, self.txt_lines, self.single_lines) if count is not None]
 
     @classmethod
     def read(cls, path: Path) -> LayerStats | None:
@@ -124,29 +92,89 @@ class LayerStats:
             raise UserError(f"{path} is a damaged retrained layer ({error}): remove it, and retrain it.") from error
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One retrained block: its changed tensors (keys relative to the block, float32), its part of the plan, and its stats.
+class Output:
+    """The folder of one training; a layer that it made before, in the very same way, is known again by its `key`.
 
-    `plan_digest` is the whole plan's. `key` tells one way of making it from another: model, plan, data, options.
+    `cut` is what training starts from, `made_of` what else the layers depend on. Raises `UserError` where something else stands
+    in the folder.
     """
 
-    block_index: int
-    tensors: Mapping[str, Tensor]
-    plan: PruningPlan
-    plan_digest: str
-    stats: LayerStats
-    key: str
+    def __init__(self, folder: str | os.PathLike[str], cut: Cut, options: Options, data: str, *made_of: str):
+        self.dense, self.plan, truncated = cut.dense, cut.plan, cut.repairs.low_ranks.digest
+        if not options.just_evaluate:
+            require_own_folder(folder, self.plan)
+        self.folder, self.cut, self.options, self.data = Path(folder), cut, options, data
+        described = str(replace(options, device="", tensorboard=None))
+        self._made_of = cache_key(self.dense.fingerprint.to_json(), self.plan.digest, described, *made_of, truncated)
 
-    @classmethod
-    def of(
-        cls, dense: Dense, plan: PruningPlan, block_index: int, tensors: Mapping[str, Tensor], stats: LayerStats, key: str
-    ) -> Layer:
-        """The block's share of `tensors` (canonical keys)."""
-        prefix = f"{blocks_of(dense.layout)[block_index].path}."
-        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        part = plan.part({site.name for site in sites_at(dense.layout, block_index)})
-        return cls(block_index, own, part, plan.digest, stats, key)
+    def key(self, block_indices: Sequence[int]) -> str:
+        """Tells one way of making the layers of these blocks from another."""
+        return cache_key(self._made_of, str(block_indices))
+
+    def saved(self, key: str, name: str) -> Path:
+        """Where the state of a training in progress is kept."""
+        return self.folder / f".{name}.{key}.training.safetensors"
+
+    def finished(self, block_indices: Sequence[int], key: str) -> list[LayerStats] | None:
+        """The stats of layers that were made before; None where that is not all of them, or nothing is to be written."""
+        if self.options.just_evaluate:
+            return None
+        files = layer_files(self.folder)
+        paths = [files[index] for index in block_indices if index in files and read_header(files[index]).get("key") == key]
+        stats = [stats for path in paths if (stats := LayerStats.read(path)) is not None]
+        return stats if len(stats) == len(block_indices) else None
+
+    def write(
+        self, block_indices: Sequence[int], key: str, trained: Trained, method: str, start: str, begun: float
+    ) -> list[LayerStats]:
+        """A layer for each block, whose losses are those of all of them together; nothing is written by `just_evaluate`.
+
+        Raises `UserError` where a number is not finite as it would be saved.
+        """
+        seconds, settings = round(time.monotonic() - begun, 3), self.plan.settings
+        thresholds = settings if settings.get("by") == "threshold" else {}
+        stats = []
+        for index in block_indices:
+            sites = sites_at(self.dense.layout, index)
+            lines = {site.stream: len(self.plan.kept.get(site.name, range(site.width))) for site in sites}
+            layer = LayerStats(
+                layer=index, name=blocks_of(self.dense.layout)[index].name,
+                img_lines=lines.get("img"), txt_lines=lines.get("txt"), single_lines=lines.get("single"),
+                img_threshold=thresholds.get("img"), txt_threshold=thresholds.get("txt"),
+                initial_loss=trained.cut.mse, final_loss=trained.final.mse,
+                train_loss=trained.train.mse if trained.train else None, relative_cut=trained.cut.relative,
+                relative_start=trained.start.relative, relative_final=trained.final.relative,
+                method=method, data=self.data, steps=trained.steps, seconds=seconds,
+                held_out_images=sorted(trained.images), save_dtype=self.options.save_dtype,
+                together=list(block_indices), start=start,
+            )  # fmt: skip
+            if not self.options.just_evaluate:
+                self._write_layer(layer, key, trained.tensors)
+            stats.append(layer)
+        return stats
+
+    def _write_layer(self, layer: LayerStats, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """The layer's share of `tensors` (canonical keys), its truncated modulation, and the stats of all in the folder."""
+        prefix, dtype = f"{blocks_of(self.dense.layout)[layer.layer].path}.", self.options.dtype
+        plan = self.plan.part({site.name for site in sites_at(self.dense.layout, layer.layer)})
+        found = {f"{KEPT}{name}": indices.int() for name, indices in plan.kept.items()}
+        found |= {key.removeprefix(prefix): self.cut[key] for key in self.cut.thin if key.startswith(prefix)}
+        for name in [name for name in tensors if name.startswith(prefix)]:
+            own, wide = name.removeprefix(prefix), tensors[name].ndim > 1 or dtype.itemsize > 1
+            found[own], scale = stored(tensors[name], dtype if wide else torch.bfloat16)
+            if not found[own].float().isfinite().all():
+                raise UserError(
+                    f"{layer.name}: {own} holds numbers that are not finite as {layer.save_dtype}: choose another save dtype, "
+                    "or a lower learning rate."
+                )
+            if scale is not None:
+                found[f"{own.removesuffix('.weight')}.scale_weight"] = scale
+        about = {"format": FORMAT, "key": key, "plan_digest": self.plan.digest, "stats": json.dumps(asdict(layer))}
+        with locked(self.folder / STATS):
+            write_safetensors(self.folder / f"{layer.layer}.safetensors", found, {**plan.header(), **about})
+            content = {f"layer{stats.layer}": asdict(stats) for stats in read_stats(self.folder)}
+            dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+            write_text(self.folder / STATS, yaml.dump(content, Dumper=dumper, sort_keys=False))
 
 
 def default_folder(plan: PruningPlan) -> str:
@@ -173,40 +201,10 @@ def require_own_folder(folder: str | os.PathLike[str], plan: PruningPlan) -> Non
         raise UserError(f"{folder / STATS} tells of layers that are not there: it would be replaced. {advice}")
 
 
-def write_layer(folder: str | os.PathLike[str], layer: Layer) -> None:
-    """Writes the layer's file, then the stats of all layers in the folder; raises `UserError` where a number is not finite as
-    it would be saved."""
-    folder = Path(folder)
-    dtype = getattr(torch, layer.stats.save_dtype)
-    tensors: dict[str, Tensor] = {}
-    for key, tensor in layer.tensors.items():
-        value, scale = stored(tensor, dtype if tensor.ndim > 1 or dtype.itemsize > 1 else torch.bfloat16)
-        if not value.float().isfinite().all():
-            raise UserError(
-                f"{layer.stats.name}: {key} holds numbers that are not finite as {layer.stats.save_dtype}: choose another save "
-                "dtype, or a lower learning rate."
-            )
-        tensors[key] = value
-        if scale is not None:
-            tensors[f"{key.removesuffix('.weight')}.scale_weight"] = scale
-    tensors |= {f"{KEPT}{name}": indices.int() for name, indices in layer.plan.kept.items()}
-    about = {"key": layer.key, "plan_digest": layer.plan_digest, "stats": json.dumps(asdict(layer.stats))}
-    with locked(folder / STATS):
-        path = folder / f"{layer.block_index}.safetensors"
-        write_safetensors(path, tensors, {**layer.plan.header(), **about, "format": FORMAT})
-        write_stats(folder)
-
-
 def read_stats(folder: Path) -> list[LayerStats]:
     """Of all layers in `folder` that this program trained, from their headers."""
     found = (LayerStats.read(path) for path in layer_files(folder).values())
     return [stats for stats in found if stats is not None]
-
-
-def write_stats(folder: Path) -> None:
-    """`layer_stats.yaml`, made anew from the layers, so that it cannot fall behind them."""
-    content = {f"layer{layer.layer}": asdict(layer) for layer in read_stats(folder)}
-    write_text(folder / STATS, yaml.dump(content, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False))
 
 
 def layer_files(folder: Path) -> dict[int, Path]:
@@ -215,23 +213,15 @@ def layer_files(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def cut_blocks(dense: Dense, plan: PruningPlan) -> list[int]:
+    """Indices of the blocks that the plan cuts something of, ascending."""
+    blocks, touched = range(len(blocks_of(dense.layout))), plan.kept.keys() | plan.ranks.keys()
+    return [index for index in blocks if any(site.name in touched for site in sites_at(dense.layout, index))]
+
+
 def read_header(path: Path) -> dict[str, str]:
     with open_safetensors(path) as file:
         return file.metadata() or {}
-
-
-def finished_stats(folder: Path, block_indices: Sequence[int], key: str) -> list[LayerStats] | None:
-    """The stats of the layers of these blocks, if they are all there and were made in the way that `key` tells; else None."""
-    files = layer_files(folder)
-    paths = [files[index] for index in block_indices if index in files and read_header(files[index]).get("key") == key]
-    stats = [stats for path in paths if (stats := LayerStats.read(path)) is not None]
-    return stats if len(stats) == len(block_indices) else None
-
-
-def cut_blocks(layout: Layout, plan: PruningPlan) -> set[int]:
-    """Indices of the blocks that the plan cuts something of."""
-    blocks = range(len(blocks_of(layout)))
-    return {index for index in blocks if any(site.name in plan.kept for site in sites_at(layout, index))}
 
 
 _STARTS = {
@@ -246,17 +236,11 @@ def stats_table(stats: Sequence[LayerStats]) -> str:
     """Text, one line per layer, or per group of layers that were trained together: neurons kept, and the relative held-out
     losses as cut, as training began, at the end."""
     lines = [f"{'layer':<24}{'kept':>16}{'cut only':>11}{'start':>11}{'retrained':>11}{'steps':>7}{'seconds':>9}"]
-    for group in _groups(stats):
+    for title, group in _groups(stats).items():
         layer = group[0]
-        kept = " + ".join(str(n) for n in (layer.img_lines, layer.txt_lines, layer.single_lines) if n is not None)
-        if len(group) > 1:
-            kept = f"{sum(each.kept for each in group):,}"
-        losses = (layer.relative_cut, layer.relative_start, layer.relative_final)
-        lines.append(
-            f"{_title(group):<24}{kept:>16}"
-            + "".join(f"{loss:>11.3g}" for loss in losses)
-            + f"{layer.steps:>7}{layer.seconds:>9.1f}"
-        )
+        kept = " + ".join(map(str, layer.kept)) if len(group) == 1 else f"{sum(sum(each.kept) for each in group):,}"
+        losses = f"{layer.relative_cut:>11.3g}{layer.relative_start:>11.3g}{layer.relative_final:>11.3g}"
+        lines.append(f"{title:<24}{kept:>16}{losses}{layer.steps:>7}{layer.seconds:>9.1f}")
     starts = {layer.start for layer in stats if layer.method == "distill"}
     return "\n".join([*lines, *(_STARTS[start] for start in sorted(starts & _STARTS.keys()))])
 
@@ -265,18 +249,16 @@ def stats_figure(stats: Sequence[LayerStats]) -> Figure:
     """Held-out error of every layer, or group of layers that were trained together: as cut, as training began, at the end."""
     groups = _groups(stats)
     figure = Figure(figsize=(max(6.0, 0.45 * len(groups) + 2), 4.5), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     for name, label, color in (
         ("relative_cut", "as cut", "tab:gray"),
         ("relative_start", "as training began", "tab:orange"),
         ("relative_final", "retrained", "tab:blue"),
     ):
-        axes.plot(range(len(groups)), [getattr(group[0], name) for group in groups], "o-", color=color, label=label)
-    axes.set_yscale("log")
-    axes.set_xticks(range(len(groups)), [_title(group) for group in groups], rotation=90 if len(groups) > 4 else 0)
-    axes.set_ylabel("relative squared error, held-out images")
-    axes.set_title("Before and after retraining, layer by layer" if len(groups) > 1 else "Before and after retraining")
+        axes.plot(range(len(groups)), [getattr(group[0], name) for group in groups.values()], "o-", color=color, label=label)
+    title = "Before and after retraining" + (", layer by layer" if len(groups) > 1 else "")
+    axes.set(yscale="log", ylabel="relative squared error, held-out images", title=title)
+    axes.set_xticks(range(len(groups)), list(groups), rotation=90 if len(groups) > 4 else 0)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
@@ -284,22 +266,16 @@ def stats_figure(stats: Sequence[LayerStats]) -> Figure:
 
 def draw_stats(folder: str | os.PathLike[str]) -> Path | None:
     """The picture of all layers in the folder; None where there are none."""
-    stats = read_stats(Path(folder))
+    stats, path = read_stats(Path(folder)), Path(folder) / PICTURE
     if not stats:
         return None
-    path = Path(folder) / PICTURE
-    with replacing(path) as new:
-        stats_figure(stats).savefig(new, format="png", dpi=110)
+    write_picture(path, stats_figure(stats))
     return path
 
 
-def _groups(stats: Sequence[LayerStats]) -> list[list[LayerStats]]:
-    """Layers whose losses are those of all of them together; each other one by itself."""
+def _groups(stats: Sequence[LayerStats]) -> dict[str, list[LayerStats]]:
+    """Layers whose losses are those of all of them together, and each other one by itself, by what to call them."""
     groups: dict[tuple[int, ...], list[LayerStats]] = {}
     for layer in stats:
         groups.setdefault(tuple(layer.together) or (layer.layer,), []).append(layer)
-    return list(groups.values())
-
-
-def _title(group: Sequence[LayerStats]) -> str:
-    return group[0].name if len(group) == 1 else f"{group[0].name} to {group[-1].name}"
+    return {" to ".join(dict.fromkeys((group[0].name, group[-1].name))): group for group in groups.values()}

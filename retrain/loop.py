@@ -1,8 +1,8 @@
 """The training loop, one for all kinds of data.
 
-    losses = train_best(problem, names, closed_form, options, Path("3.training.safetensors"), report, progress)
-    problem.module                                   # holds the weights that did best on held-out images, as they are saved
-    losses.cut, losses.start, losses.final
+    trained = train_best(problem, closed_form, Path("3.training.safetensors"), report, progress)
+    trained.tensors                                  # the weights that did best on held-out images, as they are saved
+    trained.cut, trained.start, trained.final
 
 What is trained, and on what, is a `problem.Problem`. Batches depend on the seed and the step alone, and the state is saved at
 evaluations: a killed training goes on, bit for bit on a CPU.
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -33,43 +34,64 @@ REPORT_EVERY, SAVE_EVERY = 0.25, 30.0
 
 
 @dataclass(frozen=True)
-class Losses:
-    """Held out: as cut, as training began, at the end; on the last training batch; and the steps in between."""
+class Trained:
+    """What became of a module.
 
+    Attributes:
+        tensors: the trained parameters by name, in the precision they are saved in; float32 where that is an 8-bit one.
+        cut, start, final: held-out losses as cut, as training began, at the end. train: on the last training batch.
+        steps: of the gradient. images: those held out.
+    """
+
+    tensors: Mapping[str, Tensor]
     cut: Loss
     start: Loss
     final: Loss
     train: Loss | None
     steps: int
+    images: frozenset[int]
 
+    @classmethod
+    def nothing(cls) -> Trained:
+        """Of a block whose MLPs are all as the dense model's."""
+        right = Loss(0.0, 0.0)
+        return cls({}, right, right, right, None, 0, frozenset())
 
-#: Weights by name in a problem's module, worked out without gradients.
-ClosedForm = Callable[[Progress], Mapping[str, Tensor]]
+    @classmethod
+    def together(cls, parts: Sequence[Trained]) -> Trained:
+        """The MLPs of one block, each trained by itself: losses are means over them."""
+
+        def mean(name: str) -> Any:
+            losses = [getattr(part, name) for part in parts]
+            return None if None in losses else Loss(fmean(one.relative for one in losses), fmean(one.mse for one in losses))
+
+        tensors = {key: tensor for part in parts for key, tensor in part.tensors.items()}
+        steps, images = max(part.steps for part in parts), frozenset().union(*(part.images for part in parts))
+        return cls(tensors, mean("cut"), mean("start"), mean("final"), mean("train"), steps, images)
 
 
 def train_best(
     problem: Problem,
-    keys: Sequence[str],
-    closed_form: ClosedForm | None,
-    options: Options,
+    closed_form: Callable[[Progress], Mapping[str, Tensor]] | None,
     saved: Path | None = None,
     report: Report | None = None,
     progress: Progress = silent,
-) -> Losses:
-    """Closed form, then gradient, as the options say; leaves in the module's weights `keys` what does best as it will be saved.
+) -> Trained:
+    """Closed form, then gradient, as the problem's options say; the weights that do best as they will be saved.
 
-    `saved` is where a training's state is kept. An exception from `report` or `progress` stops the work. Raises `UserError`
-    where the errors are not finite.
+    `closed_form` works out weights by their names in the problem's module, without gradients; `saved` is where a training's
+    state is kept. An exception from `report` or `progress` stops the work. Raises `UserError` where the errors are not finite.
     """
-    weights = dict(problem.module.named_parameters())
+    options = problem.options
+    weights = {name: weight for name, weight in problem.module.named_parameters() if weight.requires_grad}
 
     def measure(values: Mapping[str, Tensor], within: Progress) -> tuple[Loss, dict[str, Tensor]]:
         """The held-out loss with `values` as they will be saved, which the module holds from now on."""
-        values = {key: rounded(tensor.detach(), options.dtype).float() for key, tensor in values.items()}
+        values = {key: rounded(tensor.detach(), options.dtype) for key, tensor in values.items()}
         problem.module.load_state_dict(values, strict=False)
-        return held_out_loss(problem, options, within), values
+        return held_out_loss(problem, within), values
 
-    at_first, best = measure({key: weights[key] for key in keys}, part(progress, 0, 1, 0.05))
+    at_first, best = measure(weights, part(progress, 0, 1, 0.05))
     if not math.isfinite(at_first.relative):
         raise UserError(
             f"The error of {problem.name} is not a finite number before training: the model or the recording holds numbers "
@@ -84,40 +106,22 @@ def train_best(
             began, final, best = loss, loss, values
         problem.module.load_state_dict(best, strict=False)
     if gradient:
-        train, steps = fit(problem, began, options, saved, report, part(progress, 0.4, 1, 0.55))
-        loss, values = measure({key: weights[key] for key in keys}, part(progress, 0.95, 1, 0.05))
+        train, steps = fit(problem, began, saved, report, part(progress, 0.4, 1, 0.55))
+        loss, values = measure(weights, part(progress, 0.95, 1, 0.05))
         if loss.relative < final.relative:
             final, best = loss, values
-    problem.module.load_state_dict(best, strict=False)
-    return Losses(at_first, began, final, train, steps)
-
-
-def mean_losses(losses: Sequence[Losses]) -> Losses:
-    """Means over the MLPs of one block."""
-
-    def mean(which: str) -> Loss:
-        parts: list[Loss] = [getattr(one, which) for one in losses]
-        relative, squares = tuple(one.relative for one in parts), tuple(square for one in parts for square in one.squares)
-        return Loss(sum(relative) / len(parts), sum(one.mse for one in parts) / len(parts), relative, squares)
-
-    trained = all(one.train is not None for one in losses)
-    return Losses(mean("cut"), mean("start"), mean("final"), mean("train") if trained else None, max(o.steps for o in losses))
+    return Trained(best, at_first, began, final, train, steps, frozenset(problem.images[1]))
 
 
 def fit(
-    problem: Problem,
-    initial: Loss,
-    options: Options,
-    saved: Path | None = None,
-    report: Report | None = None,
-    progress: Progress = silent,
+    problem: Problem, initial: Loss, saved: Path | None, report: Report | None, progress: Progress
 ) -> tuple[Loss | None, int]:
     """Trains until the steps are done or the held-out loss stands still; leaves the weights that were best held out.
 
-    `initial` is the held-out loss as it is. Returns the loss on the last training batch, and the steps done. `saved` is where
-    the state goes while it runs, and what it goes on from; it is gone at the end. Raises `UserError` where the loss is no
-    longer a finite number.
+    `initial` is the held-out loss as it is, `saved` what training goes on from, gone at the end. Returns the loss on the last
+    training batch, and the steps done. Raises `UserError` where the loss is no longer a finite number.
     """
+    options = problem.options
     parameters = [weight for weight in problem.module.parameters() if weight.requires_grad]
     state = _State(parameters, 2 + options.steps // options.eval_every)
     optimizer = _optimizer(parameters, options)
@@ -125,7 +129,7 @@ def fit(
     if saved is not None and saved.exists():
         first = load_training(saved, state, optimizer, options.steps)
     else:
-        state.note(0, initial.relative)
+        state.note(initial.relative)
     writer = _event_writer(options, problem.name)
     train: Loss | None = None
     squares = torch.tensor(initial.squares, device=parameters[0].device)
@@ -154,27 +158,25 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * _rate(step, options.steps)
         optimizer.step()
-        done = step + 1
-        now = time.monotonic()
-        if done % options.eval_every == 0 or done == options.steps:
-            train = Loss.of(errors.detach())
+        done, now = step + 1, time.monotonic()
+        evaluate = done % options.eval_every == 0 or done == options.steps
+        if not evaluate and now - told <= REPORT_EVERY:
+            continue
+        train = Loss.of(errors.detach())
+        if evaluate:
             if not math.isfinite(train.relative):
                 raise UserError(
                     f"{problem.name}: the loss is not a finite number after {done} steps; choose a lower learning rate."
                 )
-            at = part(progress, done, options.steps, 0)
-            state.note(done, held_out_loss(problem, options, at).relative)
+            state.note(held_out_loss(problem, part(progress, done, options.steps, 0)).relative)
             if writer is not None:
                 writer.add_scalar("loss/train", train.relative, done)
                 writer.add_scalar("loss/held out", state.last, done)
             if saved is not None and now - kept >= SAVE_EVERY:
                 save_training(saved, state, optimizer, done)
                 kept = time.monotonic()
-            tell(done)
-        elif now - told > REPORT_EVERY:
-            train = Loss.of(errors.detach())
-            tell(done)
-            told = now
+        tell(done)
+        told = now
     state.restore_best()
     if writer is not None:
         writer.close()
@@ -184,7 +186,7 @@ def fit(
 
 
 class _State(nn.Module):
-    """What is saved in the middle: the parameters, the best so far, and the curve of held-out losses by step.
+    """What is saved in the middle: the parameters, the best so far, and the held-out losses, one an evaluation.
 
     Losses are those of float32 weights: what is written is measured again, as it is rounded.
     """
@@ -194,34 +196,29 @@ class _State(nn.Module):
         self.current = nn.ParameterList(parameters)
         for number, weight in enumerate(parameters):
             self.register_buffer(f"best{number}", weight.detach().clone())
-        self.steps: Tensor
         self.losses: Tensor
-        self.register_buffer("steps", torch.full((evaluations,), -1))
-        self.register_buffer("losses", torch.zeros(evaluations, dtype=torch.float64))
+        self.register_buffer("losses", torch.full((evaluations,), -1.0, dtype=torch.float64))
 
     @property
-    def curve(self) -> tuple[tuple[int, float], ...]:
-        known = int((self.steps >= 0).sum())
-        return tuple(zip(self.steps[:known].tolist(), self.losses[:known].tolist(), strict=True))
+    def curve(self) -> list[float]:
+        return self.losses[self.losses != -1].tolist()
 
     @property
     def last(self) -> float:
-        return self.curve[-1][1]
+        return self.curve[-1]
 
-    def note(self, step: int, loss: float) -> None:
+    def note(self, loss: float) -> None:
         """A held-out loss; the weights are kept where it is the least so far."""
-        if all(loss < before for _, before in self.curve):
+        if all(loss < before for before in self.curve):
             for number, weight in enumerate(self.current):
                 self.get_buffer(f"best{number}").copy_(weight.detach())
-        number = len(self.curve)
-        self.steps[number], self.losses[number] = step, loss
+        self.losses[len(self.curve)] = loss
 
     def stood_still(self, patience: int) -> bool:
         """Whether the last `patience` losses are neither below all before them nor on their way down."""
-        losses = [loss for _, loss in self.curve]
-        if len(losses) <= patience:
+        before, latest = self.curve[:-patience], self.curve[-patience:]
+        if not before:
             return False
-        before, latest = losses[:-patience], losses[-patience:]
         return min(latest) > (1 - LEAST_GAIN) * min(before) and latest[-1] > (1 - LEAST_GAIN) * before[-1]
 
     @torch.no_grad()

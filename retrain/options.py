@@ -25,7 +25,7 @@ SaveDtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e
 
 @dataclass(frozen=True)
 class TrainingStatus:
-    """How far a training is: losses are relative to the mean square of what is to be predicted; `seconds_left` is a guess."""
+    """How far a training is: losses are relative to the mean square of what is to be predicted."""
 
     layer: str
     step: int

@@ -1,54 +1,44 @@
 """What is trained, on what, and how far it is off: the same for rows, block states and whole models.
 
-    problem = BlockProblem(name, chain, states, options)         # or RowProblem, VelocityProblem
-    held_out_loss(problem, options).relative
-    problem.errors(batch(problem.train, options.batch, options.seed, step))
-
-A problem is a module, samples in groups that can be batched, and the squared errors of some of them.
+problem = BlockProblem(chain, states, options)               # or RowProblem, VelocityProblem
+held_out_loss(problem).relative
+problem.errors(batch(problem.train, options.batch, options.seed, step))
 """
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
 from ..progress import Progress, silent
+from ..recording.split import held_out
 from .options import Options
 
 
-class Problem(Protocol):
-    """What is trained, and on what.
+class Problem(ABC):
+    """A module, of which the parameters that require gradients are trained, and samples split by image.
 
-    `train` and `held_out` are samples that can stand in one batch, group by group: int64 indices. `module`'s parameters that
-    require gradients are trained.
+    `image` [samples] tells whose each sample is, `groups` which can stand in one batch: int64 indices, as those in `train` and
+    `held_out`. `images` are the image numbers on either side. Raises `UserError` for fewer than two images.
     """
 
-    @property
-    def name(self) -> str: ...
+    def __init__(self, name: str, module: nn.Module, image: Tensor, groups: Sequence[Tensor], options: Options):
+        self.name, self.module, self.options = name, module, options
+        self.images = held_out(image, options.eval_share, options.seed)
+        self.train, self.held_out = (_of_images(images, image, groups) for images in self.images)
 
-    @property
-    def module(self) -> nn.Module: ...
-
-    @property
-    def train(self) -> Sequence[Tensor]: ...
-
-    @property
-    def held_out(self) -> Sequence[Tensor]: ...
-
+    @abstractmethod
     def errors(self, samples: Tensor) -> Tensor:
         """[streams, 3]: by stream, the sum of squared errors, the sum of squares of what is to be predicted, and of how many
         numbers."""
-        ...
 
 
-def samples_of(images: set[int], image: Tensor, groups: Sequence[Tensor]) -> list[Tensor]:
-    """The samples of each group whose image is one of `images`; `image` [samples]."""
+def _of_images(images: set[int], image: Tensor, groups: Sequence[Tensor]) -> list[Tensor]:
     chosen = torch.isin(image, torch.tensor(sorted(images)))
     return [part for group in groups if len(part := group[chosen[group]])]
 
@@ -63,20 +53,18 @@ def squared(found: Tensor, expected: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Loss:
     """Squared errors: `relative` to the mean square of what is to be predicted, mean over streams; `mse` over all numbers,
-    as the original flux-poke has it; `streams` are the relative ones, `squares` what they are relative to."""
+    as the original flux-poke has it; `squares` are what each stream is relative to."""
 
     relative: float
     mse: float
-    streams: tuple[float, ...]
-    squares: tuple[float, ...]
+    squares: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, errors: Tensor) -> Loss:
         """From sums [streams, 3] as `Problem.errors` gives them."""
         squares = (errors[:, 1] / errors[:, 2]).clamp(min=1e-30)
-        streams = (errors[:, 0] / errors[:, 2] / squares).tolist()
-        mse = (errors[:, 0].sum() / errors[:, 2].sum()).item()
-        return cls(sum(streams) / len(streams), mse, tuple(streams), tuple(squares.tolist()))
+        relative = (errors[:, 0] / errors[:, 2] / squares).mean().item()
+        return cls(relative, (errors[:, 0].sum() / errors[:, 2].sum()).item(), tuple(squares.tolist()))
 
 
 def precision(options: Options):
@@ -84,19 +72,15 @@ def precision(options: Options):
 
 
 @torch.no_grad()
-def held_out_loss(problem: Problem, options: Options, progress: Progress = silent) -> Loss:
+def held_out_loss(problem: Problem, progress: Progress = silent) -> Loss:
     """On the images that are not trained on."""
-    batches = [samples for group in problem.held_out for samples in group.split(2 * options.batch)]
-    if not batches:
-        raise UserError(f"There are no held-out images of {problem.name}: record more images.")
-    total: Tensor | None = None
+    batches = [samples for group in problem.held_out for samples in group.split(2 * problem.options.batch)]
+    errors = []
     for done, samples in enumerate(batches):
         progress(f"{problem.name}: measuring on held-out images", done, len(batches))
-        with precision(options):
-            errors = problem.errors(samples).double().cpu()
-        total = errors if total is None else total + errors
-    assert total is not None
-    return Loss.of(total)
+        with precision(problem.options):
+            errors.append(problem.errors(samples).double().cpu())
+    return Loss.of(torch.stack(errors).sum(0))
 
 
 def batch(groups: Sequence[Tensor], size: int, seed: int, step: int) -> Tensor:

@@ -24,14 +24,15 @@ from torch import Tensor
 from ..errors import UserError
 from ..flux.blocks import blocks_of, sites_at
 from ..flux.checkpoint import open_safetensors, scale_key
-from ..flux.layout import Layout, Site, canonical_key
+from ..flux.layout import Layout, canonical_key
 from ..flux.weights import full_precision, stored_like
 from ..progress import Progress, silent
 from ..pruning.dense import KEPT, Dense
+from ..pruning.modulation import LowRanks, Vectors
 from ..pruning.plan import PruningPlan, require_indices
-from ..pruning.planning import open_dense
+from ..pruning.planning import open_dense, open_recording
 from ..pruning.refit import RepairReport
-from ..pruning.surgery import Changed, shape_of
+from ..pruning.surgery import Smaller, Thin, len_up, shape_of, truncate
 from .files import FORMAT, layer_files, read_header
 
 _SCALES = ("scale_weight", "weight_scale")
@@ -62,8 +63,8 @@ class StoredLayer:
             header = file.metadata() or {}
             kept = {key.removeprefix(KEPT): file.get_tensor(key) for key in file.keys() if key.startswith(KEPT)}
             names = {f"{block.path}.{canonical_key(key)}": key for key in file.keys() if not key.startswith(KEPT)}
-            found = {key: tuple(file.get_slice(name).get_shape()) for key, name in names.items()}
-        shapes = {key: shape for key, shape in found.items() if not key.endswith(_SCALES)}
+            weights = {key: name for key, name in names.items() if not key.endswith(_SCALES)}
+            shapes = {key: tuple(file.get_slice(name).get_shape()) for key, name in weights.items()}
         before = after = None
         try:
             if header.get("format") == FORMAT:
@@ -75,7 +76,8 @@ class StoredLayer:
                 widths = {site.name: site.width for site in sites}
                 kept = {name: require_indices(indices, widths[name], name) for name, indices in kept.items()}
                 plan = replace(PruningPlan.keeping_all(dense), kept=kept, score="unknown", made="unknown")
-            if foreign := kept.keys() - {site.name for site in sites}:
+            own, layers = {site.name for site in sites}, {site.name for site in sites if site in dense.layout.modulated}
+            if foreign := (kept.keys() - own) | (plan.ranks.keys() - layers):
                 raise ValueError(f"it tells of {min(foreign)}, which is in another block than {block.title}")
         except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is not a retrained layer, or a damaged one ({error}): retrain it.") from error
@@ -84,19 +86,34 @@ class StoredLayer:
                 f"{path} was trained for another model than {dense.source}: {plan.fingerprint.difference(dense.fingerprint)}. "
                 "Choose the checkpoint it was made from, or retrain."
             )
-        for key, shape in shapes.items():
-            if key not in dense.tensors:
+        whole = {key: shape_of(dense.tensors, key) for key in dense.tensors if key.startswith(f"{block.path}.")}
+        keys, thin = truncate(whole, dense, plan.ranks)
+        expected, unknown = {key: thin[key].shape if key in thin else whole[key] for key in keys}, {}
+        for site in sites:
+            up, bias, down = f"{site.up}.weight", f"{site.up}.bias", f"{site.down}.weight"
+            found_width = shapes[down][-1] - site.down_column if shapes.get(down) else site.width
+            width = len(kept[site.name]) if site.name in kept else min(max(found_width, 1), site.width)
+            if width < site.width and site.name not in kept:
+                unknown[site.name] = width
+            narrow = replace(site, width=width)
+            expected |= {key: (len_up(narrow), *whole[key][1:]) for key in (up, bias) if key in whole}
+            expected[down] = (*whole[down][:1], narrow.regressors)
+        if missing := sorted(thin.keys() - shapes.keys()):
+            raise UserError(
+                f"{path} lacks {missing[0].removeprefix(f'{block.path}.')}, and by its plan the modulation layer is truncated: "
+                "the layer is damaged. Retrain it."
+            )
+        stays = {key: shape for key, shape in whole.items() if key in expected}  # where the file does not hold it
+        for key, shape in {**stays, **shapes}.items():
+            if key not in expected:
                 raise UserError(
                     f"{path} has {names[key]}, which {block.title} of {dense.source} has not: it is not a layer of this model."
                 )
-            expected = shape_of(dense.tensors, key)
-            if not _fits(shape, expected, _part_of(key, sites)):
+            if shape != expected[key]:
                 raise UserError(
-                    f"{path}: {names[key]} has the shape {shape}, {block.title} of {dense.source} {expected}: the layer does "
-                    "not fit."
+                    f"{path}: with it, {key} has the shape {shape}, expected {expected[key]} by the neurons and ranks that "
+                    f"are kept: the layer is damaged, or does not fit {block.title} of {dense.source}. Retrain it."
                 )
-        widths = {site.name: _width(path, site, dense, shapes, kept.get(site.name)) for site in sites}
-        unknown = {site.name: widths[site.name] for site in sites if widths[site.name] < site.width and site.name not in kept}
         report = RepairReport("retrained", before=before, after=after)
         replaced = [site.name for site in sites if f"{site.down}.weight" in shapes]
         plan = replace(plan, unknown=unknown)
@@ -109,7 +126,7 @@ class StoredLayer:
         with open_safetensors(self.path) as file:
             tensors = {name: file.get_tensor(self.names[name]) for name in wanted if name in self.names}
         try:
-            value = full_precision(tensors, key) if key.endswith(".weight") else tensors[key].float()
+            value = full_precision(tensors, key)
         except RuntimeError as error:
             raise UserError(
                 f"{self.path}: the scale of {self.names[key]} does not fit it ({error}): retrain the layer."
@@ -144,12 +161,12 @@ class RetrainedLayers:
         chosen = {index: StoredLayer.open(path, dense, index) for index, path in files.items() if low <= index <= high}
         if not chosen:
             raise UserError(f"{folder} holds no layer from {low} to {high}; it has {', '.join(map(str, files))}.")
-        plans: dict[str, list[int]] = {}
+        plans: dict[str, list[str]] = {}
         for index, layer in chosen.items():
             if layer.plan_digest is not None:
-                plans.setdefault(layer.plan_digest, []).append(index)
+                plans.setdefault(layer.plan_digest, []).append(str(index))
         if len(plans) > 1:
-            parts = "; ".join(", ".join(map(str, indices)) for indices in plans.values())
+            parts = "; ".join(map(", ".join, plans.values()))
             raise UserError(
                 f"{folder} holds layers of {len(plans)} plans ({parts}), which do not go together: choose a range of layers of "
                 "one plan (first and last layer), or retrain into a folder of its own."
@@ -173,15 +190,14 @@ def open_dense_of(folder: str | os.PathLike[str], override: str | os.PathLike[st
         header = read_header(path)
         if header.get("format") == FORMAT:
             try:
-                return open_dense(PruningPlan.from_header(header, {}))
+                plan = PruningPlan.from_header(header, {})
             except ValueError as error:
-                if isinstance(error, UserError):
-                    raise
                 raise UserError(f"{path} is a damaged retrained layer ({error}): retrain it.") from error
+            return open_dense(plan)
     raise UserError(f"{folder} holds no layers that tell which model they are of: choose the dense model (--checkpoint FILE).")
 
 
-class Replaced(Changed):
+class Replaced(Smaller):
     """The tensors of `dense` with the retrained layers in place.
 
     Weights come back in what `dense` stores them as, with new scales where it has any. The plan is put together from the
@@ -189,35 +205,26 @@ class Replaced(Changed):
     """
 
     def __init__(self, dense: Dense, layers: RetrainedLayers):
-        self.dense, self.layers = dense, layers
-        plans = [layer.plan for layer in layers.layers.values() if layer.plan.cut]
+        self.layers = layers
+        plans = [layer.plan for layer in layers.layers.values() if layer.plan.cut or layer.plan.ranks]
         plan = reduce(PruningPlan.joined, plans) if plans else PruningPlan.keeping_all(dense)
-        self.plan = replace(plan, fingerprint=dense.fingerprint)
-        self._layer_of: dict[str, StoredLayer] = {}
-        self._scaled: dict[str, str] = {}  # the dense model's scales of replaced weights, and those weights
-        for layer in layers.layers.values():
-            for key in layer.shapes:
-                self._layer_of[key] = layer
-                scale = scale_key(dense.tensors, key) if key.endswith(".weight") else None
-                if scale is not None:
-                    self._scaled[scale] = key
+        super().__init__(dense, replace(plan, fingerprint=dense.fingerprint))
+        self._layer_of = {key: layer for layer in layers.layers.values() for key in layer.shapes}
+        # The dense model's scales of replaced weights, and those weights.
+        self._scaled = {scale: key for key in self._layer_of if (scale := scale_key(dense.tensors, key))}
 
-    def __getitem__(self, key: str) -> Tensor:
+    def _factor(self, key: str, thin: Thin) -> Tensor:
+        return self._layer_of[key].read(key)
+
+    def _stored(self, key: str) -> Tensor:
         weight_key = self._scaled.get(key, key)
         if weight_key not in self._layer_of:
             return self.dense.tensors[key]
         value = self._layer_of[weight_key].read(weight_key)
-        if not weight_key.endswith(".weight"):
-            return value.to(self.dense.tensors[key].dtype)
-        like = {weight_key: self.dense.tensors[weight_key]}
-        scale = scale_key(self.dense.tensors, weight_key)
-        if scale is not None:
-            old = self.dense.tensors[scale]
-            like[scale] = old if old.numel() == 1 else old[: len(value)]
-        weight, new_scale = stored_like(value, like, weight_key)
-        return weight if key == weight_key or new_scale is None else new_scale
+        weight, scale = stored_like(value, self.dense.tensors, weight_key)
+        return weight if key == weight_key or scale is None else scale
 
-    def shape(self, key: str) -> tuple[int, ...]:
+    def _stored_shape(self, key: str) -> tuple[int, ...]:
         dense, weight_key = shape_of(self.dense.tensors, key), self._scaled.get(key, key)
         if weight_key not in self._layer_of:
             return dense
@@ -229,45 +236,18 @@ class Replaced(Changed):
     def work_out(self, progress: Progress = silent, fold: bool = False) -> Mapping[str, RepairReport]:
         return {name: report for layer in self.layers.layers.values() for name, report in layer.report.items()}
 
+    @property
+    def vectors(self) -> Vectors | None:
+        """From the plan's recording, and None as well where that is not at hand, or not sound."""
+        if not self.plan.ranks:
+            return None
+        try:
+            return LowRanks(self.dense, self.plan, open_recording(self.plan)).vectors
+        except UserError:
+            return None
+
 
 def _error(value: object) -> float:
     if not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise ValueError(f"it says {value!r} of an error, expected a finite number from 0 on")
     return float(value)
-
-
-def _part_of(key: str, sites: tuple[Site, ...]) -> tuple[Site, str] | None:
-    """The MLP that a tensor belongs to, and as what; None where its size does not depend on one's width."""
-    for site in sites:
-        if key.startswith(f"{site.up}."):
-            return site, "up"
-        if key == f"{site.down}.weight":
-            return site, "down"
-    return None
-
-
-def _width_in(shape: tuple[int, ...], site: Site, part: str) -> float:
-    """How many neurons a projection of that shape has."""
-    return (shape[0] - site.up_row) / (2 if site.gated else 1) if part == "up" else shape[1] - site.down_column
-
-
-def _fits(shape: tuple[int, ...], expected: tuple[int, ...], part: tuple[Site, str] | None) -> bool:
-    """Whether a tensor can stand in for one of the shape `expected`, but for the width of an MLP."""
-    if part is None or len(shape) != len(expected):
-        return shape == expected
-    same = shape[1:] == expected[1:] if part[1] == "up" else shape[0] == expected[0]
-    width = _width_in(shape, *part)
-    return same and 1 <= width <= part[0].width and width == int(width)
-
-
-def _width(path: Path, site: Site, dense: Dense, shapes: Mapping[str, tuple[int, ...]], kept: Tensor | None) -> int:
-    """The neurons of an MLP with a layer in place; raises `UserError` where the layer's tensors disagree about it."""
-    widths = set()
-    for key, part in ((f"{site.up}.weight", "up"), (f"{site.up}.bias", "up"), (f"{site.down}.weight", "down")):
-        if key in dense.tensors:
-            widths.add(int(_width_in(shapes[key], site, part)) if key in shapes else site.width)
-    if kept is not None:
-        widths.add(len(kept))
-    if len(widths) > 1:
-        raise UserError(f"{path}: the tensors of {site.name} disagree about its width ({sorted(widths)}): it is damaged.")
-    return widths.pop()

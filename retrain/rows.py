@@ -1,9 +1,6 @@
 """Training one MLP by itself, on rows of what it reads.
 
-    problem = RowProblem(dense_weights, weights, store, options)
-    train_best(problem, ("up", "down"), None, options)
-    weights = problem.module.site_weights()
-    repaired = closed_form(dense_weights, kept, fitted_rows, held_out_rows)
+    trained = train_rows(cut, store, block_index, options, saved, report, progress)
 
 Rows of one MLP are small enough to be held in memory. The goal is the dense MLP's own output, in a single block together with
 what linear2 makes of the attention; the loss is relative to that output's mean square.
@@ -11,99 +8,127 @@ what linear2 makes of the attention; the loss is relative to that output's mean 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..flux.blocks import sites_at
+from ..flux.layout import Site
+from ..flux.model import activation
 from ..flux.weights import SiteWeights, full_precision
-from ..progress import Progress, part, silent
+from ..progress import Progress, part
 from ..pruning.moments import gather
-from ..pruning.refit import Repaired, affine, bias, choose
-from ..recording.split import held_out
+from ..pruning.refit import affine, bias, choose
+from ..pruning.scores import require_rows
+from ..pruning.surgery import Cut
 from ..recording.store import HiddenStates, Rows
-from .options import Options
-from .problem import samples_of, squared
+from .loop import Trained, train_best
+from .options import Options, Report
+from .problem import Problem, squared
 
 #: Rows that count as one sample of a batch.
 ROWS_PER_SAMPLE = 64
 
 
-def closed_form(
-    weights: SiteWeights, kept: Tensor, fitted: Iterable[Rows], held_out: Iterable[Rows], progress: Progress = silent
-) -> Repaired:
-    """Least squares on some rows, with the ridge that does best on others; the bias alone where no ridge does better."""
-    moments = gather(weights, fitted, progress=part(progress, 0, 3))
-    found = choose(
-        weights, kept, moments, gather(weights, held_out, progress=part(progress, 1, 3)), progress=part(progress, 2, 3)
-    )
-    if found.ridge is None:
-        return bias(weights, kept, moments.mean[moments.attn :])
-    return affine(weights, kept, moments, found.ridge)
+def closed_form(weights: SiteWeights, kept: Tensor, fitted: Rows, held_out: Rows, progress: Progress) -> dict[str, Tensor]:
+    """The down projection's `weight` and, where it has one, `bias`: least squares on some rows, with the ridge that does best
+    on others; the bias alone where no ridge does better."""
+    moments = gather(weights, [fitted], progress=part(progress, 0, 3))
+    others = gather(weights, [held_out], progress=part(progress, 1, 3))
+    ridge = choose(weights, kept, moments, others, progress=part(progress, 2, 3)).ridge
+    mean = moments.mean[moments.attn :]
+    repaired = bias(weights, kept, mean) if ridge is None else affine(weights, kept, moments, ridge)
+    return {"weight": repaired.down} | ({} if repaired.bias is None else {"bias": repaired.bias})
 
 
 class Neurons(nn.Module):
-    """One MLP with all of its weights trainable."""
+    """One MLP; `up` has the rows that are its own, in a single block without those of q, k and v."""
 
     def __init__(self, weights: SiteWeights):
         super().__init__()
-        self.weights = weights
         down = weights.down if weights.attn is None else torch.cat((weights.attn, weights.down), dim=1)
-        self.up, self.down = nn.Parameter(weights.up.clone()), nn.Parameter(down.clone())
-        self.up_bias = None if weights.up_bias is None else nn.Parameter(weights.up_bias.clone())
-        self.bias = None if weights.bias is None else nn.Parameter(weights.bias.clone())
+        self.up, self.down = _linear(weights.up, weights.up_bias), _linear(down, weights.bias)
+        self.activation = activation(weights.site)
 
     def forward(self, x: Tensor, attn: Tensor | None) -> Tensor:
         """[n, hidden] for rows x, attn [n, hidden]."""
-        h = replace(self.weights, up=self.up, up_bias=self.up_bias).activations(x)
-        return F.linear(h if attn is None else torch.cat((attn, h), dim=-1), self.down, self.bias)
-
-    def site_weights(self) -> SiteWeights:
-        """As they are now."""
-        column = self.weights.site.down_column
-        return replace(
-            self.weights,
-            up=self.up.detach(),
-            up_bias=None if self.up_bias is None else self.up_bias.detach(),
-            down=self.down.detach()[:, column:],
-            attn=self.down.detach()[:, :column] if column else None,
-            bias=None if self.bias is None else self.bias.detach(),
-        )
+        h = self.activation(self.up(x))
+        return self.down(h if attn is None else torch.cat((attn, h), dim=-1))
 
 
-class RowProblem:
-    """A cut MLP against the dense one, split by image; a `Problem`."""
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """With copies of the given parameters."""
+    layer = nn.Linear(weight.shape[1], len(weight), bias is not None, device="meta")
+    given = {"weight": weight.clone()} | ({} if bias is None else {"bias": bias.clone()})
+    layer.load_state_dict(given, assign=True)
+    return layer
+
+
+class RowProblem(Problem):
+    """A cut MLP against the dense one, split by image."""
+
+    module: Neurons
 
     def __init__(self, dense: SiteWeights, weights: SiteWeights, store: HiddenStates, options: Options):
-        self.name, self.options = weights.site.name, options
-        self.dense, self.module = Neurons(dense).requires_grad_(False), Neurons(weights)
-        parts = list(store.rows(self.name))
-        self.x = torch.cat([part.x for part in parts])
-        self.attn = torch.cat([part.attn for part in parts if part.attn is not None]) if parts[0].attn is not None else None
-        self.image = torch.cat([part.image for part in parts])
-        self.images = held_out(self.image, options.eval_share, options.seed)
-        everything = [torch.arange(len(self.image))]
-        self.train, self.held_out = (samples_of(images, self.image, everything) for images in self.images)
+        name = weights.site.name
+        (self.rows,) = store.rows(name, size=store.count(name))
+        self.weights, self.dense = dense, Neurons(dense).requires_grad_(False)
+        super().__init__(name, Neurons(weights), self.rows.image, [torch.arange(len(self.rows))], options)
 
     def errors(self, samples: Tensor) -> Tensor:
-        device = self.module.up.device
-        x = self.x[samples].to(device).float()
-        attn = None if self.attn is None else self.attn[samples].to(device).float()
+        rows, device = self.rows[samples], self.options.device
+        x = rows.x.to(device).float()
+        attn = None if rows.attn is None else rows.attn.to(device).float()
         with torch.no_grad():
             expected = self.dense(x, attn)
         return squared(self.module(x, attn), expected)[None]
 
+    def closed_form(self, kept: Tensor, progress: Progress) -> dict[str, Tensor]:
+        fitted, held_out = (self.rows[torch.cat(groups)] for groups in (self.train, self.held_out))
+        found = closed_form(self.weights, kept, fitted, held_out, progress)
+        return {f"down.{name}": value for name, value in found.items()}
 
-def checkpoint_tensors(dense: Mapping[str, Tensor], weights: SiteWeights) -> dict[str, Tensor]:
-    """The weights of an MLP under the checkpoint's keys; in a single block with q, k and v as in `dense`."""
-    site, up, up_bias = weights.site, weights.up, weights.up_bias
-    if site.up_row:
-        up = torch.cat((full_precision(dense, f"{site.up}.weight", up.device)[: site.up_row], up))
-        if up_bias is not None:
-            up_bias = torch.cat((dense[f"{site.up}.bias"][: site.up_row].to(up_bias), up_bias))
-    down = weights.down if weights.attn is None else torch.cat((weights.attn, weights.down), dim=1)
-    tensors = {f"{site.up}.weight": up, f"{site.down}.weight": down}
-    biases = {f"{site.up}.bias": up_bias, f"{site.down}.bias": weights.bias}
-    return tensors | {key: tensor for key, tensor in biases.items() if tensor is not None}
+
+def train_rows(
+    cut: Cut,
+    store: HiddenStates,
+    block_index: int,
+    options: Options,
+    saved: Callable[[str], Path],
+    report: Report | None,
+    progress: Progress,
+) -> Trained:
+    """The MLPs of one block, one after the other; `saved(name)` is where a training's state is kept.
+
+    Rows are of what the dense model's MLPs read: modulation layers, truncated or not, make no difference to them.
+    """
+    dense, kept = cut.dense, cut.plan.kept
+    sites = [site for site in sites_at(dense.layout, block_index) if site.name in kept]
+    if not sites:  # of the block, modulation alone is truncated
+        return Trained.nothing()
+    require_rows(store, dense, sites, "retraining on rows")
+    options = replace(options, batch=options.batch * ROWS_PER_SAMPLE)
+    found = []
+    for number, site in enumerate(sites):
+        weights, narrow = (SiteWeights.read(tensors, site, options.device) for tensors in (dense.tensors, cut))
+        problem = RowProblem(weights, narrow, store, options)
+        repair, within = partial(problem.closed_form, kept[site.name]), part(progress, number, len(sites))
+        trained = train_best(problem, repair, saved(site.name), report, within)
+        found.append(replace(trained, tensors=_checkpoint_tensors(dense.tensors, site, trained.tensors)))
+    return Trained.together(found)
+
+
+def _checkpoint_tensors(dense: Mapping[str, Tensor], site: Site, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of `Neurons` under the checkpoint's keys; in a single block with q, k and v as in `dense`."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, kind = name.split(".")
+        key = f"{getattr(site, layer)}.{kind}"
+        if layer == "up" and site.up_row:
+            tensor = torch.cat((full_precision(dense, key, tensor.device)[: site.up_row], tensor))
+        found[key] = tensor
+    return found

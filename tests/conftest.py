@@ -22,6 +22,9 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
 
+#: Nodes that tests of the whole family of FLUX have on the server.
+FAMILY = ROOT / "tests" / "host" / "small_family_nodes.py"
+
 #: What the pack's folder in custom_nodes is called.
 PACK = "flux-poke-under-test"
 
@@ -81,7 +84,9 @@ def uninstalled(requirements: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     require_comfyui()
-    return Host(COMFYUI, tmp_path_factory.mktemp("comfyui") / "base")
+    made = Host(COMFYUI, tmp_path_factory.mktemp("comfyui") / "base")
+    (made.base / "custom_nodes" / FAMILY.name).symlink_to(FAMILY)
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import requests
+from PIL import Image
 from playwright.sync_api import Browser, JSHandle, Page, expect, sync_playwright
 
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
@@ -116,9 +117,11 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def models(host) -> None:
-    """An empty file for each model that a workflow names, so that the page misses none."""
+    """An empty file for each model that a workflow names, and a picture for each picture, so that the page misses none."""
     for path in WORKFLOWS.glob("*.json"):
         for node in json.loads(path.read_text())["nodes"]:
+            if node["type"] == "LoadImage":
+                Image.new("RGB", (64, 64)).save(host.base / "input" / node["widgets_values"][0])
             for model in node["properties"].get("models", []):
                 file = host.base / "models" / model["directory"] / model["name"]
                 file.parent.mkdir(parents=True, exist_ok=True)

@@ -121,6 +121,20 @@ def test_all_in_one_does_what_its_note_says(canvas):
     assert canvas.pictures("SaveImage") == 9 * [[256, 256]]
 
 
+def test_one_run_makes_a_flux_of_the_size_asked_for(canvas, host):
+    canvas.drop(WORKFLOWS / "fit_flux_tiny.json")
+    assert canvas.run() == "execution_success"
+    canvas.expect_text("60 images drawn in")
+    canvas.expect_text("predicted relative velocity error")
+    asked = canvas.node("FluxPokePlanByBudget").evaluate("node => node.widgets.find(w => w.name === 'amount').value") * 1e9
+    (file,) = (host.base / "models" / "diffusion_models").glob("fitted-tiny.safetensors")
+    assert abs(file.stat().st_size - asked) < 0.01 * asked
+    canvas.expect_text("fitted: relative MSE")
+    assert canvas.pictures("FluxPokeCompare")
+    (width, height) = canvas.node("FluxPokeCompare").evaluate("node => [node.imgs[0].naturalWidth, node.imgs[0].naturalHeight]")
+    assert height > width > 600
+
+
 def test_a_recording_dropped_on_the_page_brings_its_graph_back(canvas, host):
     canvas.drop(TRY_IT)
     canvas.write(RECORD, "name", "dropped")

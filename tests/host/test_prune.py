@@ -79,7 +79,14 @@ def by_count(score: str = "fluctuation", cut: int = 128, **options) -> dict:
 
 
 def by_budget(amount: float = 0.25, **options) -> dict:
-    inputs = {"unet_name": TINY, "budget": "share of neurons", "amount": amount, "score": "obs", "multiple": 32, "protect": ""}
+    inputs = {
+        "unet_name": TINY,
+        "budget": "share of the neurons",
+        "amount": amount,
+        "touch": "both",
+        "precision": "stored",
+        "protect": "",
+    }
     return node("FluxPokePlanByBudget", **{"recording": ["recording", 0], **inputs, "save_as": "budget", **options})
 
 
@@ -87,8 +94,10 @@ def load(plan: str = "plan", repair: str = "affine", weight_dtype: str = "defaul
     return node("FluxPokeLoadPrunedFlux", plan=[plan, 0], repair=repair, weight_dtype=weight_dtype)
 
 
-def save(name: str, source: str = "plan", repair: str = "affine", fold: bool = False) -> dict:
-    return node("FluxPokeSavePrunedFlux", plan_or_model=[source, 0], repair=repair, save_as=name, fold=fold)
+def save(name: str, source: str = "plan", repair: str = "affine", fold: bool = False, precision: str = "as planned") -> dict:
+    return node(
+        "FluxPokeSavePrunedFlux", plan_or_model=[source, 0], repair=repair, save_as=name, fold=fold, precision=precision
+    )
 
 
 def load_plan(file: str = "plan", **options) -> dict:
@@ -220,21 +229,34 @@ def test_fp8_weights_draw_nearly_the_same(client: ComfyClient, recorded: Path, w
     assert 0 < difference(wide, narrow) < 60
 
 
-def test_a_lora_of_the_dense_model_acts_on_the_pruned_one(client: ComfyClient, host, recorded: Path):
+@pytest.mark.parametrize(
+    ("plan", "saved"),
+    [(by_count("obs", 64), False), (by_budget(0.45, budget="share of all parameters"), False),
+     (by_budget(0.45, budget="share of all parameters"), True)],
+    ids=["by count", "with modulation", "with modulation, from a file"],
+)  # fmt: skip
+def test_a_lora_of_the_dense_model_acts_on_the_pruned_one(client: ComfyClient, host, recorded: Path, plan: dict, saved: bool):
     generator = torch.Generator().manual_seed(0)
     lora: dict[str, torch.Tensor] = {}
-    for name, (outputs, inputs) in {"double_blocks.1.img_mlp.2": (128, 512), "single_blocks.0.linear1": (896, 128)}.items():
+    modules = {"double_blocks.1.img_mlp.2": (128, 512), "single_blocks.0.linear1": (896, 128)}
+    if plan["class_type"] == "FluxPokePlanByBudget":
+        modules |= {"double_blocks.0.img_mod.lin": (768, 128), "single_blocks.1.modulation.lin": (384, 128)}
+    for name, (outputs, inputs) in modules.items():
         lora[f"diffusion_model.{name}.lora_up.weight"] = torch.randn(outputs, 4, generator=generator) * 0.2
         lora[f"diffusion_model.{name}.lora_down.weight"] = torch.randn(4, inputs, generator=generator) * 0.2
     save_file(lora, host.base / "models" / "loras" / "style.safetensors")
     expected = pictures(client, drawing({**dense(), "lora": node(
         "LoraLoaderModelOnly", model=["tiny", 0], lora_name="style.safetensors", strength_model=1.0
     )}))  # fmt: skip
-    plain = pictures(client, drawing({"plan": by_count("obs", 64), "load": load()}))
+    loaded = {"plan": plan, "load": load()}
+    plain = pictures(client, drawing(loaded))
+    if saved:
+        client.run(recording() | {"plan": plan, "save pruned": save("folded", fold=True)})
+        loaded = {"load": node("FluxPokeLoadPrunedCheckpoint", unet_name="folded.safetensors", weight_dtype="default")}
     fitted = node("FluxPokeLoadPrunedLora", model=["load", 0], lora_name="style.safetensors", strength=1.0)
-    graph = drawing({"plan": by_count("obs", 64), "load": load(), "lora": fitted})
+    graph = drawing({**loaded, "lora": fitted})
     result = client.run(graph)
-    assert "2 converted" in result.texts["lora"]
+    assert f"{len(modules)} converted" in result.texts["lora"]
     found = pictures(client, graph)
     assert difference(expected, plain) > 5
     assert difference(expected, found) < difference(expected, plain) / 2
@@ -341,21 +363,22 @@ def test_loaders_show_one_line_of_totals(client: ComfyClient, recorded: Path):
 
 
 def test_a_pruned_model_is_saved_as_it_is_with_its_lora_and_draws_the_same(client: ComfyClient, host, recorded: Path):
-    lora = {
-        "diffusion_model.double_blocks.1.img_mlp.0.lora_up.weight": torch.randn(512, 4) * 0.2,
-        "diffusion_model.double_blocks.1.img_mlp.0.lora_down.weight": torch.randn(4, 128) * 0.2,
-    }
+    lora = {}
+    for name, outputs in {"double_blocks.1.img_mlp.0": 512, "double_blocks.1.img_mod.lin": 768}.items():
+        lora[f"diffusion_model.{name}.lora_up.weight"] = torch.randn(outputs, 4) * 0.2
+        lora[f"diffusion_model.{name}.lora_down.weight"] = torch.randn(4, 128) * 0.2
     save_file(lora, host.base / "models" / "loras" / "merged.safetensors")
+    plan = by_budget(0.45, budget="share of all parameters")
     styled = {
-        "plan": by_count("obs"), "load": load(),
+        "plan": plan, "load": load(),
         "lora": node("FluxPokeLoadPrunedLora", model=["load", 0], lora_name="merged.safetensors", strength=1.0),
     }  # fmt: skip
-    plain = pictures(client, drawing({"plan": by_count("obs"), "load": load()}))
+    plain = pictures(client, drawing({"plan": plan, "load": load()}))
     expected = pictures(client, drawing(styled) | {"save model": save("merged", "lora")})
     assert difference(expected, plain) > 1
     alone = {"load": node("FluxPokeLoadPrunedCheckpoint", unet_name="merged.safetensors", weight_dtype="default")}
     assert difference(expected, pictures(client, drawing(alone))) < 0.1
-    assert Pruned.open(host.base / "models" / "diffusion_models" / "merged.safetensors").plan.cut["single-0"] == 128
+    assert Pruned.open(host.base / "models" / "diffusion_models" / "merged.safetensors").plan.ranks
 
 
 def test_a_model_that_is_not_pruned_is_not_saved(client: ComfyClient, recorded: Path):

@@ -8,11 +8,14 @@ import re
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from flux_poke.errors import UserError
+from flux_poke.flux.model import Flux
 from flux_poke.headless.client import ComfyClient, Interrupted
 from flux_poke.pruning.checkpoint import save_pruned
 from flux_poke.pruning.dense import Dense
@@ -169,13 +172,48 @@ def test_distilled_layers_run_too(recorded, server):
     assert len(load_file(recorded / "distilled" / "0.safetensors")) == 10
 
 
-def test_cancel_is_heard_while_distillation_works_out_the_repair_it_starts_from(recorded, server):
-    given = {"name": "whole", "rows": 16, "steps": 6, "max_gb": 1.0, "probe_steps": 0}
-    model = {
+def rows_and_trajectories(name: str, **choice: int) -> dict:
+    """The tiny FLUX with recorders of both on it, the last of which is "velocities"."""
+    return {
         "tiny": node("FluxPokeLoadTinyFlux"),
-        "rows": node("FluxPokeRecord", model=["tiny", 0], **given),
+        "rows": node("FluxPokeRecord", model=["tiny", 0], name=name, max_gb=1.0, **choice),
         "velocities": states("Trajectories", "rows", "", recording=["rows", 1]),
     }
+
+
+def test_a_plan_that_truncates_modulation_too_is_retrained_and_drawn_as_the_reference_draws_it(recorded, server):
+    model = rows_and_trajectories("fitted", rows=24, steps=10, probe_steps=4)
+    budget = {
+        "unet_name": TINY, "budget": "share of all parameters", "amount": 0.45, "touch": "both", "precision": "stored",
+        "protect": "", "save_as": "fitted",
+    }  # fmt: skip
+    graph = retrain("fitted_layers", "fitted", method="distill", steps=10, batch=16)
+    graph["plan"] = node("FluxPokePlanByBudget", recording=["recording", 0], **budget)
+    loaded = graph | replaced(["retrain", 0], plan=["plan", 0], unet_name="as in the plan")
+    with ComfyClient(server.address) as client:
+        for seed, prompt in enumerate(PROMPTS):
+            client.run(drawing(model, seed=seed, prompt=prompt, batch=8))
+        found = client.run(drawing(loaded, seed=5))
+        drawn = np.stack([np.asarray(Image.open(io.BytesIO(client.fetch(file)))) for file in found.files("images", "save")])
+    dense_file = Dense.open(FOLDER / "flux.safetensors")
+    tensors = Replaced(dense_file, RetrainedLayers.open(recorded / "fitted_layers", dense_file))
+    assert set(tensors.plan.ranks) == {site.name for site in tensors.dense.layout.sites}
+    assert f"{len(tensors.plan.ranks)} modulation layers truncated" in found.texts["replaced"]
+
+    def reference(flux: Flux) -> np.ndarray:
+        tiny = replace(TinyFlux.load(), flux=flux)
+        noise = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(5))
+        images = tiny.autoencoder.decode(tiny.sample([PROMPTS[0]] * 4, noise))
+        return (255 * images.clamp(0, 1)).permute(0, 2, 3, 1).detach().numpy()
+
+    expected = reference(Flux.load({key: tensors[key].float() for key in tensors}))
+    dense = reference(TinyFlux.load().flux)
+    assert difference(drawn, expected) < 1
+    assert difference(drawn, expected) < 0.3 * difference(drawn, dense)
+
+
+def test_cancel_is_heard_while_distillation_works_out_the_repair_it_starts_from(recorded, server):
+    model = rows_and_trajectories("whole", rows=16, steps=6, probe_steps=0)
     repairs = recorded / "whole" / "cache" / "repairs"
     with ComfyClient(server.address) as client:
         for seed in range(2):

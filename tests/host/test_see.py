@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 
 import av
 import numpy as np
@@ -18,7 +19,7 @@ from flux_poke.errors import UserError
 from flux_poke.flux.blocks import Block
 from flux_poke.headless.client import ComfyClient, Interrupted, Result
 from flux_poke.recording.internals import Internals
-from flux_poke.tiny.model import TinyFlux
+from flux_poke.tiny.model import SHIPPED, TinyFlux
 from PIL import Image, ImageSequence
 from PIL.ExifTags import IFD, Base
 from safetensors import safe_open
@@ -327,7 +328,7 @@ def test_capture_brings_everything_from_the_server(server, host, tmp_path):
         command = ["capture", "--server", server.address, "--model", "tiny", "--num-steps", "4", "--output-dir", str(tmp_path)]
         result = CliRunner().invoke(app, [*command, *options], catch_exceptions=False)
         assert result.exit_code == 0, result.output
-        return [line.split()[0] for line in result.output.splitlines() if " a 7" in line or " an 8" in line]
+        return [line.split()[0] for line in result.output.splitlines() if str(tmp_path) in line]
 
     seven, eight = capture("--prompt", "a 7", "--prompt", "an 8", "--seed", "11")
     for number, (generation_id, prompt) in enumerate(((seven, "a 7"), (eight, "an 8"))):
@@ -428,3 +429,32 @@ def test_compare_says_how_far_images_and_latents_are_apart(client: ComfyClient, 
         },
     }  # fmt: skip
     assert "variant: relative MSE 0.01 " in client.run(graph).texts["4"]
+
+
+def test_raw_states_from_the_server_are_under_the_id_that_was_said_first_and_decode_there_and_here(server, host, tmp_path):
+    def run(*words: object) -> str:
+        result = CliRunner().invoke(app, [*map(str, words)], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    options = ("--num-steps", 3, "--seed", 5, "--blocks", "double 1, single 3", "--steps-to-tap", "0, 2", "--raw")
+    there = ("--server", server.address)
+    output = run("capture", *there, "--model", "tiny", "--prompt", "a 7", *options, "--output-dir", tmp_path)
+    (folder,) = tmp_path.iterdir()
+    assert output.splitlines()[0] == f"{folder.name}: a 7"
+    assert (host.output / "flux_poke" / folder.name / "metadata.json").is_file()
+    taps = [Tap(step, block) for step in (0, 2) for block in (Block("double", 1), Block("single", 3))]
+    previews = dict(find_previews(folder))
+    assert [*previews] == taps
+    assert (folder / "raw" / "step_2" / "single_block_3.safetensors").is_file()
+    before = {tap: pixels(Image.open(path)) for tap, path in previews.items()}
+    (host.base / "models" / "vae").mkdir(exist_ok=True)
+    vae = host.base / "models" / "vae" / "tiny-decoder.safetensors"
+    shutil.copy(SHIPPED["flux1"] / "autoencoder.safetensors", vae)
+    checkpoint = SHIPPED["flux1"] / "flux.safetensors"
+    for where in ((), (*there, "--vae", vae.name)):
+        for path in previews.values():
+            path.unlink()
+        assert "4 predictions decoded" in run("decode", folder, "--checkpoint", checkpoint, *where)
+        assert all(np.abs(pixels(Image.open(path)) - before[tap]).max() <= 6 for tap, path in previews.items())
+    vae.unlink()

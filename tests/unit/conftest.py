@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from flux_poke.cli import app, args_with_files
+from flux_poke.errors import UserError
 from flux_poke.flux.model import Flux
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan
@@ -20,6 +23,7 @@ from flux_poke.recording.store import HiddenStates
 from flux_poke.recording.trajectories import trajectory
 from safetensors.torch import save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 Shapes = dict[str, tuple[int, ...]]
 #: Noise levels of the run that `Recorded` draws its images in.
@@ -120,8 +124,23 @@ def flux_inputs(model: Flux, batch: int = 2, words: int = 5, seed: int = 1) -> d
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
-    """The models are small: more threads only wait for each other."""
+    """The models are small: more threads only wait for each other. What tests start computes alike, to the last bit."""
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+def _run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, args_with_files([str(argument) for argument in arguments]))
+    if isinstance(result.exception, UserError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., str]:
+    """What a command prints; raises its `UserError`."""
+    return _run
 
 
 @pytest.fixture
@@ -132,6 +151,21 @@ def shapes() -> Callable[..., Shapes]:
 @pytest.fixture(scope="session")
 def tensors() -> Callable[..., dict[str, Tensor]]:
     return flux_tensors
+
+
+def same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    """Whether two state dicts have the same keys, types, shapes and bits."""
+    return found.keys() == expected.keys() and all(
+        found[key].dtype == tensor.dtype
+        and found[key].shape == tensor.shape
+        and torch.equal(found[key].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+        for key, tensor in expected.items()
+    )
+
+
+@pytest.fixture(scope="session")
+def same() -> Callable[[dict[str, Tensor], dict[str, Tensor]], bool]:
+    return same_bits
 
 
 @contextmanager

@@ -10,17 +10,15 @@ import torch
 from flux_poke.analysis.taps import BlockTaps, StepChoice, Tap, TapRecorder
 from flux_poke.errors import UserError
 from flux_poke.flux.blocks import Block, blocks_of, choose_blocks
+from flux_poke.flux.integrators import euler
 from flux_poke.flux.layout import Layout
 from flux_poke.flux.model import Flux
-from flux_poke.flux.sampling import FluxTimer, euler
+from flux_poke.flux.sampling import FluxTimer
 from flux_poke.recording.call import Call
-from flux_poke.tiny.training import tiny_layout
-
-SHAPE = {"hidden": 128, "mlp_ratio": 2, "text_width": 32, "depth": 2, "depth_single": 3}
 
 
 def layout_of(family: str) -> Layout:
-    layout = tiny_layout(SHAPE)
+    layout = Layout.of("flux1", 128, 2, 3, context=32, vector=32, ratio=2)
     if family == "flux1":
         return layout
     gated = tuple(replace(site, gated=True, biased=False) for site in layout.sites)
@@ -200,15 +198,26 @@ def test_sizes_that_are_no_whole_patches_are_cut_as_the_host_cuts_them():
     assert torch.equal(taps.latent(Tap(0, Block("single", 2))), odd - velocity)
 
 
-@pytest.mark.parametrize("text", ["", "triple", "double 5", "single 3-1", "double 0-9", "single-"])
+WRONG = ["", "triple", "double 5", "single 3-1", "double 0-9", "single-", "single0", "5", "2-1", "1,,2", "triple 1", "-", "-1"]
+
+
+@pytest.mark.parametrize("text", WRONG)
 def test_blocks_that_the_model_does_not_have_are_refused(text):
     with pytest.raises(UserError, match=r"Blocks"):
         choose_blocks(text, layout_of("flux1"))
 
 
-def test_blocks_are_chosen_by_kind_and_range():
-    names = [block.name for block in choose_blocks("single 1-2, double", layout_of("flux1"))]
-    assert names == ["double-0", "double-1", "single-1", "single-2"]
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("single 1-2, double", ["double-0", "double-1", "single-1", "single-2"]),
+        ("0-1, 3", ["double-0", "double-1", "single-1"]),
+        ("double 1, single", ["double-1", "single-0", "single-1", "single-2"]),
+        ("All", ["double-0", "double-1", "single-0", "single-1", "single-2"]),
+    ],
+)
+def test_blocks_are_chosen_by_kind_and_range_or_by_numbers(text, names):
+    assert [block.name for block in choose_blocks(text, layout_of("flux1"))] == names
 
 
 @pytest.mark.parametrize("blocks", ["all", "single 0", "double 1"])

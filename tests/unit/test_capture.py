@@ -1,83 +1,68 @@
-"""Filling in the capture workflow, and which options go together; capturing itself is tested on the real server."""
+"""The graph that captures, and which options go together; capturing itself is tested on the real server."""
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
 from flux_poke.errors import UserError
-from flux_poke.headless import capture
-from flux_poke.headless.capture import CaptureRequest, bring, capture_servers, filled_graph, model_file
+from flux_poke.headless.capture import CaptureRequest, bring, capture_graph, capture_servers
+from flux_poke.headless.families import TINY_USUAL, USUAL, Setup
+from flux_poke.headless.workflow import model_file
 
 MODELS = ["flux1-dev-fp8.safetensors", "flux1-krea-dev.safetensors", "sub/flux1-schnell.safetensors", "mine.safetensors"]
 
 
-@pytest.fixture
-def workflows(tmp_path, monkeypatch):
-    """A graph with every input there is to fill in, seeds of two kinds, and a width that is a link."""
-    graph = {
-        "1": {"class_type": "UNETLoader", "inputs": {"unet_name": "?", "weight_dtype": "default"}},
-        "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "?", "clip": ["9", 0]}},
-        "3": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 1, "height": 1, "batch_size": 1}},
-        "4": {"class_type": "RandomNoise", "inputs": {"noise_seed": 0}},
-        "5": {"class_type": "BasicScheduler", "inputs": {"steps": 0}},
-        "6": {"class_type": "FluxGuidance", "inputs": {"guidance": 0.0}},
-        "7": {"class_type": "Linked", "inputs": {"width": ["3", 0]}},
-        "8": {"class_type": "Decode", "inputs": {"decode": True, "metadata": True}},
-    }
-    (tmp_path / "see_every_block.json").write_text(json.dumps(graph))
-    tiny = {key: node for key, node in graph.items() if key not in "16"}
-    (tmp_path / "see_every_block_tiny.json").write_text(json.dumps(tiny))
-    monkeypatch.setattr(capture, "WORKFLOWS", tmp_path)
-    return tmp_path
+def setup(model: str) -> Setup:
+    kind, usual = next((kind, usual) for pattern, kind, usual in USUAL if re.search(pattern, model))
+    clips = tuple(f"{name}.safetensors" for name in usual.clips)
+    return (
+        Setup("tiny", TINY_USUAL, "tiny")
+        if model == "tiny"
+        else Setup(kind, usual, model, "UNETLoader", clips, "ae.safetensors")
+    )
 
 
-def test_every_input_that_has_a_name_is_filled_in_and_links_stay(workflows):
-    request = CaptureRequest("a fox", "flux-dev", 512, 768, seed=7, num_steps=9, guidance=3.0, decode_intermediates=False)
-    graph = filled_graph(request, MODELS)
-    assert graph["7"]["inputs"]["width"] == ["3", 0]
-    del graph["7"]
-    found = {name: value for node in graph.values() for name, value in node["inputs"].items()}
-    assert found == {
-        "unet_name": "flux1-dev-fp8.safetensors", "weight_dtype": "default", "text": "a fox", "clip": ["9", 0], "width": 512,
-        "height": 768, "batch_size": 1, "noise_seed": 7, "steps": 9, "guidance": 3.0, "decode": False, "metadata": True,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("model", ["flux-dev", "tiny"])
-def test_the_shipped_workflows_take_every_value(model):
-    request = CaptureRequest("a 7", model, 512, 768, 7, 9, 3.0, decode_intermediates=False, add_sampling_metadata=False)
-    inputs = {node["class_type"]: node["inputs"] for node in filled_graph(request, MODELS).values()}
+@pytest.mark.parametrize("model", ["flux1-dev", "flux-2-klein-4b", "tiny"])
+def test_every_value_is_in_the_graph(model):
+    request = CaptureRequest(
+        "a 7", model, 512, 768, 7, 9, 3.0, decode_intermediates=False, add_sampling_metadata=False, blocks="double 0",
+        at_steps="every 5", lens="mine", view="euler", raw=True,
+    )  # fmt: skip
+    graph = capture_graph(request, setup(model))
+    inputs = {node["class_type"]: node["inputs"] for node in graph.values()}
     assert inputs["CLIPTextEncode"]["text"] == "a 7"
-    assert (inputs["EmptySD3LatentImage"]["width"], inputs["EmptySD3LatentImage"]["height"]) == (512, 768)
-    assert (inputs["KSampler"]["seed"], inputs["KSampler"]["steps"]) == (7, 9)
-    assert (inputs["FluxPokeTapBlocks"]["blocks"], inputs["FluxPokeTapBlocks"]["at_steps"]) == ("all", "all")
-    assert inputs["FluxPokeDecodeBlockPreviews"] | {"decode": False, "metadata": False} == inputs["FluxPokeDecodeBlockPreviews"]
-    if model == "flux-dev":
-        assert inputs["UNETLoader"]["unet_name"] == "flux1-dev-fp8.safetensors"
+    empty = inputs["EmptyFlux2LatentImage" if "klein" in model else "EmptySD3LatentImage"]
+    assert (empty["width"], empty["height"], empty["batch_size"]) == (512, 768, 1)
+    assert (inputs["RandomNoise"]["noise_seed"], inputs["FluxPokeFluxTimer"]["steps"]) == (7, 9)
+    taps = {"blocks": "double 0", "at_steps": "every 5", "lens": "mine", "raw": True, "model": ["model", 0]}
+    assert inputs["FluxPokeTapBlocks"] | taps == inputs["FluxPokeTapBlocks"]
+    decode = {"decode": False, "metadata": False, "view": "euler", "after": ["sample", 0]}
+    assert inputs["FluxPokeDecodeBlockPreviews"] | decode == inputs["FluxPokeDecodeBlockPreviews"]
+    assert inputs["BasicGuider"]["model"] == ["taps", 0]
+    if model == "flux1-dev":
         assert inputs["FluxGuidance"]["guidance"] == 3.0
+    assert all(link[0] in graph for node in graph.values() for link in node["inputs"].values() if isinstance(link, list))
 
 
-@pytest.mark.parametrize(("model", "steps"), [("flux-schnell", 4), ("flux-dev", 50), ("flux-dev-krea", 50), ("tiny", 20)])
-def test_each_model_has_its_own_number_of_steps(workflows, model, steps):
-    graph = filled_graph(CaptureRequest("a fox", model), MODELS)
-    assert graph["5"]["inputs"]["steps"] == steps
-    assert graph["3"]["inputs"]["width"] == 1  # the workflow's own
+@pytest.mark.parametrize(
+    ("model", "steps", "side"),
+    [
+        ("flux1-schnell", 4, 1024),
+        ("flux1-dev", 50, 1024),
+        ("flux1-krea-dev", 50, 1024),
+        ("flux-2-klein-4b", 4, 1024),
+        ("tiny", 20, 64),
+    ],
+)
+def test_each_model_has_its_own_number_of_steps_and_size(model, steps, side):
+    graph = capture_graph(CaptureRequest("a fox", model), setup(model))
+    assert (graph["sigmas"]["inputs"]["steps"], graph["latent"]["inputs"]["width"]) == (steps, side)
 
 
-def test_without_a_seed_each_image_gets_one_of_its_own(workflows):
-    seeds = {filled_graph(CaptureRequest("a fox", "tiny"), [])["4"]["inputs"]["noise_seed"] for _ in range(5)}
-    assert len(seeds) == 5
-
-
-def test_a_workflow_that_lacks_a_needed_input_is_refused(workflows):
-    path = workflows / "see_every_block_tiny.json"
-    graph = json.loads(path.read_text())
-    del graph["2"]
-    path.write_text(json.dumps(graph))
-    with pytest.raises(UserError, match="has no input called text"):
-        filled_graph(CaptureRequest("a fox", "tiny"), [])
+def test_without_a_seed_each_image_gets_one_of_its_own():
+    asked = [capture_graph(CaptureRequest("a fox", "tiny"), setup("tiny")) for _ in range(5)]
+    assert len({graph["noise"]["inputs"]["noise_seed"] for graph in asked}) == 5
 
 
 @pytest.mark.parametrize(
@@ -155,6 +140,8 @@ def test_options_for_starting_a_server_need_one_to_start(tmp_path):
     for options in ({"offload": True}, {"multi_gpu": True}):
         with pytest.raises(UserError, match="--comfyui"), capture_servers(None, None, **options):
             pass
+    with pytest.raises(UserError, match="choose one of them"), capture_servers(None, tmp_path, offload=True, multi_gpu=True):
+        pass
     with pytest.raises(UserError, match="not both"), capture_servers("127.0.0.1:1", tmp_path):
         pass
     with capture_servers("127.0.0.1:1", None) as servers:

@@ -3,26 +3,16 @@
 from pathlib import Path
 
 import pytest
-from flux_poke.cli import app, args_with_files
 from flux_poke.errors import UserError
 from flux_poke.tiny.model import FOLDER
 from flux_poke.tiny.words import digit_prompts
-from typer.testing import CliRunner
 
 CHECKPOINT = FOLDER / "flux.safetensors"
 QUICK = ("--layers", "0, 3", "--method", "closed form", "--save-dtype", "float32")
 
 
-def run(*arguments: object) -> str:
-    result = CliRunner().invoke(app, args_with_files([str(argument) for argument in arguments]))
-    if isinstance(result.exception, UserError):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory) -> Path:
+def recorded(run, tmp_path_factory) -> Path:
     """Internals, rows and block states of the tiny FLUX on twenty prompts."""
     folder = tmp_path_factory.mktemp("recorded")
     (folder / "prompts.txt").write_text("\n".join(digit_prompts(number % 10)[0] for number in range(20)))
@@ -32,8 +22,8 @@ def recorded(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("cuts", [(), ("--img-cut", 9, "--share", 0.5), ("--img-threshold", 3, "--gigabytes", 1)])
-def test_what_to_cut_is_said_in_one_way(recorded, tmp_path, cuts):
+@pytest.mark.parametrize("cuts", [(), ("--img-cut", 9, "--neurons", 0.5), ("--img-threshold", 3, "--saved", 1)])
+def test_what_to_cut_is_said_in_one_way(run, recorded, tmp_path, cuts):
     internals, plan = recorded / "internals.safetensors", tmp_path / "plan.safetensors"
     with pytest.raises(UserError, match="said in one way"):
         run("plan", internals, "--checkpoint", CHECKPOINT, *cuts, "--out", plan)
@@ -43,21 +33,21 @@ def test_what_to_cut_is_said_in_one_way(recorded, tmp_path, cuts):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (("--share", 1.5), "between 0 and 1"),
-        (("--gigabytes", 9), "ask for less"),
-        (("--share", 0.5, "--multiple", 0), "multiple of at least 1"),
-        (("--share", 0.5, "--protect", "double-9"), "double-img-9"),
-        (("--share", 0.5, "--picture", "x.foo"), "is not a picture"),
+        (("--neurons", 1.5), "between 0 and 1"),
+        (("--saved", 9), "ask for less"),
+        (("--neurons", 0.5, "--multiple", 0), "multiple of at least 1"),
+        (("--neurons", 0.5, "--protect", "double-9"), "double-img-9"),
+        (("--neurons", 0.5, "--picture", "x.foo"), "is not a picture"),
     ],
 )
-def test_what_cannot_be_planned_is_refused_before_neurons_are_ranked(recorded, tmp_path, monkeypatch, wrong, said):
+def test_what_cannot_be_planned_is_refused_before_neurons_are_ranked(run, recorded, tmp_path, monkeypatch, wrong, said):
     monkeypatch.setattr("flux_poke.pruning.scores.rank", None)
     given = ("plan", recorded / "internals.safetensors", "--checkpoint", CHECKPOINT, "--out", tmp_path / "plan.safetensors")
     with pytest.raises(UserError, match=said):
         run(*given, *wrong)
 
 
-def test_a_recording_is_not_added_to_itself(recorded):
+def test_a_recording_is_not_added_to_itself(run, recorded):
     internals = recorded / "internals.safetensors"
     with pytest.raises(UserError, match="named twice"):
         run("internals", "merge", internals, internals, "--out", internals)

@@ -59,8 +59,8 @@ def test_distilled_model_is_nearer_to_the_dense_one_on_images_it_was_not_trained
     assert len(images) == 2
     points = [point[sorted(images)] for point in drawn.points]
     before, after = (velocity_error(Flux.load(tensors), points) for tensors in (drawn.cut, {**drawn.cut, **found.tensors}))
-    assert found.before == pytest.approx(before, rel=1e-3)
-    assert found.after == pytest.approx(after, rel=1e-3)
+    assert found.start.relative == pytest.approx(before, rel=1e-3)
+    assert found.final.relative == pytest.approx(after, rel=1e-3)
     assert after < 0.97 * before
 
 
@@ -80,8 +80,8 @@ def test_a_scaled_8_bit_model_is_distilled_from_what_its_numbers_stand_for(drawn
             tensor = (tensor / scale).to(torch.float8_e4m3fn)
         cut[key] = tensor
     options = replace(OPTIONS, just_evaluate=True)
-    assert distill(cut, drawn.samples, options).before == pytest.approx(
-        distill(drawn.cut, drawn.samples, options).before, rel=0.05
+    assert distill(cut, drawn.samples, options).start.relative == pytest.approx(
+        distill(drawn.cut, drawn.samples, options).start.relative, rel=0.05
     )
 
 
@@ -128,9 +128,9 @@ def test_mixed_precision_trains_float32_weights_with_products_in_bfloat16(drawn,
     assert {tensor.dtype for tensor in found.tensors.values()} == {torch.float32}
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in found.tensors.values())
     whole = distill(drawn.cut, drawn.samples, OPTIONS)
-    assert found.before == pytest.approx(whole.before, rel=0.05)
-    assert found.before != whole.before
-    assert found.after == pytest.approx(whole.after, rel=0.05)
+    assert found.start.relative == pytest.approx(whole.start.relative, rel=0.05)
+    assert found.start.relative != whole.start.relative
+    assert found.final.relative == pytest.approx(whole.final.relative, rel=0.05)
 
 
 def test_adafactor_trains_as_well_with_a_fraction_of_the_state(drawn, tmp_path, monkeypatch):
@@ -146,7 +146,7 @@ def test_adafactor_trains_as_well_with_a_fraction_of_the_state(drawn, tmp_path, 
 
         options = replace(OPTIONS, optimizer=optimizer, learning_rate=1e-2 if optimizer == "adafactor" else 1e-3)
         found[optimizer] = distill(drawn.cut, drawn.samples, options, saved, look)
-    assert found["adafactor"].after < 0.97 * found["adafactor"].before
+    assert found["adafactor"].final.relative < 0.97 * found["adafactor"].start.relative
     assert sizes["adafactor"] < 0.05 * sizes["adamw"]
 
 
@@ -170,7 +170,7 @@ def test_it_stops_when_the_held_out_loss_stands_still_in_the_second_half(drawn):
 
 def test_a_training_that_only_does_harm_gives_back_what_it_began_with(drawn):
     found = distill(drawn.cut, drawn.samples, Options(steps=2, learning_rate=30.0, eval_every=1, save_dtype="float32"))
-    assert found.after == pytest.approx(found.before)
+    assert found.final.relative == pytest.approx(found.start.relative)
     for key, tensor in found.tensors.items():
         assert torch.equal(tensor, drawn.cut[key])
 
@@ -229,3 +229,24 @@ def test_one_image_is_too_few(drawn):
 def test_batches_are_the_same_on_every_machine_and_in_every_version_of_python():
     groups = [torch.arange(10), torch.arange(10, 14)]
     assert [batch(groups, 3, 7, step).tolist() for step in (0, 5)] == [[12, 13, 11], [2, 5, 3]]
+
+
+@pytest.mark.parametrize("family", ["flux1", "flux2"])
+def test_edits_are_trained_on_with_their_reference_pictures(tensors, family):
+    """Also those of one picture beside those of two, which stand in batches of their own."""
+    drawn = Drawn(tensors, family)
+    x = drawn.points[0].x
+    pictures = [torch.randn(len(x), x.shape[1], 4, 6), torch.randn(len(x), x.shape[1], 2, 2)]
+    points = []
+    for count in (1, 2):
+        start = drawn.points[0]
+        points += trajectory(drawn.flux, x, SIGMAS, start.context, start.vector, pictures[:count])[0]
+    samples = Trajectories.of(points)
+    assert sorted(len(group) for group in samples.groups) == [3 * len(x), 3 * len(x)]
+    one, two = (samples.batch(group[:4]) for group in samples.groups)
+    assert (len(one.references), len(two.references)) == (1, 2)
+    for point in (one, two):
+        torch.testing.assert_close(point.velocity, point.run(drawn.flux), atol=1e-4, rtol=1e-3)
+        assert not torch.allclose(point.velocity, replace(point, references=()).run(drawn.flux), atol=1e-2)
+    found = distill(drawn.cut, samples, OPTIONS)
+    assert found.final.relative < found.cut.relative

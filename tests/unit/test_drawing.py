@@ -177,7 +177,7 @@ def test_a_recording_that_is_killed_keeps_what_was_drawn_before(tmp_path):
 def test_the_estimate_is_at_least_what_is_taken(tmp_path, wanted):
     recording = Recording.at(tmp_path)
     record(CHECKPOINT, PROMPTS[:2], recording, wanted, steps=3)
-    estimates = wanted.estimated_bytes(TinyFlux.load().flux.layout, 3, 2)
+    estimates = wanted.estimated_bytes(TinyFlux.load(), 3, 2)
     assert estimates.keys() == recording.kinds - {"internals", "amplification"}
     for kind, size in estimates.items():
         assert 0.5 * size <= recording.states().bytes(kind) <= size, kind

@@ -15,16 +15,17 @@ from flux_poke.analysis.sheets import contact_sheet, difference_sheet
 from flux_poke.analysis.taps import BlockTaps, Tap, TapRecorder
 from flux_poke.errors import UserError
 from flux_poke.flux.blocks import Block, blocks_of, choose_blocks
+from flux_poke.flux.integrators import euler
+from flux_poke.flux.layout import Layout
 from flux_poke.flux.model import Flux
-from flux_poke.flux.sampling import FluxTimer, euler
+from flux_poke.flux.sampling import FluxTimer
 from flux_poke.recording.call import Call
-from flux_poke.tiny.training import tiny_layout
 from PIL import Image
 from PIL.ExifTags import IFD, Base
 from safetensors.torch import load_file
 from torch import Tensor
 
-LAYOUT = tiny_layout({"hidden": 128, "mlp_ratio": 2, "text_width": 32, "depth": 2, "depth_single": 2})
+LAYOUT = Layout.of("flux1", 128, 2, 2, context=32, vector=32, ratio=2)
 BLOCKS = blocks_of(LAYOUT)
 
 

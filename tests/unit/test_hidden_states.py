@@ -1,6 +1,7 @@
 """Sampled rows (store.py, rows.py): they are what the MLPs read, shared out evenly, and safe on disk."""
 
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import replace
@@ -153,7 +154,7 @@ def test_the_estimate_is_what_is_written(flux, store, inputs):
     sites = select_sites(flux.layout, streams=("img", "single"))
     for seed in range(2):
         draw(flux, RowRecorder(sites, store, choice), inputs, seed=seed)
-    expected = estimated_bytes(sites, 128, choice, steps=5, images=4)
+    expected = estimated_bytes(replace(flux.layout, sites=sites), choice, steps=5, images=4)
     assert store.bytes("rows") == expected
     assert sum(path.stat().st_size for path in store.folder.glob("rows-*")) == pytest.approx(expected, rel=0.2)
 
@@ -174,7 +175,7 @@ def test_another_models_folder_is_refused(store, tensors):
 
 def test_at_the_limit_all_images_lose_the_same(flux, store, inputs):
     choice, sites = RowChoice(rows=24, steps=5), select_sites(flux.layout, streams=("img",))
-    each = estimated_bytes(sites, 128, choice, steps=5, images=2)
+    each = estimated_bytes(replace(flux.layout, sites=sites), choice, steps=5, images=2)
     recorder = RowRecorder(sites, store, choice, Limit(5.5 * each / 1e9, "thin"))
     for seed in range(8):
         draw(flux, recorder, inputs, seed=seed)
@@ -186,7 +187,7 @@ def test_at_the_limit_all_images_lose_the_same(flux, store, inputs):
 
 def test_no_mlp_is_thinned_below_the_rows_that_a_regression_on_it_needs(flux, store, inputs):
     choice, sites = RowChoice(rows=24, steps=5), select_sites(flux.layout, streams=("img",))
-    each = estimated_bytes(sites, 128, choice, steps=5, images=2)
+    each = estimated_bytes(replace(flux.layout, sites=sites), choice, steps=5, images=2)
     recorder = RowRecorder(sites, store, choice, Limit(3.5 * each / 1e9, "thin"))  # 840 rows; halved, fewer than 512
     for seed in range(5):
         draw(flux, recorder, inputs, seed=seed)
@@ -211,7 +212,7 @@ def test_a_halving_that_was_cut_off_is_finished_by_the_next(flux, store, inputs)
 
 def test_at_the_limit_recording_can_stop(flux, store, inputs):
     choice = RowChoice(rows=8, steps=1)
-    each = estimated_bytes(flux.layout.sites, 128, choice, steps=5, images=2)
+    each = estimated_bytes(flux.layout, choice, steps=5, images=2)
     recorder = RowRecorder(flux.layout.sites, store, choice, Limit(1.5 * each / 1e9, "stop"))
     for seed in range(3):
         run, _ = draw(flux, recorder, inputs, seed=seed)
@@ -310,7 +311,7 @@ def test_rows_that_were_thinned_have_another_digest(store, flux, inputs):
     before = store.digest("rows")
     store._halve()
     assert store.digest("rows") != before
-    assert not store.changed("rows")
+    assert HiddenStates.open(store.folder).digest("rows") == store.digest("rows")
 
 
 def test_two_recordings_of_equal_shape_have_two_digests(flux, inputs, tmp_path):
@@ -437,10 +438,24 @@ def test_no_step_within_the_range_of_noise_levels_is_said(store, flux, inputs):
 def test_at_most_is_never_less_than_what_is_written(store, flux, inputs, sigmas, steps):
     choice = RowChoice(rows=5, steps=steps, sigmas=sigmas)
     draw(flux, RowRecorder(flux.layout.sites, store, choice), inputs)
-    assert store.bytes("rows") <= estimated_bytes(flux.layout.sites, 128, choice, steps=5, images=2)
+    assert store.bytes("rows") <= estimated_bytes(flux.layout, choice, steps=5, images=2)
 
 
 @pytest.mark.parametrize("gigabytes", [0, -1, float("nan"), float("inf"), 10**20])
 def test_a_limit_that_is_not_a_size_is_refused(gigabytes):
     with pytest.raises(UserError, match="number of gigabytes above 0"):
         Limit(gigabytes)
+
+
+def test_a_run_that_keeps_its_rows_in_memory_leaves_all_of_them_or_none(flux, store, inputs):
+    given = inputs(flux, batch=2, seed=1)
+    for written, shard_bytes in ((5, 1), (0, math.inf)):
+        recorder = RowRecorder(flux.layout.sites, store, RowChoice(rows=4, steps=5), shard_bytes=shard_bytes)
+        run, before = recorder.begin(), len(store.manifest.shards)
+        for step in range(len(SIGMAS) - 1):
+            with run.watching(flux, call_of(given, step, known_drawn=f"{shard_bytes}")), torch.no_grad():
+                flux(**given)
+        assert len(store.manifest.shards) - before == written
+    run.finish()
+    assert len(store.manifest.shards) - before == 1
+    assert [drawing.name for drawing in store.manifest.drawings] == ["1", "inf"]

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from flux_poke.analysis.report import internals_title
+from flux_poke.analysis.report import internals_table, internals_title
 from flux_poke.errors import UserError
 from flux_poke.flux.fingerprint import Fingerprint
-from flux_poke.recording.internals import FORMAT, Internals, add_to_file, check_file, merge_files, site_order
+from flux_poke.recording.internals import FORMAT, Internals, add_to_file, check_file, site_order
+from flux_poke.recording.queued import merge_files
 from flux_poke.recording.recording import Recording
 from flux_poke.recording.statistics import SiteInternals
 from safetensors import safe_open
@@ -39,7 +40,7 @@ def recording(seed: int = 0, workflow: Mapping[str, str] | None = None, model: F
 
 def assert_same(a: Internals, b: Internals) -> None:
     """Equal to the last bit, header included."""
-    header = ("family", "fingerprint", "runs", "steps", "created", "updated", "workflow")
+    header = ("family", "fingerprint", "runs", "steps", "created", "updated", "workflow", "padded")
     assert {key: getattr(a, key) for key in header} == {key: getattr(b, key) for key in header}
     assert a.sites.keys() == b.sites.keys()
     for name, site in a.sites.items():
@@ -123,7 +124,7 @@ def test_a_recording_of_another_model_is_refused_and_the_file_stays(tmp_path):
     add_to_file(path, recording(1))
     before = path.read_bytes()
     tuned = replace(MODEL, values=(0.5, -0.25, 3.5))
-    with pytest.raises(UserError, match=r"This run was recorded on another model: its weights differ \(1 of 3 sampled ones\)"):
+    with pytest.raises(UserError, match=r"This run was recorded on another model than .*: its weights differ \(1 of 3 sampled"):
         add_to_file(path, recording(2, model=tuned))
     with pytest.raises(UserError, match="its layers have other shapes"):
         add_to_file(path, recording(2, model=replace(MODEL, shapes="others")))
@@ -390,3 +391,26 @@ check(add_to_file(path, one), runs + 1)
 """
     in_a_process(code, tmp_path / "internals.safetensors")
     assert {path.name for path in tmp_path.iterdir()} <= {"internals.safetensors", ".internals.safetensors.lock"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "together", "told"),
+    [
+        (False, False, False, False),
+        (False, True, True, True),
+        (True, True, True, True),
+        (None, False, None, True),  # of a file that was written before it was known
+    ],
+)
+def test_whether_padding_counts_is_known_of_the_sum_and_told_in_the_report(tmp_path, first, second, together, told):
+    path = tmp_path / "internals.safetensors"
+    add_to_file(path, replace(recording(1), padded=first))
+    add_to_file(path, replace(recording(2), padded=second))
+    found = Internals.load(path)
+    assert found.padded is together
+    assert ("up to 256 words" in internals_table(found)) is told
+
+
+def test_padding_that_flux2s_older_recordings_do_not_tell_of_is_none(originals):
+    assert "256 words" not in internals_table(replace(recording(), family="flux2"))
+    assert "256 words" not in internals_table(Internals.load(originals))

@@ -129,3 +129,10 @@ def test_a_layout_made_of_sizes_is_that_of_a_checkpoint(shapes, family):
 def test_a_layout_of_other_ratio_and_channels_is_that_of_the_model_made_from_it():
     layout = Layout.of("flux1", 128, 1, 2, context=8, vector=8, guidance=True, ratio=2, channels=16)
     assert read_layout({key: value.shape for key, value in Flux(layout).state_dict().items()}) == layout
+
+
+def test_chromas_norms_have_the_names_of_its_file():
+    """ComfyUI calls them `.weight`."""
+    name = "distilled_guidance_layer.norms.3"
+    assert canonical_key(f"m.{name}.weight", "m.") == canonical_key(f"{name}.scale") == f"{name}.scale"
+    assert canonical_key("distilled_guidance_layer.in_proj.weight") == "distilled_guidance_layer.in_proj.weight"

@@ -11,18 +11,18 @@ from flux_poke.analysis.taps import BlockTaps, Tap, TapRecorder
 from flux_poke.errors import UserError
 from flux_poke.flux.blocks import Block, blocks_of, choose_blocks
 from flux_poke.flux.fingerprint import Fingerprint
+from flux_poke.flux.layout import Layout
 from flux_poke.flux.model import Flux
 from flux_poke.recording.call import Call
 from flux_poke.recording.lens_rows import LensRecorder, LensRows
 from flux_poke.recording.rows import RowChoice
 from flux_poke.recording.store import HiddenStates, Limit
-from flux_poke.tiny.training import tiny_layout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-LAYOUT = tiny_layout({"hidden": 128, "mlp_ratio": 2, "text_width": 32, "depth": 2, "depth_single": 2})
+LAYOUT = Layout.of("flux1", 128, 2, 2, context=32, vector=32, ratio=2)
 FIRST, LAST = Block("double", 0), Block("single", 1)
 
 

@@ -53,7 +53,8 @@ def delta(lora, module):
 
 def converted(lora, dense, plan, repaired):
     folds = {name: site.fold for name, site in repaired.items()}
-    return convert_lora(lora, dense.layout, plan, folds, {name: site.report for name, site in repaired.items()})
+    reports = {name: site.report for name, site in repaired.items()}
+    return convert_lora(lora, dense.layout, plan, folds, reports, None, dense.tensors)
 
 
 @pytest.mark.parametrize("method", ["none", "bias", "affine"])
@@ -188,5 +189,6 @@ def test_without_the_fold_it_is_said_that_a_part_is_lost(tensors):
     b, a = factors(128, 512)
     name = "diffusion_model.double_blocks.0.txt_mlp.2"
     lora = {f"{name}.lora_B.weight": b, f"{name}.lora_A.weight": a}
-    found = convert_lora(lora, dense.layout, plan, {name: site.fold for name, site in repaired.items()}, report)
+    folds = {name: site.fold for name, site in repaired.items()}
+    found = convert_lora(lora, dense.layout, plan, folds, report, None, dense.tensors)
     assert "without its fold" in found.modules[0].why

@@ -51,7 +51,7 @@ def test_image_tokens_are_known_by_their_position_and_not_by_their_order(tensors
     words, rows, columns = 3, 4, 5
     img, txt = (torch.randn(2, n, 128, generator=generator) for n in (rows * columns, words))
     vec, order = torch.randn(2, 128, generator=generator), torch.randperm(rows * columns, generator=generator)
-    pe = model.positions(words, rows, columns, torch.device("cpu"))
+    pe = model.positions(words, [(rows, columns)], torch.device("cpu"))
     straight, _ = run_blocks(model, img, txt, vec, pe)
     shuffled, _ = run_blocks(model, img[:, order], txt, vec, torch.cat((pe[:words], pe[words:][order])))
     torch.testing.assert_close(shuffled, straight[:, order], rtol=1e-4, atol=1e-4)
@@ -74,7 +74,7 @@ def test_attention_sees_the_distance_of_two_positions_alone():
 
 def test_positions_of_flux2_number_the_words_and_those_of_flux1_do_not(tensors):
     for family, same in (("flux1", True), ("flux2", False)):
-        pe = Flux.load(tensors(family)).positions(4, 2, 3, torch.device("cpu"))
+        pe = Flux.load(tensors(family)).positions(4, [(2, 3)], torch.device("cpu"))
         assert pe.shape == (4 + 6, 64, 2, 2)
         assert torch.equal(pe[0], pe[3]) == same
         assert len({tuple(token.flatten().tolist()) for token in pe[4:]}) == 6, "every image token stands elsewhere"
@@ -160,3 +160,13 @@ def test_numbers_that_want_a_scale_are_not_run_without_it(tensors, beside):
 def test_chroma_is_left_to_the_host(tensors):
     with pytest.raises(UserError, match="load Chroma in ComfyUI"):
         Flux.load(tensors("chroma"))
+
+
+@pytest.mark.parametrize("family", ["flux1", "flux2"])
+def test_reference_pictures_change_what_is_drawn(tensors, inputs, family):
+    model = Flux.load(tensors(family))
+    given = inputs(model)
+    reference = torch.randn(given["x"].shape, generator=torch.Generator().manual_seed(3))
+    plain, referred = model(**given), model(**given, references=[reference])
+    assert referred.shape == plain.shape
+    assert (referred - plain).abs().max() > 1e-3

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from flux_poke.pruning import symmetric
+from flux_poke.pruning import obs, symmetric
+from flux_poke.pruning.moments import Moments
 from flux_poke.pruning.obs import PANEL, eliminate
+from flux_poke.pruning.scores import obs as rank_by_obs
 
 
 def problem(width: int, hidden: int = 7, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,7 +36,7 @@ def plain_loop(hessian: np.ndarray, down: np.ndarray) -> tuple[list[int], list[f
 
 
 def eliminated(hessian: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return eliminate(hessian.clone(), down.T @ down)
+    return eliminate(hessian.clone(), down)
 
 
 @pytest.mark.parametrize("block", [symmetric.BLOCK, 48])
@@ -49,7 +51,10 @@ def test_panels_cut_in_the_order_and_at_the_costs_of_the_plain_loop(width, block
     np.testing.assert_allclose(error[1:].numpy(), np.cumsum(costs), rtol=1e-8)
 
 
-def test_the_error_is_that_of_ridge_regression_on_what_is_kept():
+@pytest.mark.parametrize("pool", [6, obs.POOL])
+def test_the_error_is_that_of_ridge_regression_on_what_is_kept(pool, monkeypatch):
+    monkeypatch.setattr(obs, "PANEL", 4)
+    monkeypatch.setattr(obs, "POOL", pool)
     hessian, down = problem(60)
     order, error = eliminated(hessian, down)
     h, w = hessian.numpy(), down.numpy()
@@ -60,6 +65,31 @@ def test_the_error_is_that_of_ridge_regression_on_what_is_kept():
         assert error[cut].item() == pytest.approx(np.trace(w[:, gone] @ left @ w[:, gone].T), rel=1e-8)
 
 
+@pytest.mark.parametrize("ridge", [1e-6, 1e-2])
+def test_float32_orders_as_well_as_float64(ridge):
+    """Of neurons that a third as many directions nearly determine; beyond, where most of them are gone, orders differ."""
+    generator = torch.Generator().manual_seed(1)
+    h = torch.randn(2000, 100, generator=generator) @ torch.randn(100, 300, generator=generator)
+    h = (h + 0.1 * torch.randn(2000, 300, generator=generator)).relu().double()
+    hessian, down = h.T @ h / len(h), torch.randn(20, 300, generator=generator)
+    hessian.diagonal().add_(ridge * hessian.diagonal().mean())
+    (_, expected), (_, found) = eliminate(hessian.clone(), down), eliminate(hessian.float(), down)
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-3)
+
+
+def test_what_is_too_nearly_singular_for_float32_is_refused_and_ordered_in_float64():
+    """Each neuron is there twice: half of them cost nothing."""
+    hessian, down = problem(40)
+    twice, wide = hessian.repeat(2, 2) + 1e-9 * torch.eye(80, dtype=torch.float64), torch.cat((down, down), dim=1)
+    with pytest.raises(torch.linalg.LinAlgError):
+        eliminate(twice.float(), wide)
+    moments = Moments(1e12, 1e12, 0, True, torch.zeros(80, dtype=torch.float64), twice)
+    ranking = rank_by_obs(moments, wide)
+    assert sorted((ranking.order[:40] % 40).tolist()) == list(range(40))
+    assert ranking.error is not None
+    assert ranking.error[40] < 1e-6 * ranking.energy
+
+
 def test_cutting_everything_costs_all_of_the_output():
     hessian, down = problem(20)
     _, error = eliminated(hessian, down)
@@ -67,7 +97,7 @@ def test_cutting_everything_costs_all_of_the_output():
 
 
 def test_of_equal_neurons_the_lower_index_goes_first():
-    order, _ = eliminate(torch.eye(200, dtype=torch.float64), torch.full((200, 200), 3.0, dtype=torch.float64))
+    order, _ = eliminate(torch.eye(200, dtype=torch.float64), torch.full((3, 200), 3.0))
     assert order.tolist() == list(range(200))
 
 

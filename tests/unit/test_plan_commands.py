@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from flux_poke.cli import app
 from flux_poke.errors import UserError
 from flux_poke.pruning.checkpoint import Pruned
 from flux_poke.pruning.plan import PruningPlan
@@ -11,21 +10,12 @@ from flux_poke.tiny.model import FOLDER
 from flux_poke.tiny.words import digit_prompts
 from safetensors.torch import save_file
 from torch import zeros
-from typer.testing import CliRunner
 
 CHECKPOINT = FOLDER / "flux.safetensors"
 
 
-def run(*arguments: object) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if isinstance(result.exception, UserError):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory) -> Path:
+def recorded(run, tmp_path_factory) -> Path:
     """Internals and rows of the tiny FLUX on twenty prompts."""
     folder = tmp_path_factory.mktemp("recorded")
     (folder / "prompts.txt").write_text("\n".join(digit_prompts(number % 10)[0] for number in range(20)))
@@ -34,8 +24,9 @@ def recorded(tmp_path_factory) -> Path:
     return folder
 
 
-def plan(recorded: Path, *options: object) -> str:
-    return run("plan", recorded, "--checkpoint", CHECKPOINT, *options)
+@pytest.fixture(scope="module")
+def plan(run, recorded):
+    return lambda *options: run("plan", recorded, "--checkpoint", CHECKPOINT, *options)
 
 
 @pytest.mark.parametrize(
@@ -44,11 +35,11 @@ def plan(recorded: Path, *options: object) -> str:
         (("--img-cut", 100, "--single-cut", 200, "--score", "frequency"), "by count, img 100 txt 0 single 200", "none"),
         (("--img-cut", 100), "score fluctuation", "bias"),
         (("--img-threshold", 0.3, "--on-rate"), "by threshold on rate, img 0.3", "none"),
-        (("--share", 0.5, "--multiple", 32), "by budget, 50% of the neurons, score obs", "affine"),
+        (("--neurons", 0.5, "--multiple", 32), "by budget, 50% of the neurons, score obs", "affine"),
     ],
 )
-def test_prune_needs_the_plan_alone_and_repairs_as_goes_with_its_score(recorded, tmp_path, cuts, named, method):
-    told = plan(recorded, *cuts, "-o", tmp_path / "plan.safetensors", "--picture", tmp_path / "plan.png")
+def test_prune_needs_the_plan_alone_and_repairs_as_goes_with_its_score(plan, run, recorded, tmp_path, cuts, named, method):
+    told = plan(*cuts, "-o", tmp_path / "plan.safetensors", "--picture", tmp_path / "plan.png")
     assert named in told
     assert f"flux-poke prune {tmp_path / 'plan.safetensors'} -o" in told.replace("\n", "")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
@@ -58,18 +49,18 @@ def test_prune_needs_the_plan_alone_and_repairs_as_goes_with_its_score(recorded,
     assert {report.method for report in pruned.report.values()} == {method}
 
 
-def test_without_a_name_a_plan_goes_beside_the_recording_and_replaces_no_other(recorded):
+def test_without_a_name_a_plan_goes_beside_the_recording_and_replaces_no_other(plan, recorded):
     default = recorded / "plan_by_count.safetensors"
-    plan(recorded, "--img-cut", 7)
+    plan("--img-cut", 7)
     assert PruningPlan.load(default).settings["img"] == 7
-    plan(recorded, "--img-cut", 7)
+    plan("--img-cut", 7)
     with pytest.raises(UserError, match=r"plan_by_count.safetensors is another plan \(by count, img 7"):
-        plan(recorded, "--img-cut", 8)
+        plan("--img-cut", 8)
     assert PruningPlan.load(default).settings["img"] == 7
     default.unlink()
     save_file({"mine": zeros(1)}, default)
     with pytest.raises(UserError, match="is not a pruning plan"):
-        plan(recorded, "--img-cut", 7)
+        plan("--img-cut", 7)
     default.unlink()
 
 
@@ -80,27 +71,29 @@ def test_without_a_name_a_plan_goes_beside_the_recording_and_replaces_no_other(r
         (("--img-cut", 5, "--multiple", 32), "--multiple has no meaning in a plan by count"),
         (("--img-cut", 5, "--protect", "single-0"), "--protect has no meaning in a plan by count"),
         (("--img-threshold", 5, "--score", "obs"), "--score has no meaning in a plan by threshold"),
-        (("--share", 0.5, "--double", 0, 1), "--double has no meaning in a plan by budget"),
+        (("--neurons", 0.5, "--score", "obs"), "--score has no meaning in a plan by budget: it belongs to one by count"),
+        (("--neurons", 0.5, "--double", 0, 1), "--double has no meaning in a plan by budget"),
         (("--img-cut", -5), "cut of img MLPs is -5"),
         (("--img-cut", 5, "--double", 0, 9), "double layers 0 to 9"),
         (("--img-cut", 0), "all cuts .* are 0"),
         (("--img-threshold", -1), "found -1"),
-        (("--share", "nan"), "found nan"),
-        (("--gigabytes", "nan"), "found nan"),
-        (("--gigabytes", "inf"), "found inf"),
+        (("--neurons", "nan"), "found nan"),
+        (("--saved", "nan"), "found nan"),
+        (("--saved", "inf"), "found inf"),
         (("--img-cut", 5, "--device", "cuda:99"), "device cuda:99 cannot be used"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_a_sentence_before_any_work(recorded, tmp_path, monkeypatch, options, said):
-    monkeypatch.setattr("flux_poke.pruning.planning.rank", None)
+def test_what_makes_no_sense_is_refused_in_a_sentence_before_any_work(plan, recorded, tmp_path, monkeypatch, options, said):
+    monkeypatch.setattr("flux_poke.pruning.requests.rank", None)
+    monkeypatch.setattr("flux_poke.pruning.by_budget.rank", None)
     with pytest.raises(UserError, match=said):
-        plan(recorded, *options, "-o", tmp_path / "plan.safetensors")
+        plan(*options, "-o", tmp_path / "plan.safetensors")
     assert not list(tmp_path.iterdir())
 
 
-def test_what_moved_is_named_to_prune(recorded, tmp_path):
+def test_what_moved_is_named_to_prune(plan, run, recorded, tmp_path):
     file = tmp_path / "plan.safetensors"
-    plan(recorded, "--img-cut", 5, "-o", file)
+    plan("--img-cut", 5, "-o", file)
     moved = recorded.rename(recorded.with_name("moved"))
     try:
         with pytest.raises(UserError, match=r"recording .* is not there, .*--recording FOLDER"):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from flux_poke.errors import UserError
-from flux_poke.pruning import planning
+from flux_poke.pruning import by_budget, requests
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.planning import ByBudget, ByCount, ByThreshold, make_plan, open_dense, open_recording
@@ -69,14 +69,14 @@ def test_by_threshold_keeps_what_fires_often_enough(dense, recording):
 
 
 def test_a_budget_saves_what_it_is_asked_for(dense, recording):
-    share = make_plan(dense, recording, ByBudget(share=0.4, protect="double-1")).plan
+    share = make_plan(dense, recording, ByBudget(neurons=0.4, multiple=64, protect="double-1")).plan
     assert sum(share.cut.values()) == -(-0.4 * 3072 // 64) * 64
     assert not {"double-img-1", "double-txt-1"} & set(share.kept)
     assert share.velocity_error is not None
     assert share.velocity_error > 0
-    size = make_plan(dense, recording, ByBudget(gigabytes=2e-4, score="fluctuation")).plan
+    size = make_plan(dense, recording, ByBudget(saved=2e-4, touch="neurons", multiple=64)).plan
     cut = sum(size.cut.values())
-    assert cut * 257 * 2 >= 2e5 > (cut - 64) * 257 * 2
+    assert cut * 257 * 4 >= 2e5 > (cut - 64) * 257 * 4
 
 
 WRONG = [
@@ -92,49 +92,45 @@ WRONG = [
     (ByThreshold(img=INF), "found inf"),
     (ByThreshold(img=1.5, on="rate"), "from 0 to 1"),
     (ByThreshold(img=1, double=(0, 2)), "double layers 0 to 2"),
-    (ByBudget(), "one of the two"),
-    (ByBudget(share=0.5, gigabytes=1), "one of the two"),
-    (ByBudget(share=50), "between 0 and 1"),
-    (ByBudget(share=NAN), "found nan"),
-    (ByBudget(gigabytes=NAN), "found nan"),
-    (ByBudget(gigabytes=INF), "found inf"),
-    (ByBudget(gigabytes=-1), "found -1"),
-    (ByBudget(share=0.95), "protect fewer layers"),
-    (ByBudget(share=0.5, multiple=0), "at least 1"),
-    (ByBudget(share=0.5, protect="double-7"), "no MLP called"),
-    (ByBudget(share=0.5, score="frequency"), "score frequency predicts none"),
+    (ByBudget(), "one of the four"),
+    (ByBudget(neurons=0.5, saved=1), "found saved and neurons"),
+    (ByBudget(neurons=50), "between 0 and 1"),
+    (ByBudget(neurons=NAN), "found nan"),
+    (ByBudget(saved=NAN), "found nan"),
+    (ByBudget(saved=INF), "found inf"),
+    (ByBudget(saved=-1), "found -1"),
+    (ByBudget(neurons=0.95, multiple=64), "protect fewer layers"),
+    (ByBudget(neurons=0.5, multiple=0), "at least 1"),
+    (ByBudget(neurons=0.5, protect="double-7"), "no MLP called"),
 ]
 
 
 @pytest.mark.parametrize(("what", "said"), WRONG, ids=[str(what) for what, _ in WRONG])
 def test_what_cannot_be_planned_is_refused_before_neurons_are_ranked(dense, recording, monkeypatch, what, said):
-    monkeypatch.setattr(planning, "rank", None)
+    monkeypatch.setattr(requests, "rank", None)
+    monkeypatch.setattr(by_budget, "rank", None)
     with pytest.raises(UserError, match=said):
         make_plan(dense, recording, what)
     with pytest.raises(UserError, match=said):
-        what.check(dense.layout)
+        what.check(dense)
 
 
 @pytest.mark.parametrize(
-    "what", [ByCount(img=5), ByCount(img=5, score="obs"), ByThreshold(img=5), ByBudget(share=0.5, score="fluctuation")], ids=str
+    "what", [ByCount(img=5), ByCount(img=5, score="obs"), ByThreshold(img=5), ByBudget(neurons=0.5)], ids=str
 )
 def test_a_device_that_is_not_there_is_refused_for_every_plan(dense, recording, what):
     with pytest.raises(UserError, match="device cuda:99 cannot be used"):
         make_plan(dense, recording, what, device="cuda:99")
 
 
-@pytest.mark.parametrize(
-    "what", [ByCount(img=5), ByThreshold(img=5), *(ByBudget(share=0.5, score=s) for s in ("obs", "magnitude"))], ids=str
-)
+@pytest.mark.parametrize("what", [ByCount(img=5), ByThreshold(img=5), ByBudget(neurons=0.5)], ids=str)
 @pytest.mark.parametrize("part", ["internals", "states"])
 def test_what_was_recorded_of_another_model_is_refused_by_every_plan(dense, recording, tensors, what, part):
     other = Dense.of(tensors("flux1", seed=9))
     if part == "internals":
         replace(recording.internals(), fingerprint=other.fingerprint).save(recording.internals_file)
     else:
-        manifest = recording.states_folder / "manifest.json"
-        kept = replace(recording.states().manifest, fingerprint=other.fingerprint)
-        manifest.write_text(kept.to_json())
+        replace(recording.states().manifest, fingerprint=other.fingerprint).save(recording.states_folder)
     with pytest.raises(UserError, match="two models"):
         make_plan(dense, recording, what)
     with pytest.raises(UserError, match=r"two models|another model"):
@@ -187,31 +183,35 @@ def test_a_plan_knows_its_checkpoint_and_its_recording(dense, recording, tensors
 
 
 def test_one_unmeasured_mlp_is_said_in_a_note(dense, recording):
-    assert make_plan(dense, recording, ByBudget(share=0.5)).notes == ()
+    assert make_plan(dense, recording, ByBudget(neurons=0.5)).notes == ()
     store = recording.states()
     known = {name: levels for name, levels in store.manifest.amplification.items() if name != "single-1"}
-    (recording.states_folder / "manifest.json").write_text(replace(store.manifest, amplification=known).to_json())
-    planned = make_plan(dense, recording, ByBudget(share=0.5))
+    replace(store.manifest, amplification=known).save(recording.states_folder)
+    planned = make_plan(dense, recording, ByBudget(neurons=0.5))
     (note,) = planned.notes
     assert "5 of 6 MLPs (not of single-1, for one)" in note
     assert planned.plan.velocity_error is None
-    with pytest.raises(UserError, match="no amplification of single-1"):
-        make_plan(dense, recording, ByBudget(share=0.5, score="fluctuation"))
 
 
-def test_a_budget_by_a_score_of_internals_wants_rows_to_measure_it_on(dense, recording):
+def test_what_a_recording_of_an_earlier_version_holds_besides_is_ignored(dense, recording):
+    plan = make_plan(dense, recording, ByBudget(neurons=0.5)).plan
+    recording.states().add_amplification({f"{site.name}.shifted": {1.0: (50.0, 1)} for site in dense.layout.sites[:2]})
+    found = make_plan(dense, recording, ByBudget(neurons=0.5)).plan
+    assert (found.digest, found.velocity_error) == (plan.digest, plan.velocity_error)
+
+
+def test_a_budget_wants_rows(dense, recording):
     alone = Recording.at(recording.folder.parent / "alone")
     recording.internals().save(alone.internals_file)
-    with pytest.raises(UserError, match=r"A budget by fluctuation .* holds no rows"):
-        make_plan(dense, alone, ByBudget(share=0.5, score="fluctuation"))
+    with pytest.raises(UserError, match="holds no"):
+        make_plan(dense, alone, ByBudget(neurons=0.5))
     assert make_plan(dense, alone, ByCount(img=5)).plan.cut == {"double-img-0": 5, "double-img-1": 5}
 
 
-@pytest.mark.parametrize("what", [ByCount(img=100), ByThreshold(img=10), ByBudget(share=0.5)], ids=str)
+@pytest.mark.parametrize("what", [ByCount(img=100), ByThreshold(img=10), ByBudget(neurons=0.5)], ids=str)
 def test_every_plan_has_a_picture_whose_words_do_not_overlap(dense, recording, what):
     figure = make_plan(dense, recording, what).figure()
-    canvas = figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg)
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
     (axes,) = figure.axes
     renderer = canvas.get_renderer()
@@ -222,7 +222,7 @@ def test_every_plan_has_a_picture_whose_words_do_not_overlap(dense, recording, w
 
 def test_progress_never_goes_back_and_cancel_is_heard(dense, recording):
     told: list[float] = []
-    make_plan(dense, recording, ByBudget(share=0.5), progress=lambda what, done, total: told.append(done / total))
+    make_plan(dense, recording, ByBudget(neurons=0.5), progress=lambda what, done, total: told.append(done / total))
     assert told == sorted(told)
     assert told[-1] == 1
     assert len(told) > 20
@@ -231,7 +231,7 @@ def test_progress_never_goes_back_and_cancel_is_heard(dense, recording):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make_plan(dense, recording, ByBudget(share=0.5, score="magnitude"), progress=cancel)
+        make_plan(dense, recording, ByBudget(neurons=0.5), progress=cancel)
 
 
 def test_an_mlp_of_one_neuron_is_ranked(dense, recording, tensors):
@@ -242,7 +242,7 @@ def test_an_mlp_of_one_neuron_is_ranked(dense, recording, tensors):
     thin, site = Dense.of(state), Dense.of(state).layout.site("single-0")
     assert site.width == 1
     manifest = replace(recording.states().manifest, fingerprint=thin.fingerprint)
-    (recording.states_folder / "manifest.json").write_text(manifest.to_json())
+    manifest.save(recording.states_folder)
     ranking = rank("obs", thin, recording, [site])["single-0"]
     assert ranking.order.tolist() == [0]
     assert ranking.error is not None

@@ -8,7 +8,8 @@ import torch
 from flux_poke.analysis.contributions import Contribution, block_contributions
 from flux_poke.analysis.taps import BlockTaps, StepChoice, TapRecorder
 from flux_poke.flux.blocks import choose_blocks
-from flux_poke.flux.sampling import FluxTimer, euler
+from flux_poke.flux.integrators import euler
+from flux_poke.flux.sampling import FluxTimer
 from flux_poke.recording.call import Call
 from flux_poke.tiny.data import read_digits
 from flux_poke.tiny.model import TinyFlux

@@ -7,24 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from flux_poke.cli import app
 from flux_poke.errors import UserError
 from flux_poke.recording.internals import Internals
 from flux_poke.recording.recording import Recording
 from flux_poke.tiny.model import FOLDER
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 CHECKPOINT = FOLDER / "flux.safetensors"
-
-
-def run(*arguments: object) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if isinstance(result.exception, UserError):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 @pytest.fixture
@@ -38,7 +28,7 @@ def given(tmp_path, prompts) -> tuple[object, ...]:
     return "record", CHECKPOINT, tmp_path / "digits", "--prompts", prompts, "--steps", 2
 
 
-def test_rows_and_trajectories_are_recorded_in_one_call_and_counted_out(given, tmp_path):
+def test_rows_and_trajectories_are_recorded_in_one_call_and_counted_out(run, given, tmp_path):
     output = run(*given, "--what", "internals, rows,trajectories", "--keep-steps", 2, "--rows-per-step", 4)
     recording = Recording.open(tmp_path / "digits")
     assert recording.kinds == {"internals", "rows", "trajectories", "amplification"}
@@ -49,7 +39,7 @@ def test_rows_and_trajectories_are_recorded_in_one_call_and_counted_out(given, t
     assert "at most" in output
 
 
-def test_internals_alone_are_what_is_recorded_where_nothing_is_said(given, tmp_path):
+def test_internals_alone_are_what_is_recorded_where_nothing_is_said(run, given, tmp_path):
     run(*given)
     assert Recording.open(tmp_path / "digits").kinds == {"internals"}
 
@@ -69,18 +59,18 @@ def test_internals_alone_are_what_is_recorded_where_nothing_is_said(given, tmp_p
         ("blocks", ("--blocks", "triple"), "is not understood"),
     ],
 )
-def test_no_option_is_ignored_and_nothing_is_made_before_all_are_understood(given, tmp_path, what, option, said):
+def test_no_option_is_ignored_and_nothing_is_made_before_all_are_understood(run, given, tmp_path, what, option, said):
     with pytest.raises(UserError, match=said):
         run(*given, "--what", what, *option)
     assert not (tmp_path / "digits").exists()
 
 
-def test_the_same_prompts_again_are_said_to_be(given):
+def test_the_same_prompts_again_are_said_to_be(run, given):
     assert "recorded before" not in run(*given, "--what", "lens", "--rows-per-step", 4)
     assert "recorded before" in run(*given, "--what", "lens", "--rows-per-step", 4)
 
 
-def test_internals_are_shown_and_added_up_by_the_names_of_recordings(given, tmp_path, prompts):
+def test_internals_are_shown_and_added_up_by_the_names_of_recordings(run, given, tmp_path, prompts):
     run(*given)
     run("record", CHECKPOINT, tmp_path / "others", "--prompts", prompts, "--steps", 2, "--seed", 7)
     one, other = (Internals.load(tmp_path / name / "internals.safetensors") for name in ("digits", "others"))
@@ -96,7 +86,7 @@ def test_internals_are_shown_and_added_up_by_the_names_of_recordings(given, tmp_
     assert Image.open(tmp_path / "p.png").format == "PNG"
 
 
-def test_the_originals_counts_are_shown_and_not_added_to(given, tmp_path):
+def test_the_originals_counts_are_shown_and_not_added_to(run, given, tmp_path):
     run(*given)
     tensors = load_file(tmp_path / "digits" / "internals.safetensors")
     (tmp_path / "original").mkdir()
@@ -115,7 +105,7 @@ def test_the_originals_counts_are_shown_and_not_added_to(given, tmp_path):
     assert file.read_bytes() == before
 
 
-def test_a_recording_without_internals_is_not_shown(given, tmp_path):
+def test_a_recording_without_internals_is_not_shown(run, given, tmp_path):
     run(*given, "--what", "lens", "--rows-per-step", 4)
     with pytest.raises(UserError, match=r"holds no internals.*uv run flux-poke record --what internals"):
         run("internals", "show", tmp_path / "digits")

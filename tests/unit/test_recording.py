@@ -8,7 +8,7 @@ import pytest
 import torch
 from flux_poke.flux.model import Flux, attention, modulate, timestep_embedding
 from flux_poke.recording.call import Call, TokenMask
-from flux_poke.recording.neurons import InternalsRecorder, merge
+from flux_poke.recording.neurons import InternalsRecorder
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -38,7 +38,7 @@ def by_hand(model: Any, x, sigma, context, vector=None, guidance=None) -> dict[s
     if vector is not None:
         vec = vec + model.vector_in(vector)
     words = txt.shape[1]
-    pe = model.positions(words, height // p, width // p, x.device)
+    pe = model.positions(words, [(height // p, width // p)], x.device)
     for index, block in enumerate(model.double_blocks):
         streams = {"txt": txt, "img": img}
         mods = {
@@ -219,7 +219,7 @@ def test_recordings_of_one_mlp_add_up(model, inputs):
         with recorder.watching(model, call_of(given)), recorders[2].watching(model, call_of(given)):
             model(**given)
     a, b, both = (recorder.results()["single-1"] for recorder in recorders)
-    total = merge(a, b)
+    total = a + b
     assert torch.equal(total.fires, both.fires)
     assert total.tokens == both.tokens == a.tokens + b.tokens
     torch.testing.assert_close(total.sum_sq, both.sum_sq)
@@ -264,3 +264,17 @@ def test_a_run_whose_activations_are_not_finite_is_left_out_with_the_count(model
         model(**given)
     assert recorder.results() == {}
     assert re.search(r"The activations of \d of 6 MLPs are not finite \(first double-\w+-\d: \d+ neurons\)", recorder.note)
+
+
+def test_a_mask_holds_for_calls_without_the_reference_tokens_at_the_end():
+    img, txt = torch.tensor([[True, True, False, False]]), torch.tensor([[False, True]])
+    mask = TokenMask(img, txt)
+
+    def rows(stream: str, tokens: int) -> list[bool]:
+        found = mask.rows(stream, 1, tokens)
+        assert found is not None
+        return found.tolist()
+
+    assert rows("single", 6) == [False, True, True, True, False, False]
+    assert rows("single", 4) == [False, True, True, True]
+    assert rows("img", 2) == [True, True]

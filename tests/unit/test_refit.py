@@ -10,7 +10,7 @@ from flux_poke.flux.layout import Site, read_layout
 from flux_poke.flux.weights import SiteWeights, full_precision, stored_like
 from flux_poke.pruning.moments import Moments, gather
 from flux_poke.pruning.obs import eliminate
-from flux_poke.pruning.refit import SKETCH, Problem, affine, bias, choose, none, output_energy, sketched
+from flux_poke.pruning.refit import SKETCH, Regression, affine, bias, choose, none, output_energy, sketched
 from flux_poke.pruning.scores import obs
 from flux_poke.recording.store import Rows
 from torch.nn import functional as F
@@ -76,8 +76,8 @@ def test_merged_moments_are_those_of_all_rows(site_rows):
 
 def test_a_ranking_does_not_depend_on_the_unit_of_weights(site_rows):
     weights, rows, _ = site_rows
-    plain, tenfold = gather(weights, [rows]), gather(weights, [rows], lambda sigma: torch.full_like(sigma, 10.0))
-    expected, found = obs(plain, weights.down), obs(tenfold, weights.down)
+    plain, larger = gather(weights, [rows]), gather(weights, [rows], lambda sigma: torch.full_like(sigma, 16.0))
+    expected, found = obs(plain, weights.down), obs(larger, weights.down)
     torch.testing.assert_close(found.error, expected.error, rtol=1e-3, atol=1e-6 * expected.energy)
 
 
@@ -101,16 +101,16 @@ def test_affine_repair_is_numpys_least_squares(site_rows):
     down = weights.down.double().numpy()
     whole = np.concatenate((weights.attn.double().numpy() if a else np.empty((128, 0)), down), axis=1)
     np.testing.assert_allclose(repaired.down.numpy(), whole[:, regressed] + down[:, gone] @ b, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(repaired.fold.matrix.numpy(), b, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(repaired.fold.matrix.numpy(), b, rtol=1e-4, atol=1e-4)
     error = ((down[:, gone] @ (target.T - b @ design.T)) ** 2).sum() / count
     all_of_it = ((about.numpy()[:, a:] @ down.T) ** 2).sum() / count
-    problem = Problem.of(weights, KEPT, moments)
+    problem = Regression.of(weights, KEPT, moments)
     assert problem.error(problem.solve(ridge), moments) == pytest.approx(error, rel=1e-6)
     assert output_energy(weights.down, moments) == pytest.approx(all_of_it, rel=1e-6)
     if centred:
         offset = mean.numpy()[a + gone] - b @ mean.numpy()[regressed]
         np.testing.assert_allclose(repaired.bias.numpy(), weights.bias.numpy() + down[:, gone] @ offset, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(repaired.fold.offset.numpy(), offset, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(repaired.fold.offset.numpy(), offset, rtol=1e-4, atol=1e-4)
     else:
         assert repaired.bias is None
         assert repaired.fold.offset is None
@@ -123,7 +123,7 @@ def test_greedy_obs_and_ridge_on_the_same_set_agree():
     second, down = h.T @ h / len(h), torch.randn(16, 48, generator=generator)
     ridge = 1e-3
     hessian = second + ridge * second.diagonal().mean() * torch.eye(48)
-    order, _ = eliminate(hessian.clone(), down.double().T @ down.double())
+    order, _ = eliminate(hessian.clone(), down)
     inverse, w = hessian.inverse(), down.double().clone()
     for j in order[:24]:
         w -= torch.outer(w[:, j], inverse[j]) / inverse[j, j]
@@ -208,7 +208,7 @@ def test_the_bias_alone_is_repaired_where_neurons_do_not_predict_each_other(tens
 def test_more_regressors_leave_less_error(site_rows):
     weights, rows, _ = site_rows
     moments = gather(weights, [rows])
-    problems = [Problem.of(weights, torch.arange(kept), moments) for kept in (50, 150, 300)]
+    problems = [Regression.of(weights, torch.arange(kept), moments) for kept in (50, 150, 300)]
     errors = [problem.error(problem.solve(1e-4), moments) for problem in problems]
     assert errors[0] > errors[1] > errors[2]
 

@@ -11,9 +11,9 @@ from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.lora import convert_lora
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.surgery import Cut
-from flux_poke.retrain.files import Layer, LayerStats, write_layer
+from flux_poke.retrain.files import Output
 from flux_poke.retrain.layers import retrain_layers
-from flux_poke.retrain.loop import Losses
+from flux_poke.retrain.loop import Trained
 from flux_poke.retrain.options import Options
 from flux_poke.retrain.problem import Loss
 from flux_poke.retrain.replaced import Replaced, RetrainedLayers
@@ -39,10 +39,10 @@ class Folder:
         cut, prefix = Cut(self.dense, plan), PREFIXES[block_index]
         layers = ("_mlp.", "linear1.", "linear2.")
         own = {key: cut[key] + 0.01 for key in cut if key.startswith(prefix) and any(layer in key for layer in layers)}
-        cut_loss, start, final = (Loss(relative, 1.0, (relative,), (1.0,)) for relative in (0.5, 0.25, 0.125))
-        losses, more = Losses(cut_loss, start, final, None, 3), {"method": "both", "data": "block states"}
-        stats = LayerStats.of(self.dense, plan, block_index, Options(save_dtype="float32"), losses, 1.0, {1}, **more)
-        write_layer(self.layers, Layer.of(self.dense, plan, block_index, own, stats, "test"))
+        cut_loss, start, final = (Loss(relative, 1.0) for relative in (0.5, 0.25, 0.125))
+        output = Output(self.layers, cut, Options(save_dtype="float32"), "block states")
+        trained = Trained(own, cut_loss, start, final, None, 3, frozenset({1}))
+        output.write([block_index], "test", trained, "both", "cut", 0.0)
         return own
 
     def write_as_original(self, block_index: int, plan: PruningPlan) -> None:
@@ -117,7 +117,9 @@ def test_of_the_originals_layers_it_says_that_it_does_not_know_which_neurons_are
         for index in (0, 1)
         for part, shape in (("A", (4, 512)), ("B", (128, 4)))
     }
-    first, second = convert_lora(lora, pruned.layout, pruned.plan, pruned.folds, pruned.report).modules
+    first, second = convert_lora(
+        lora, pruned.layout, pruned.plan, pruned.folds, pruned.report, pruned.vectors, pruned.tensors
+    ).modules
     assert (first.outcome, second.outcome) == ("converted", "skipped")
     assert "training does not tell" in first.why
     assert "is not known" in second.why
@@ -140,7 +142,7 @@ def test_a_layer_whose_tensors_disagree_is_refused(folder):
         {**good, "txt_mlp.0.bias": torch.zeros(100)},
     ):
         save_file(wrong, path)
-        with pytest.raises(UserError, match="disagree about its width"):
+        with pytest.raises(UserError, match="does not fit"):
             RetrainedLayers.open(folder.layers, folder.dense)
 
 
@@ -192,7 +194,7 @@ def test_another_models_layers_and_shapes_that_do_not_fit_are_refused(recorded, 
     layer = load_file(tmp_path / "0.safetensors")
     good = {key: tensor for key, tensor in layer.items() if not key.startswith("flux_poke.")}
     for wrong, message in (
-        ({**good, "img_mlp.0.weight": good["img_mlp.0.weight"][:100]}, "disagree about its width"),
+        ({**good, "img_mlp.0.weight": good["img_mlp.0.weight"][:100]}, "does not fit"),
         ({**good, "img_mlp.2.weight": good["img_mlp.2.weight"][:100]}, "does not fit"),
         ({**good, "linear1.weight": good["img_mlp.0.weight"].clone()}, "has not"),
     ):

@@ -17,7 +17,7 @@ from flux_poke.recording.recording import Recording
 from flux_poke.recording.states import StateChoice
 from flux_poke.retrain.blocks import BlockProblem, Chain
 from flux_poke.retrain.files import PICTURE, STATS, draw_stats, stats_table
-from flux_poke.retrain.layers import choose_layers, grouped, retrain_layers
+from flux_poke.retrain.layers import grouped, retrain_layers
 from flux_poke.retrain.options import Options
 from flux_poke.retrain.problem import held_out_loss
 from flux_poke.retrain.replaced import Replaced, RetrainedLayers
@@ -87,11 +87,11 @@ def test_rows_alone_retrain_a_block(either, place, tmp_path):
 
 def test_the_target_of_two_blocks_is_the_state_after_the_second(recorded):
     chain = Chain.load(Cut(recorded.dense, recorded.plan), range(1, 3))  # a double and a single block
-    problem = BlockProblem("two", chain, recorded.states, QUICK)
+    problem = BlockProblem(chain, recorded.states, QUICK)
     by_hand = loss_after(recorded, Cut(recorded.dense, recorded.plan), 1, 2, torch.cat(problem.held_out))
-    assert held_out_loss(problem, QUICK).relative == pytest.approx(by_hand, rel=1e-4)
-    whole = BlockProblem("two", Chain.load(recorded.dense.tensors, range(1, 3)), recorded.states, QUICK)
-    assert held_out_loss(whole, QUICK).relative < 1e-9
+    assert held_out_loss(problem).relative == pytest.approx(by_hand, rel=1e-4)
+    whole = BlockProblem(Chain.load(recorded.dense.tensors, range(1, 3)), recorded.states, QUICK)
+    assert held_out_loss(whole).relative < 1e-9
 
 
 def test_two_blocks_trained_together_do_better_after_the_second_than_each_by_itself(tmp_path):
@@ -105,8 +105,8 @@ def test_two_blocks_trained_together_do_better_after_the_second_than_each_by_its
     (together, _) = retrain_layers(dense, plan, states, "4-5", tmp_path / "together", Options(thickness=2))
     retrain_layers(dense, plan, states, "4-5", tmp_path / "apart", Options())
     layers = RetrainedLayers.open(tmp_path / "apart", dense)
-    problem = BlockProblem("apart", Chain.load(Replaced(dense, layers), range(4, 6)), states, Options())
-    assert together.relative_final < 0.99 * held_out_loss(problem, Options()).relative
+    problem = BlockProblem(Chain.load(Replaced(dense, layers), range(4, 6)), states, Options())
+    assert together.relative_final < 0.99 * held_out_loss(problem).relative
 
 
 def test_in_sequential_training_a_layer_learns_from_what_the_retrained_ones_give(recorded, tmp_path):
@@ -202,14 +202,7 @@ def test_what_does_not_belong_together_is_refused(recorded, tensors, tmp_path):
     assert json.dumps(list(tmp_path.iterdir())) == "[]"
 
 
-def test_layers_are_named_by_numbers_or_by_words(recorded):
-    layout = recorded.dense.layout
-    assert choose_layers("0-1, 3", layout) == (0, 1, 3)
-    assert choose_layers("double 1, single", layout) == (1, 2, 3)
-    assert choose_layers("all", layout) == (0, 1, 2, 3)
-    for wrong in ("4", "2-1", "1,,2", "triple 1", "-"):
-        with pytest.raises(UserError):
-            choose_layers(wrong, layout)
+def test_consecutive_layers_are_grouped():
     assert grouped((0, 1, 2, 3), 3) == [range(0, 3), range(3, 4)]
     assert grouped((0, 2, 3), 2) == [range(0, 1), range(2, 4)]
 

@@ -12,14 +12,15 @@ ROOT = Path(__file__).parents[2]
 #: From the ground up; a room imports from those before it, and its own files from each other.
 FLOORS = (
     {"errors", "progress"},
-    {"files", "prompts", "counter", "download_prompts"},
+    {"files", "prompts", "counter", "sizes", "download_prompts"},
     {"flux"},
     {"tiny"},
+    {"training"},
     {"recording"},
     {"analysis"},
     {"pruning"},
-    {"retrain"},
-    {"nodes", "headless", "commands", "demo"},
+    {"retrain", "convert"},
+    {"nodes", "headless", "commands", "demo", "draw", "fit"},
     {"cli"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,4 +1,4 @@
-"""flux/sampling.py against published figures, formulas written another way, and an equation with a known solution."""
+"""flux/sampling.py against published figures, and formulas written another way."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from flux_poke.errors import UserError
-from flux_poke.flux.sampling import FluxTimer, dynamic_mu, euler, flux2_mu
+from flux_poke.flux.sampling import FluxTimer, dynamic_mu, flux2_mu
 
 TIMERS = [FluxTimer(n, shift) for n in (1, 4, 28) for shift in (1.0, 3.0, "dynamic", "flux2")]
 
@@ -55,43 +55,32 @@ def test_flux2_mu_is_a_line_in_the_steps_up_to_4300_tokens_and_without_them_abov
     assert flux2_mu(4301, 4) == flux2_mu(4301, 50) == pytest.approx(0.00016927 * 4301 + 0.45666666)
 
 
-@pytest.mark.parametrize(("steps", "shift"), [(0, 1.0), (-3, "dynamic"), (4, 0.0), (4, -1.0)])
-def test_a_schedule_that_cannot_be_is_refused(steps, shift):
+@pytest.mark.parametrize("shift", [1.0, 3.0, "dynamic"])
+def test_denoise_takes_the_last_steps_of_a_longer_schedule(shift):
+    half = FluxTimer(10, shift, denoise=0.5).sigmas(1024)
+    assert torch.equal(half, FluxTimer(20, shift).sigmas(1024)[10:])
+    third = FluxTimer(7, shift, denoise=0.3).sigmas(1024)  # of int(7 / 0.3) = 23 steps
+    assert torch.equal(third, FluxTimer(23, shift).sigmas(1024)[16:])
+    assert half[-1] == third[-1] == 0
+
+
+def test_flux2_with_denoise_has_the_shift_of_the_whole_schedule():
+    assert torch.equal(FluxTimer(4, "flux2", denoise=0.5).sigmas(1024), FluxTimer(8, "flux2").sigmas(1024)[4:])
+
+
+@pytest.mark.parametrize(
+    ("steps", "shift", "denoise"),
+    [
+        (0, 1.0, 1),
+        (-3, "dynamic", 1),
+        (4, 0.0, 1),
+        (4, -1.0, 1),
+        (4, math.nan, 1),
+        (4, math.inf, 1),
+        (4, 1.0, 0),
+        (4, 1.0, 1.5),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(steps, shift, denoise):
     with pytest.raises(UserError, match=r"at least 1 step|above 0"):
-        FluxTimer(steps, shift)
-
-
-def test_euler_reaches_the_image_on_a_straight_path_in_any_number_of_steps():
-    generator = torch.Generator().manual_seed(0)
-    image, noise = torch.randn(2, 3, 4, 4, 4, generator=generator)
-    for timer in TIMERS:
-        torch.testing.assert_close(euler(lambda x, sigma: noise - image, noise, timer.sigmas()), image, rtol=1e-4, atol=1e-5)
-
-
-def test_euler_converges_at_first_order_to_the_solution_of_a_known_equation():
-    """dx/dsigma = x from 1 to 0: the solution is x(0) = x(1) / e."""
-    noise = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
-
-    def error(steps: int) -> float:
-        found = euler(lambda x, sigma: x, noise, FluxTimer(steps).sigmas())
-        return (found - noise / math.e).abs().max().item()
-
-    errors = [error(steps) for steps in (16, 32, 64)]
-    assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)
-    assert errors[1] / errors[2] == pytest.approx(2, rel=0.05)
-
-
-def test_each_step_is_seen_before_it_is_taken():
-    seen = []
-    sigmas = FluxTimer(3, 2.0).sigmas()
-    last = euler(
-        lambda x, sigma: torch.stack((x[0] * 0 + sigma[0], x[1] * 0 + sigma[1] + 1)),
-        torch.zeros(2, 1),
-        sigmas,
-        on_step=lambda step, x, v: seen.append((step, x.clone(), v.clone())),
-    )
-    assert [step for step, _, _ in seen] == [0, 1, 2]
-    torch.testing.assert_close(torch.stack([v[0, 0] for _, _, v in seen]), sigmas[:-1])
-    states = [x for _, x, _ in seen] + [last]
-    for (step, x, v), after in zip(seen, states[1:], strict=True):
-        torch.testing.assert_close(after, x + (sigmas[step + 1] - sigmas[step]) * v)
+        FluxTimer(steps, shift, denoise)

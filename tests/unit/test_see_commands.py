@@ -17,14 +17,7 @@ from PIL import Image, ImageSequence
 from typer.testing import CliRunner
 
 
-def run(*arguments: object) -> str:
-    """What the command prints."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def test_animate_takes_the_first_blocks_of_the_type_through_all_steps(tmp_path):
+def test_animate_takes_the_first_blocks_of_the_type_through_all_steps(run, tmp_path):
     for step in (0, 1, 10):
         for index in (0, 2, 10):
             path = tmp_path / "decoded" / f"step_{step}" / f"double_block_{index}.jpg"
@@ -39,12 +32,12 @@ def test_animate_takes_the_first_blocks_of_the_type_through_all_steps(tmp_path):
     np.testing.assert_allclose(levels, [20 * step + 5 * index for index in (0, 2) for step in (0, 1, 10)], atol=3)
 
 
-def test_animate_refuses_a_folder_without_previews(tmp_path):
+def test_animate_refuses_a_folder_without_previews(run, tmp_path):
     with pytest.raises(UserError, match="holds no block previews"):
         run("animate", tmp_path)
 
 
-def test_compare_writes_a_row_for_each_variant_and_draws_one(tmp_path):
+def test_compare_writes_a_row_for_each_variant_and_draws_one(run, tmp_path):
     for name, level in (("dense", 100), ("half", 110), ("quarter", 130)):
         Image.new("RGB", (32, 24), (level,) * 3).save(tmp_path / f"{name}.png")
     dense, half, quarter = (tmp_path / f"{name}.png" for name in ("dense", "half", "quarter"))
@@ -57,7 +50,7 @@ def test_compare_writes_a_row_for_each_variant_and_draws_one(tmp_path):
     assert Image.open(tmp_path / "picture.png").width > 5 * 256
 
 
-def test_compare_refuses_what_it_cannot_write_before_it_reads(tmp_path):
+def test_compare_refuses_what_it_cannot_write_before_it_reads(run, tmp_path):
     (tmp_path / "manifest.json").write_text('{"shards": []}')
     (tmp_path / "list.json").write_text('[{"name": "mine"}]')
     (tmp_path / "theirs.csv").write_text("a,b\n1,2\n")
@@ -79,7 +72,7 @@ def test_compare_refuses_what_it_cannot_write_before_it_reads(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.json"])
-def test_a_table_replaces_a_table(tmp_path, name):
+def test_a_table_replaces_a_table(run, tmp_path, name):
     Image.new("RGB", (16, 16), (90,) * 3).save(tmp_path / "a.png")
     Image.new("RGB", (16, 16), (99,) * 3).save(tmp_path / "b.png")
     for variant in ("a.png", "b.png", "a.png"):
@@ -87,7 +80,7 @@ def test_a_table_replaces_a_table(tmp_path, name):
     assert "b.png" not in (tmp_path / name).read_text()
 
 
-def test_animate_refuses_to_replace_what_is_no_animation(tmp_path):
+def test_animate_refuses_to_replace_what_is_no_animation(run, tmp_path):
     (tmp_path / "blocks.gif").write_text("notes")
     with pytest.raises(UserError, match="something else than its ending says"):
         run("animate", tmp_path)
@@ -98,7 +91,7 @@ def test_animate_refuses_to_replace_what_is_no_animation(tmp_path):
     assert (tmp_path / "blocks.gif").read_text() == "notes"
 
 
-def test_lens_fit_writes_the_lens_and_its_picture(tmp_path):
+def test_lens_fit_writes_the_lens_and_its_picture(run, tmp_path):
     h = torch.randn(120, 8, generator=torch.Generator().manual_seed(0))
     rows = {"double-0": h, "single-0": 2 * h + 1, "image": torch.arange(12).repeat_interleave(10), "sigma": torch.ones(120)}
     fingerprint = Fingerprint.of_tensors(TinyFlux.load().flux.state_dict())

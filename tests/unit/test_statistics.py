@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from flux_poke.recording import statistics_triton
-from flux_poke.recording.statistics import TILE, NeuronStatistics, SiteInternals, Sums, partial_sums_eager
+from flux_poke.recording.statistics import TILE, SiteInternals, Sums, partial_sums_eager
 
 CASES = [(1, 5), (TILE, 7), (TILE + 1, 300), (3 * TILE - 5, 130)]
 
@@ -34,9 +34,7 @@ def in_float64(h, gate=None, keep=None):
 def test_statistics_equal_those_in_float64(tokens, width, gated, masked, dtype):
     h, gate, keep = activations(tokens, width, dtype)
     given = {"gate": gate if gated else None, "keep": keep if masked else None}
-    statistics = NeuronStatistics(width, "cpu")
-    statistics.add(Sums.of(h, **given))
-    found = statistics.result()
+    found = Sums.of(h, **given).result()
     fires, counted, total, squares = in_float64(h, **given)
     assert torch.equal(found.fires, fires)
     assert found.fires.dtype == torch.int64
@@ -47,13 +45,9 @@ def test_statistics_equal_those_in_float64(tokens, width, gated, masked, dtype):
 
 def test_calls_add_up_with_and_without_a_mask():
     parts = [activations(tokens, 40, seed=tokens) for tokens in (3, 200, 128)]
-    statistics = NeuronStatistics(40, "cpu")
-    statistics.add(Sums.of(parts[0][0]))
-    statistics.add(Sums.of(parts[1][0], keep=parts[1][2]))
-    statistics.add(Sums.of(parts[2][0]))
+    found = (Sums.of(parts[0][0]) + Sums.of(parts[1][0], keep=parts[1][2]) + Sums.of(parts[2][0])).result()
     rows = torch.cat((parts[0][0], parts[1][0][parts[1][2]], parts[2][0]))
     fires, counted, total, squares = in_float64(rows)
-    found = statistics.result()
     assert torch.equal(found.fires, fires)
     assert found.tokens == counted
     torch.testing.assert_close(found.sum, total, rtol=1e-5, atol=1e-4)
@@ -62,28 +56,24 @@ def test_calls_add_up_with_and_without_a_mask():
 
 def test_counts_stay_exact_where_float32_would_not():
     """2^24 + 1 is the first whole number that float32 lacks."""
-    statistics = NeuronStatistics(1, "cpu")
-    many = torch.ones(1, 1).expand(2**21, 1)
+    sums = Sums.of(torch.ones(1, 1))
     for _ in range(8):
-        statistics.add(Sums.of(many))
-    statistics.add(Sums.of(torch.ones(1, 1)))
-    found = statistics.result()
+        sums += Sums.of(torch.ones(1, 1).expand(2**21, 1))
+    found = sums.result()
     assert found.fires.item() == found.tokens == found.sum.item() == 2**24 + 1
 
 
 def test_adding_does_not_change_what_is_added():
     h, gate, keep = activations(200, 30)
     before = [tensor.clone() for tensor in (h, gate, keep)]
-    NeuronStatistics(30, "cpu").add(Sums.of(h, gate, keep))
+    Sums.of(h, gate, keep)
     assert all(torch.equal(a, b) for a, b in zip((h, gate, keep), before, strict=True))
 
 
 def test_a_slice_of_wider_rows_counts_as_its_copy():
     h, _, _ = activations(150, 64)
-    a, b = NeuronStatistics(40, "cpu"), NeuronStatistics(40, "cpu")
-    a.add(Sums.of(h[:, 24:]))
-    b.add(Sums.of(h[:, 24:].contiguous()))
-    assert torch.equal(a.result().sum_sq, b.result().sum_sq)
+    a, b = Sums.of(h[:, 24:]), Sums.of(h[:, 24:].contiguous())
+    assert torch.equal(a.sum_sq, b.sum_sq)
 
 
 def test_tokens_that_do_not_count_may_hold_anything():
@@ -91,19 +81,13 @@ def test_tokens_that_do_not_count_may_hold_anything():
     dirty, dirty_gate = h.clone(), gate.clone()
     dirty[~keep], dirty_gate[~keep] = float("inf"), float("nan")
     for given in ((h, None), (h, gate)):
-        clean, other = NeuronStatistics(30, "cpu"), NeuronStatistics(30, "cpu")
-        clean.add(Sums.of(given[0], given[1], keep))
-        other.add(Sums.of(dirty, None if given[1] is None else dirty_gate, keep))
-        assert torch.equal(clean.result().fires, other.result().fires)
-        assert torch.equal(clean.result().sum, other.result().sum)
-        assert torch.equal(clean.result().sum_sq, other.result().sum_sq)
+        clean, other = Sums.of(given[0], given[1], keep), Sums.of(dirty, None if given[1] is None else dirty_gate, keep)
+        for name in ("fires", "sum", "sum_sq"):
+            assert torch.equal(getattr(clean, name), getattr(other, name))
 
 
 def test_no_tokens_add_nothing():
-    statistics = NeuronStatistics(3, "cpu")
-    statistics.add(Sums.of(torch.empty(0, 3)))
-    statistics.add(Sums.of(torch.ones(4, 3), keep=torch.zeros(4, dtype=torch.bool)))
-    found = statistics.result()
+    found = (Sums.of(torch.empty(0, 3)) + Sums.of(torch.ones(4, 3), keep=torch.zeros(4, dtype=torch.bool))).result()
     assert (found.tokens, found.fires.tolist(), found.sum.tolist()) == (0, [0, 0, 0], [0, 0, 0])
     assert found.rate.tolist() == found.mean.tolist() == found.variance.tolist() == [0, 0, 0]
 

@@ -51,7 +51,9 @@ def test_context_is_the_table_row_of_each_word_and_vector_the_mean_without_paddi
     encoder = WordEncoder(16)
     context, vector = encoder(["a 7", "the number seven in white chalk on a black picture"])
     assert context.shape == (2, 10, 16)
+    assert encoder.vector is not None
     assert vector.shape == (2, 16)
+    assert encoder.vector is not None
     ids = [VOCABULARY.index(word) for word in ("a", "7")]
     torch.testing.assert_close(context[0], encoder.text.weight[ids + [0] * 8])
     torch.testing.assert_close(vector[0], (encoder.vector.weight[ids[0]] + encoder.vector.weight[ids[1]]) / 2)

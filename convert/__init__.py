@@ -1,0 +1,1 @@
+"""Between the layouts that a FLUX is kept in: ComfyUI's, diffusers', GGUF and orbax."""

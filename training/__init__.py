@@ -1,0 +1,1 @@
+"""Making FLUXes of the tiny kind from scratch."""

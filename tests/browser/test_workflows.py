@@ -80,8 +80,9 @@ def test_the_sheet_of_all_blocks_takes_the_place_of_the_live_preview(canvas, hos
     (sheet,) = {*(host.output / "flux_poke").glob("*/sheet.png")} - before
     assert canvas.pictures("FluxPokeDecodeBlockPreviews") == [list(Image.open(sheet).size)]
     canvas.expect_text("18 block predictions at 3 of 20 steps")
-    assert canvas.node("FluxPokeAnimateBlockPreviews").evaluate(
-        "node => node.widgets.some(widget => widget.name.includes('video') || widget.name.includes('animation'))"
+    canvas.page.wait_for_function(
+        "node => node.widgets.some(widget => widget.name.includes('video') || widget.name.includes('animation'))",
+        arg=canvas.node("FluxPokeAnimateBlockPreviews"),
     )
 
 

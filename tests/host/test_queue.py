@@ -72,7 +72,7 @@ def alone(server: ComfyServer, host, workflow) -> Internals:
     """What one server counts that draws all prompts one after the other, without a queue of ours."""
     graph = workflow("try_it_tiny")
     del graph["9"], graph["10"]
-    graph["2"]["inputs"]["name"] = "alone"
+    graph["2"]["inputs"]["name"] = "queue-alone"
     graph["5"]["inputs"]["batch_size"] = 1
     graph["8"]["inputs"]["images"] = ["7", 0]
     with ComfyClient(server.address) as client:
@@ -80,7 +80,7 @@ def alone(server: ComfyServer, host, workflow) -> Internals:
             graph["3"]["inputs"]["text"] = text
             graph["6"]["inputs"] |= {"steps": 3, "seed": SEED + number}
             client.run(graph)
-    return Internals.load(host.recorded("alone"))
+    return Internals.load(host.recorded("queue-alone"))
 
 
 def assert_equal(found: Internals, expected: Internals) -> None:
@@ -129,7 +129,7 @@ EACH = [f"{number:04d}" for number in range(len(TEXTS))]
 def test_a_server_that_is_restarted_in_the_middle_loses_no_prompt_and_counts_none_twice(
     server, host, alone, drawing, prompts, tmp_path
 ):
-    workflow, file = drawing("restarted", tail=6), host.recorded("restarted")
+    workflow, file = drawing("queue-restarted", tail=6), host.recorded("queue-restarted")
 
     def restart() -> None:
         kill(server)
@@ -149,19 +149,19 @@ def test_a_server_that_is_restarted_in_the_middle_loses_no_prompt_and_counts_non
     assert f"ComfyUI at {server.address} answers again" in result.output
     assert pictures(tmp_path / "out") == EACH
     assert_equal(Internals.load(file), alone)
-    assert_equal(Internals.load(tmp_path / "out" / "restarted" / "internals.safetensors"), alone)
+    assert_equal(Internals.load(tmp_path / "out" / "queue-restarted" / "internals.safetensors"), alone)
 
 
 @pytest.fixture
 def second(host, tmp_path_factory) -> Iterator[tuple[ComfyServer, Path]]:
-    """Another server with folders of its own, and where it keeps the recording "shared"."""
+    """Another server with folders of its own, and where it keeps the recording "queue-shared"."""
     other = type(host)(host.comfyui, tmp_path_factory.mktemp("second") / "base")
     with other.start() as running:
-        yield running, other.recorded("shared")
+        yield running, other.recorded("queue-shared")
 
 
 def test_of_two_servers_one_is_killed_and_the_other_finishes(server, host, second, alone, drawing, prompts, tmp_path):
-    workflow, here, (other, there) = drawing("shared", tail=6), host.recorded("shared"), second
+    workflow, here, (other, there) = drawing("queue-shared", tail=6), host.recorded("queue-shared"), second
     killing = when(lambda: counted(there) >= 4, lambda: kill(other))
     both = ("--server", server.address, "--server", other.address)
     result = queue(workflow, *both, "--prompts", prompts, "--out", tmp_path / "out")
@@ -172,7 +172,7 @@ def test_of_two_servers_one_is_killed_and_the_other_finishes(server, host, secon
     assert len(by) == len(TEXTS)
     assert 3 <= by.count(other.address) < len(TEXTS)
     assert pictures(tmp_path / "out") == EACH
-    assert_equal(Internals.load(tmp_path / "out" / "shared" / "internals.safetensors"), alone)
+    assert_equal(Internals.load(tmp_path / "out" / "queue-shared" / "internals.safetensors"), alone)
 
     # the run that was drawn when it was killed may have been counted there, and was counted here again
     left = Internals.load(there)
@@ -184,11 +184,11 @@ def test_of_two_servers_one_is_killed_and_the_other_finishes(server, host, secon
 
 
 def test_ctrl_c_interrupts_what_runs_and_resume_goes_on_there(server, client, host, alone, drawing, prompts, tmp_path):
-    workflow, out = drawing("resumed"), tmp_path / "out"
+    workflow, out = drawing("queue-resumed"), tmp_path / "out"
     given = ["queue", str(workflow), "--server", server.address, "--prompts", str(prompts), "--out", str(out)]
     command = [sys.executable, "-m", "flux_poke.cli", *given, "--set", "KSampler.steps=3"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        stopping = when(lambda: counted(host.recorded("resumed")) >= 3, lambda: process.send_signal(signal.SIGINT))
+        stopping = when(lambda: counted(host.recorded("queue-resumed")) >= 3, lambda: process.send_signal(signal.SIGINT))
         said, _ = process.communicate(timeout=120)
         stopping.join()
     assert process.returncode == 1, said
@@ -206,16 +206,16 @@ def test_ctrl_c_interrupts_what_runs_and_resume_goes_on_there(server, client, ho
     assert result.exit_code == 0, result.output
     assert result.output.count("done on") == len(TEXTS) - done
     assert pictures(out) == EACH
-    assert_equal(Internals.load(host.recorded("resumed")), alone)
+    assert_equal(Internals.load(host.recorded("queue-resumed")), alone)
 
 
 def test_every_prompt_gives_the_picture_that_its_own_seed_draws(server, client, drawing, prompts, tmp_path):
     result = queue(
-        drawing("seeds"), "--server", server.address, "--prompts", prompts, "--start", 5, "--count", 2, "-o", tmp_path
+        drawing("queue-seeds"), "--server", server.address, "--prompts", prompts, "--start", 5, "--count", 2, "-o", tmp_path
     )
     assert result.exit_code == 0, result.output
     assert pictures(tmp_path) == ["0005", "0006"]
-    graph = json.loads(drawing("unqueued").read_text())
+    graph = json.loads(drawing("queue-unqueued").read_text())
     graph["3"]["inputs"]["text"] = TEXTS[6]
     graph["6"]["inputs"]["seed"] = SEED + 6
     (file,) = client.run(graph).files("images")
@@ -224,7 +224,7 @@ def test_every_prompt_gives_the_picture_that_its_own_seed_draws(server, client, 
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(server, drawing, tmp_path):
-    graph = json.loads(drawing("failing").read_text())
+    graph = json.loads(drawing("queue-failing").read_text())
     graph["20"] = {"class_type": "FluxPokePrompts", "inputs": {"file": "prompts.txt", "index": 0, "regex": ""}}
     graph["3"]["inputs"]["text"] = ["20", 0]
     (tmp_path / "failing.json").write_text(json.dumps(graph))
@@ -238,13 +238,13 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(server, drawing, tmp_pat
 
 
 def test_a_graph_that_is_refused_fails_with_the_servers_words(server, drawing, tmp_path):
-    result = queue(drawing("refused"), "--server", server.address, "--set", "6.steps=0", "--out", tmp_path / "out")
+    result = queue(drawing("queue-refused"), "--server", server.address, "--set", "6.steps=0", "--out", tmp_path / "out")
     assert result.exit_code == 1
     assert "Run 0 failed: ComfyUI refused the graph: KSampler (node 6)" in result.output
 
 
 def test_without_waiting_the_runs_are_in_the_servers_queue(server, client, drawing, prompts):
-    result = queue(drawing("sent"), "--server", server.address, "--prompts", prompts, "--count", 3, "--no-wait")
+    result = queue(drawing("queue-sent"), "--server", server.address, "--prompts", prompts, "--count", 3, "--no-wait")
     assert result.exit_code == 0, result.output
     ids = [line.split()[0] for line in result.output.splitlines()]
     assert len(ids) == 3
@@ -285,7 +285,7 @@ def without_websockets(server) -> Iterator[str]:
 
 
 def test_without_a_websocket_runs_are_followed_by_asking(without_websockets, drawing):
-    graph = json.loads(drawing("asked").read_text())
+    graph = json.loads(drawing("queue-asked").read_text())
     with ComfyClient(without_websockets) as client:
         assert client._socket is None
         assert len(client.run(graph).files("images")) == 1

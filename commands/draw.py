@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from ..errors import UserError
-from ..flux.integrators import Name
 from .terminal import number, progress_bar, seed, whole
 
 
@@ -30,7 +29,9 @@ def draw(
     seed: Annotated[int, seed("Noise of the first picture; each takes the next.", most=2**62)] = 0,
     width: Annotated[int | None, whole(help="Pixels, by 16 (default: tiny 64, else 1024).", least=16, most=16384)] = None,
     height: Annotated[int | None, whole(help="Pixels, by 16 (default: tiny 64, else 1024).", least=16, most=16384)] = None,
-    integrator: Annotated[Name, typer.Option(help="stochastic: with fresh noise in every step.")] = "euler",
+    integrator: Annotated[
+        Literal["euler", "heun", "dpmpp_2m", "stochastic"], typer.Option(help="stochastic: with fresh noise in every step.")
+    ] = "euler",
     shift: Annotated[str | None, typer.Option(help="A number (1 = none), dynamic or flux2; default: the model's own.")] = None,
     input_image: Annotated[
         list[Path] | None, typer.Option(help="Reference picture, for FLUX.2; may be given more than once.")

@@ -17,6 +17,13 @@ def flux_poke(*arguments: object, **environment: str) -> subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, encoding="latin-1")
 
 
+def test_help_is_there_at_once_nothing_heavy_is_imported_for_it():
+    heavy = ("torch", "numpy", "matplotlib", "scipy", "sklearn", "PIL", "requests")
+    told = "import sys, flux_poke.cli; print([name for name in sys.argv[1:] if name in sys.modules])"
+    ended = subprocess.run([sys.executable, "-c", told, *heavy], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "[]"
+
+
 def test_it_runs_as_a_module_and_tells_its_version():
     ended = flux_poke("--version")
     assert ended.returncode == 0

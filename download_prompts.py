@@ -33,8 +33,10 @@ from requests.adapters import HTTPAdapter
 from urllib3 import Retry
 from urllib3.exceptions import HTTPError, ProtocolError, ReadTimeoutError
 
+from .answers import content_of
 from .errors import UserError
 from .files import check_text, locked, write_text
+from .parsing import from_json, read_text
 from .progress import Progress, silent
 from .prompts import SHIPPED
 
@@ -51,6 +53,8 @@ OUT = Path("downloaded_prompts.txt")
 PATIENCE = 5.0
 #: Seconds to connect, and between two bytes of an answer.
 TIMEOUT = (10, 30)
+#: Most that an answer may hold, and may take.
+MOST_BYTES, MOST_SECONDS = 64_000_000, 120.0
 #: Waits 0, 2, 4 ... 120 s between attempts, or what the server's Retry-After asks for; gives up sooner without a network.
 RETRIES = Retry(total=8, connect=3, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False)
 
@@ -84,25 +88,35 @@ class RowsServer:
         Raises `UserError` where the server cannot be reached, refuses, or answers with something else.
         """
         try:
-            response = self._get({"dataset": dataset, "config": "default", "split": "train", "offset": offset, "length": PAGE})
+            query: dict[str, str | int] = {
+                "dataset": dataset,
+                "config": "default",
+                "split": "train",
+                "offset": offset,
+                "length": PAGE,
+            }
+            response, content = self._get(query)
         except (requests.RequestException, HTTPError) as error:
             raise UserError(f"{self.url} cannot be read ({error}): run the same command again to go on.") from error
         try:
-            answer = response.json()
+            answer = json.loads(content)
             if not response.ok:
                 raise UserError(f"{self.url} refused rows of {dataset} ({response.status_code}): {answer['error']}")
             return [row["row"][DATASETS[dataset]] or "" for row in answer["rows"]], int(answer["num_rows_total"])
-        except (requests.JSONDecodeError, KeyError, TypeError) as error:
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             raise UserError(
                 f"{response.url} answered with status {response.status_code} and not with rows that have a column "
-                f"{DATASETS[dataset]!r}: {response.text[:100]!r}. Run the same command later to go on."
+                f"{DATASETS[dataset]!r}: {content[:100]!r}. Run the same command later to go on."
             ) from error
 
-    def _get(self, query: dict[str, str | int]) -> requests.Response:
+    def _get(self, query: dict[str, str | int]) -> tuple[requests.Response, bytes]:
         url, retries = f"{self.url}/rows", self.retries
         while True:
             try:
-                return self.session.get(url, params=query, timeout=self.timeout)
+                answer = self.session.get(url, params=query, timeout=self.timeout, stream=True)
+                return answer, content_of(answer, MOST_BYTES, MOST_SECONDS)
             except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
                 # The adapter tries again until an answer begins; one that breaks off or stalls after that is left to us.
                 cause = error.args[0]
@@ -168,7 +182,7 @@ def _resumed(saved: Path, partial: Path, datasets: Sequence[str], contains: str)
     if not saved.exists():
         return fresh
     try:
-        state = Downloaded(**json.loads(saved.read_text(encoding="utf-8")))
+        state = Downloaded(**from_json(read_text(saved)))
         if partial.stat().st_size < state.size:
             raise ValueError("lines are missing")
     except (OSError, ValueError, TypeError) as error:

@@ -6,7 +6,6 @@ decode_raw(folder, checkpoint, decode)           # the pictures once more, in an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..flux.blocks import choose_blocks
 from ..flux.integrators import euler
+from ..parsing import from_json, read_text
 from ..progress import Progress, part, silent
 from ..recording.call import Call
 from ..tiny.model import STEPS, TinyFlux
@@ -106,7 +106,7 @@ def read_generation(folder: Path) -> Generation:
     """How the image in a generation's folder came about; raises `UserError` where its metadata.json does not say."""
     path = folder / "metadata.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = from_json(read_text(path))
         known = {one.name: found[one.name] for one in fields(Generation)}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
+from ..parsing import read_image
 from .taps import BlockTaps, Tap, View
 
 #: Latents [batch, channels, h, w] to images [batch, 3, height, width] in 0..1.
@@ -52,7 +53,6 @@ def to_picture(image: Tensor) -> Image.Image:
 def read_picture(path: Path) -> Image.Image:
     """A picture in RGB; raises `UserError` where the file is none."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
+        return read_image(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as an image ({error}): name a picture, or make it again.") from error

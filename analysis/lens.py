@@ -25,6 +25,7 @@ from ..files import write_safetensors
 from ..flux.blocks import Block, blocks_of
 from ..flux.checkpoint import open_safetensors, require_format
 from ..flux.layout import Layout
+from ..parsing import from_json
 from ..progress import Progress, silent
 from ..recording.lens_rows import LensRows
 from ..recording.split import held_out
@@ -92,7 +93,7 @@ class Lens:
             metadata = require_format(file.metadata(), path, FORMAT, "lens", "`flux-poke lens fit` makes one.")
             try:
                 errors, raw = (
-                    {Block.named(name): error for name, error in json.loads(metadata[key]).items()}
+                    {Block.named(name): error for name, error in from_json(metadata[key]).items()}
                     for key in ("errors", "raw_errors")
                 )
                 weights, biases = (
@@ -102,7 +103,7 @@ class Lens:
                 lens = cls(metadata["family"], weights, biases, errors, raw, rows, images)
                 lens._check()
                 return lens
-            except (KeyError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+            except (KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
                 raise UserError(f"{path} is a damaged lens ({error}): fit it again or use a copy.") from error
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import check_text, write_text
-from ..flux.checkpoint import open_safetensors
+from ..flux.checkpoint import open_safetensors, require_finite
 from .decoding import read_picture, to_picture
 from .sheets import GAP, GROUND, INK, MARGIN, PALE, font, heat_map
 
@@ -179,7 +179,12 @@ def read_images(path: str | os.PathLike[str]) -> Tensor:
                 raise UserError(
                     f"{path} is not a latent: expected a tensor called latent_tensor, as ComfyUI's Save Latent writes."
                 )
-            return file.get_tensor("latent_tensor").float()
+            latent = require_finite(file.get_tensor("latent_tensor").float(), str(path))
+        if latent.ndim != 4:
+            raise UserError(
+                f"{path} holds a latent of the shape {tuple(latent.shape)}; expected four dimensions, the batch first."
+            )
+        return latent
     return _read_image(path)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import write_safetensors
 from ..flux.blocks import Block, blocks_of
-from ..flux.checkpoint import Checkpoint, open_safetensors, require_format
+from ..flux.checkpoint import Checkpoint, open_safetensors, require_finite, require_format
 from ..flux.layout import Layout, canonical_key
 from ..flux.model import FinalLayer, unpatchify
 from ..flux.weights import Plain
@@ -58,31 +58,42 @@ def read_raw(folder: Path, layer: FinalLayer, layout: Layout, lens: Lens | None 
     Raises `UserError` where there are no raw states in `folder`, a file is damaged, or they are of a model of another width.
     """
     taps = BlockTaps()
-    found = sorted((folder / FOLDER).glob("step_*/"), key=lambda path: int(path.name.removeprefix("step_")))
-    if not found:
+    steps = {int(number): path for path in (folder / FOLDER).glob("step_*/") if (number := path.name[5:]).isdecimal()}
+    if not steps:
         raise UserError(f"{folder} has no folder {FOLDER} of block states: capture with --raw.")
-    for path in found:
-        context = _read(path / "context.safetensors")
-        x, sigma, vec = context["x"][None].float(), context["sigma"].reshape(1).float(), context["vec"][None].float()
-        if vec.shape[-1] != layout.hidden:
-            raise UserError(
-                f"The states in {folder} are {vec.shape[-1]} wide, those of this model {layout.hidden}: name theirs."
-            )
-        velocities: dict[Block, Tensor] = {}
-        changes: dict[Block, Tensor] = {}
-        for file in path.glob("*_block_*.safetensors"):
-            if match := re.fullmatch(r"(double|single)_block_(\d+)", file.stem):
-                block, kept = Block.named(f"{match[1]}-{match[2]}"), _read(file)
-                changes[block], img = kept["change"].reshape(1), kept["img"][None].float()
-                last = block == blocks_of(layout)[-1]
-                with torch.no_grad():
-                    out = layer(img if lens is None or last else lens(block, img), vec)
-                velocities[block] = unpatchify(out, x, layout.patch)
-        levels = (sigma.item(), context["sigma_next"].item())
-        step = int(path.name.removeprefix("step_"))
-        call = Call(x, sigma, (*(levels[0],) * (step + 1), levels[1]), (0,), known_step=step)
-        taps.add(call, velocities, changes)
+    for step, path in sorted(steps.items()):
+        try:
+            taps.add(*_predictions(path, step, layer, layout, lens))
+        except UserError:
+            raise
+        except (KeyError, ValueError, RuntimeError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} is damaged ({said}): capture it again, or copy it again.") from error
     return taps
+
+
+@torch.no_grad()
+def _predictions(
+    path: Path, step: int, layer: FinalLayer, layout: Layout, lens: Lens | None
+) -> tuple[Call, dict[Block, Tensor], dict[Block, Tensor]]:
+    """What is known of one step: the call, every block's velocity, and how much it changed its tokens."""
+    context = _read(path / "context.safetensors")
+    x, sigma, vec = context["x"][None].float(), context["sigma"].reshape(1).float(), context["vec"][None].float()
+    if vec.shape[-1] != layout.hidden:
+        raise UserError(f"The states in {path} are {vec.shape[-1]} wide, those of this model {layout.hidden}: name theirs.")
+    velocities: dict[Block, Tensor] = {}
+    changes: dict[Block, Tensor] = {}
+    for file in path.glob("*_block_*.safetensors"):
+        if match := re.fullmatch(r"(double|single)_block_(\d+)", file.stem):
+            block, kept = Block.named(f"{match[1]}-{match[2]}"), _read(file)
+            changes[block], img = kept["change"].reshape(1), kept["img"][None].float()
+            last = block == blocks_of(layout)[-1]
+            out = layer(img if lens is None or last else lens(block, img), vec)
+            velocities[block] = unpatchify(out, x, layout.patch)
+            if velocities[block].shape != x.shape:
+                raise ValueError(f"{file.name} predicts {tuple(velocities[block].shape)}, expected {tuple(x.shape)}")
+    levels = (sigma.item(), context["sigma_next"].item())
+    return Call(x, sigma, (*(levels[0],) * (step + 1), levels[1]), (0,), known_step=step), velocities, changes
 
 
 def _file_name(block: str) -> str:
@@ -92,4 +103,4 @@ def _file_name(block: str) -> str:
 def _read(path: Path) -> dict[str, Tensor]:
     with open_safetensors(path) as file:
         require_format(file.metadata(), path, FORMAT, "file of raw block states")
-        return {key: file.get_tensor(key) for key in file.keys()}
+        return {key: require_finite(file.get_tensor(key), f"{path}: {key}") for key in file.keys()}

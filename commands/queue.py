@@ -31,7 +31,7 @@ def queue(
 
     Exit status: 0 all done, 1 some not (named), 2 wrong arguments, 3 no server answers.
     """
-    from ..headless.client import Unreachable
+    from ..headless.asking import Unreachable
     from ..headless.runs import make_runs, read_graph
     from ..prompts import read_prompts
 

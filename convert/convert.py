@@ -10,7 +10,6 @@ asked for.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..errors import UserError
 from ..files import check_not_read, check_replaces, check_writable, replacing_folder, size_text, stream_safetensors
 from ..flux.checkpoint import open_safetensors
 from ..flux.layout import FAMILY_NAMES
+from ..parsing import from_json
 from ..progress import Progress, silent
 from ..pruning import checkpoint
 from ..pruning.certificate import certificate_text
@@ -170,7 +170,7 @@ def describe(path: str | os.PathLike[str]) -> str:
     if pruned:
         kept = {key.removeprefix(KEPT): source.read(key) for key in source.kinds if key.startswith(KEPT)}
         try:
-            said += [certificate_text(json.loads(found)) for found in [source.metadata.get("certificate")] if found]
+            said += [certificate_text(from_json(found)) for found in [source.metadata.get("certificate")] if found]
             said.append(PruningPlan.from_header(source.metadata, kept).table())
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path} has a damaged plan ({error}): convert it again.") from error

@@ -26,6 +26,7 @@ from ..files import bytes_of, kind_of, stream_safetensors, write_text
 from ..flux.checkpoint import open_safetensors, require_format
 from ..flux.diffusers import CLASSES, SWAPPED, pieces, whole
 from ..flux.layout import FAMILY_NAMES, ROTARY, Family, Layout, read_layout
+from ..parsing import from_json, read_text
 from ..progress import Progress, silent
 from .shards import BESIDE, by_file, contents, listed, shards_of
 from .source import OURS, Change, Kind, Source
@@ -222,17 +223,18 @@ def _some(names: list[str]) -> str:
 def _family(folder: Path) -> Family:
     """The family that a folder's configuration names; raises `UserError` where it is not FLUX, or turns positions otherwise."""
     try:
-        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        found = from_json(read_text(folder / CONFIG))
         name = found["_class_name"]
     except FileNotFoundError:
         raise UserError(f"{folder} has no {CONFIG}: expected the folder of a transformer, as diffusers saves it.") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / CONFIG} is not the configuration of a model ({error}): copy it again.") from error
     family = next((family for family, known in CLASSES.items() if known == name), None)
     if family is None:
         raise UserError(f"{folder} holds a {name}; expected one of {', '.join(CLASSES.values())}.")
     axes, theta = ROTARY[family]
-    given = tuple(found.get("axes_dims_rope", axes)), found.get("rope_theta", theta), found.get("patch_size", 1)
+    turned = found.get("axes_dims_rope", axes)
+    given = tuple(turned) if isinstance(turned, list) else turned, found.get("rope_theta", theta), found.get("patch_size", 1)
     if given != (axes, theta, 1):
         raise UserError(
             f"{folder / CONFIG} asks for axes_dims_rope, rope_theta and patch_size of {given}; in {FAMILY_NAMES[family]} "
@@ -277,7 +279,7 @@ def _beside(folder: Path) -> tuple[dict[str, Kind], dict[str, str]]:
         header = require_format(opened.metadata(), file, BESIDE_FORMAT, "file of ours beside a transformer", "Remove it.")
         kinds = {key: kind_of(opened.get_tensor(key)) for key in opened.keys()}
     try:
-        metadata = {str(key): str(value) for key, value in json.loads(header["header"]).items()}
-    except (KeyError, ValueError, AttributeError, RecursionError) as error:
+        metadata = {str(key): str(value) for key, value in from_json(header["header"]).items()}
+    except (KeyError, ValueError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({error}): copy it again, or remove it.") from error
     return kinds, metadata

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import replacing, torch_type
 from ..flux.layout import Layout, canonical_key, read_layout
+from ..parsing import from_json
 from ..progress import Progress, silent
 from .source import OURS, Change, Kind, Source
 
@@ -195,7 +196,7 @@ def _header(reader: Any, path: Path) -> Mapping[str, str]:
     if field is None:
         return {}
     try:
-        return {str(key): str(value) for key, value in json.loads(field.contents()).items()}
+        return {str(key): str(value) for key, value in from_json(field.contents()).items()}
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{path} has a damaged {HEADER} ({error}): copy it again.") from error
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import kind_of, torch_type, write_text
 from ..flux.layout import FAMILY_NAMES, read_layout
+from ..parsing import from_json, read_text
 from ..progress import Progress, silent
 from .source import Change, Kind, Source
 
@@ -97,10 +98,10 @@ def replaceable(folder: Path) -> str | None:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        found = from_json(read_text(folder / CONFIG))
         if found["format"] == FORMAT:
             return {**found, "header": {str(key): str(value) for key, value in found["header"].items()}}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     raise UserError(f"{folder} has no {CONFIG} of '{FORMAT}', which tells whose state it is: expected what `convert` writes.")
 

@@ -6,13 +6,13 @@ shards_of(kinds, limit)                          # which tensors go into which f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..errors import UserError
 from ..files import bytes_of
 from ..flux.checkpoint import open_safetensors
+from ..parsing import from_json, read_text
 from .source import Kind
 
 #: A file of ours beside the model's.
@@ -29,10 +29,8 @@ def listed(folder: Path) -> dict[str, Path]:
     if not indices:
         return contents(single)
     try:
-        weight_map = {
-            str(key): str(name) for key, name in json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        weight_map = {str(key): str(name) for key, name in from_json(read_text(indices[0]))["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{indices[0]} is not an index of safetensors files ({error}): copy it again.") from error
     names = sorted(set(weight_map.values()))
     if outside := [name for name in names if Path(name).name != name or not name]:

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..flux.checkpoint import Checkpoint, scale_key
+from ..flux.checkpoint import Checkpoint, require_finite, scale_key
 from ..flux.fingerprint import Fingerprint, row_scale
 from ..flux.layout import FAMILY_NAMES, Layout
 from ..flux.model import Flux
 from ..flux.weights import BESIDE_WEIGHT, full_precision, require_plain
-from ..pruning.checkpoint import WhenAsked, require_finite
+from ..pruning.checkpoint import WhenAsked
 
 Form = Literal["ComfyUI", "diffusers", "GGUF", "orbax"]
 #: A tensor's type in the words of the safetensors format, and its shape.

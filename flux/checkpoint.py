@@ -71,6 +71,18 @@ def scale_key(keys: Container[str], key: str) -> str | None:
     return next((name for name in (f"{layer}.weight_scale", f"{layer}.scale_weight") if name in keys), None)
 
 
+def require_finite(tensor: Tensor, key: str) -> Tensor:
+    """`tensor`; raises `UserError` where it holds a number that is not finite. Numbers of 8 bits are not looked at."""
+    looked_at = tensor.is_floating_point() and tensor.dtype.itemsize > 1 and tensor.numel()
+    # Least and largest are not finite where any number is not; unlike isfinite(tensor), that takes no memory.
+    if looked_at and not all(bound.isfinite() for bound in tensor.aminmax()):
+        raise UserError(
+            f"{key} holds numbers that are not finite, with which every picture is black: look at the model, the recording or "
+            "the LoRA that it was made with."
+        )
+    return tensor
+
+
 def require_format(
     metadata: Mapping[str, str] | None, path: str | os.PathLike[str], expected: str, what: str, advice: str = ""
 ) -> dict[str, str]:

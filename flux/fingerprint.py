@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..parsing import from_json
 from .checkpoint import Checkpoint, scale_key
 
 SAMPLES = 256
@@ -88,6 +89,8 @@ class Fingerprint:
 
     def _changed(self, other: Fingerprint) -> int:
         """How many of the sampled weights are not one number in two precisions."""
+        if len(self.values) != len(other.values):
+            return max(len(self.values), len(other.values))
         pairs = zip(self.values, self.steps, other.values, other.steps, strict=True)
         return sum(not _same(*pair) for pair in pairs)
 
@@ -97,8 +100,11 @@ class Fingerprint:
     @classmethod
     def from_json(cls, text: str) -> Fingerprint:
         """Raises `ValueError` or `KeyError` where `text` is none."""
-        found = json.loads(text)
-        return cls(found["shapes"], tuple(map(float, found["values"])), tuple(map(float, found["steps"])))
+        found = from_json(text)
+        values, steps = (tuple(map(float, found[part])) for part in ("values", "steps"))
+        if len(values) != len(steps):
+            raise ValueError(f"a fingerprint of {len(values)} weights and {len(steps)} precisions")
+        return cls(str(found["shapes"]), values, steps)
 
 
 def row_scale(scale: Tensor, index: int, key: str) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UserError
-from .checkpoint import scale_key
+from .checkpoint import require_finite, scale_key
 from .layout import AXES_KEY, FAMILY_NAMES, Layout, Site, canonical_key, read_layout
 
 #: How far apart FLUX.2's pictures stand on the first rotary axis (black-forest-labs/flux2 `sampling.py`).
@@ -61,8 +61,8 @@ class Flux(nn.Module):
     def load(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None, source: str = "the state dict") -> Flux:
         """A model with the given weights (kept in their own precision unless `dtype` is given).
 
-        Raises `UserError` where the tensors are not those of a FLUX.1 or FLUX.2 transformer, or stand for others: without
-        their scales, quantised weights run as noise.
+        Raises `UserError` where the tensors are not those of a FLUX.1 or FLUX.2 transformer, hold numbers that are not finite,
+        or stand for others: without their scales, quantised weights run as noise.
         """
         layout = read_layout({key: tensor.shape for key, tensor in tensors.items()}, source)
         with torch.device("meta"):
@@ -83,7 +83,13 @@ class Flux(nn.Module):
                     f"{source} has {key} quantised, with a scale beside it; expected plain numbers. Undo the scales "
                     "(`flux.weights.Plain`), or use a bf16 or fp16 file."
                 )
-        model.load_state_dict(weights, strict=False, assign=True)
+            require_finite(weights[key], f"{source}: {key}")
+        try:
+            model.load_state_dict(weights, strict=False, assign=True)
+        except RuntimeError as error:
+            raise UserError(
+                f"{source} has tensors of other shapes than its width asks for ({' '.join(str(error).split())[:300]})."
+            ) from error
         return model.eval().requires_grad_(False)
 
     def forward(

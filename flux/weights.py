@@ -11,7 +11,6 @@ on the way in and made again on the way out. Finer ones are refused: their block
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import UserError
+from ..parsing import from_json
 from .checkpoint import scale_key
 from .layout import Site
 from .model import activation
@@ -80,7 +80,7 @@ def require_plain(tensors: Mapping[str, Tensor], key: str) -> None:
     name = scale_key(tensors, key)
     config: dict = {}
     if f"{layer}.comfy_quant" in tensors:
-        config = json.loads(bytes(tensors[f"{layer}.comfy_quant"].tolist()))
+        config = from_json(bytes(tensors[f"{layer}.comfy_quant"].tolist()))
     rotated = bool(config.get("convrot") or (config.get("params") or {}).get("convrot"))
     kind = "int8 with rotated columns" if rotated else config.get("format")
     fine = name is not None and tensors[name].squeeze().ndim > 1

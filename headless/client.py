@@ -15,40 +15,31 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import requests
 import websocket
 
-from ..errors import UserError, WrongArguments
+from ..errors import UserError
+from ..parsing import read_image
+from .asking import MOST_FILE, TIMEOUT, Refused, Server
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Graph = Mapping[str, Mapping[str, Any]]
 
 #: Told which node is at work, its step and its number of steps (0, 0 when it starts); of no node ("") where all is silent.
 OnNode = Callable[[str, int, int], None]
 
-#: Seconds without a message after which the history is asked instead, and without an answer after which there is none.
-SILENCE, TIMEOUT = 5.0, 30.0
+#: Seconds without a message after which the history is asked instead.
+SILENCE = 5.0
 #: Seconds between two signs of life while the server is silent.
 TICK = 1.0
 
 
-class Unreachable(UserError):
-    """No server answers."""
-
-    status = 3
-
-
 class Lost(UserError):
     """The server does not know the run any more: it was restarted."""
-
-
-class Missing(UserError):
-    """The server has no such file."""
-
-
-class Refused(UserError):
-    """The server does not take the graph; it took nothing of it."""
 
 
 class Interrupted(Exception):
@@ -67,7 +58,8 @@ class Result:
     def files(self, kind: str, node: str | None = None) -> list[dict[str, str]]:
         """References to the files of one kind ("images", ...), of one node or all, for `ComfyClient.fetch`."""
         nodes = self.outputs.values() if node is None else [self.outputs.get(node, {})]
-        return [file for output in nodes for file in output.get(kind, [])]
+        found = [file for output in nodes if isinstance(output, dict) for file in output.get(kind) or []]
+        return [file for file in found if isinstance(file, dict)]
 
 
 class ComfyClient:
@@ -79,12 +71,10 @@ class ComfyClient:
     def __init__(self, address: str):
         self.address = address
         self.id = uuid.uuid4().hex
-        scheme, _, place = address.rstrip("/").rpartition("://")
-        self._url = f"{scheme or 'http'}://{place}"
-        self._http = requests.Session()
+        self._server = Server(address)
         self._socket = self._connected()
         if self._socket is None:
-            self._ask("GET", "queue")
+            self._server.ask("GET", "queue")
 
     def __enter__(self) -> ComfyClient:
         return self
@@ -92,7 +82,7 @@ class ComfyClient:
     def __exit__(self, *_: object) -> None:
         if self._socket is not None:
             self._socket.close()
-        self._http.close()
+        self._server.close()
 
     def run(self, graph: Graph, on_progress: OnNode | None = None, extra: Mapping[str, Any] | None = None) -> Result:
         """Queues a graph and waits for its end; see `queue` and `wait`."""
@@ -103,11 +93,15 @@ class ComfyClient:
         refuses, also where it would run the rest of the graph."""
         given = {} if prompt_id is None else {"prompt_id": prompt_id}
         body = {"prompt": graph, "client_id": self.id, "extra_data": dict(extra or {}), **given}
-        answer = self._ask("POST", "prompt", json=body, refused=lambda answer: _refusal(answer, graph)).json()
-        if answer.get("node_errors"):
-            self.cancel(answer["prompt_id"])
-            raise Refused(_refusal(answer, graph))
-        return answer["prompt_id"]
+
+        def read(answer: Any) -> tuple[str, str | None]:
+            return str(answer["prompt_id"]), _refusal(answer, graph) if answer.get("node_errors") else None
+
+        queued, refused = self._server.told(read, "POST", "prompt", json=body, refused=lambda answer: _refusal(answer, graph))
+        if refused is not None:
+            self.cancel(queued)
+            raise Refused(refused)
+        return queued
 
     def wait(
         self, prompt_id: str, on_progress: OnNode | None = None, on_text: Callable[[str, str], None] | None = None
@@ -131,16 +125,16 @@ class ComfyClient:
                 continue
             if data.get("prompt_id") != prompt_id:
                 continue
-            if kind == "executing" and data.get("node"):
-                executed.append(data["node"])
+            node = str(data.get("node") or "")
+            if kind == "executing" and node:
+                executed.append(node)
                 if on_progress:
-                    on_progress(data["node"], 0, 0)
+                    on_progress(node, 0, 0)
             elif kind == "progress" and on_progress:
-                on_progress(data.get("node") or "", data["value"], data["max"])
+                on_progress(node, *(_count(data.get(name)) for name in ("value", "max")))
             elif kind == "execution_error":
-                raise UserError(
-                    f"{data['node_type']} (node {data['node_id']}) failed: {str(data['exception_message']).strip()}"
-                )
+                said = str(data.get("exception_message", "no reason given")).strip()
+                raise UserError(f"{data.get('node_type', 'A node')} (node {data.get('node_id', '?')}) failed: {said}")
             elif kind == "execution_interrupted":
                 raise Interrupted(prompt_id)
             elif kind == "execution_success":
@@ -148,47 +142,58 @@ class ComfyClient:
         while not (found := self.history(prompt_id)):  # written a moment after the last message
             self._past_messages(prompt_id)
             time.sleep(0.05)
-        return Result(prompt_id, found["outputs"], texts, tuple(executed))
+        return Result(prompt_id, found.get("outputs") or {}, texts, tuple(executed))
 
     def history(self, prompt_id: str) -> dict[str, Any]:
         """The server's record of a finished run; empty while it has none."""
-        return self._ask("GET", f"history/{prompt_id}").json().get(prompt_id, {})
+        return self._server.told(lambda answer: dict(answer.get(prompt_id) or {}), "GET", f"history/{prompt_id}")
 
     def cancel(self, prompt_id: str) -> None:
         """Takes the run with this id out of the queue, or stops it if it is running."""
-        self._ask("POST", "queue", json={"delete": [prompt_id]})
+        self._server.ask("POST", "queue", json={"delete": [prompt_id]})
         self.interrupt(prompt_id)
 
     def interrupt(self, prompt_id: str | None = None) -> None:
         """Stops the run with this id, or whichever is running."""
         body = {"prompt_id": prompt_id} if prompt_id else {}
-        self._ask("POST", "interrupt", json=body)
+        self._server.ask("POST", "interrupt", json=body)
 
     def upload(self, path: str | os.PathLike[str], subfolder: str = "") -> str:
         """Puts an image into the server's input folder; its name there, as Load Image takes it. An equal file is used again."""
         with open(path, "rb") as file:
-            answer = self._ask("POST", "upload/image", files={"image": file}, data={"subfolder": subfolder}).json()
-        return "/".join(filter(None, (answer["subfolder"], answer["name"])))
+
+            def read(answer: Any) -> str:
+                return "/".join(filter(None, (str(answer["subfolder"]), str(answer["name"]))))
+
+            return self._server.told(read, "POST", "upload/image", files={"image": file}, data={"subfolder": subfolder})
 
     def fetch(self, file: Mapping[str, str]) -> bytes:
         """The content of a file that a run reported (`filename`, `subfolder`, `type`); raises `Missing` where it is gone."""
-        return self._ask("GET", "view", params=dict(file)).content
+        return self._server.ask("GET", "view", most=MOST_FILE, params=dict(file))
+
+    def picture(self, file: Mapping[str, str]) -> Image:
+        """A picture that a run reported, in RGB; raises `UserError` where it is none."""
+        try:
+            return read_image(self.fetch(file))
+        except (OSError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"ComfyUI at {self.address} sent {dict(file)}, which is no picture ({error}).") from error
 
     def models(self, kind: str) -> list[str]:
         """Names of the model files the server has in one of its folders ("diffusion_models", "loras", ...)."""
-        return self._ask("GET", f"models/{kind}").json()
+        return self._server.told(lambda answer: [str(name) for name in answer], "GET", f"models/{kind}")
 
     def metadata(self, kind: str, file: str) -> dict[str, str]:
         """What the header of a .safetensors in one of those folders says of it; empty where it says nothing."""
         try:
-            answer = self._http.get(f"http://{self.address}/view_metadata/{kind}", params={"filename": file}, timeout=TIMEOUT)
-            return answer.json() if answer.ok else {}
-        except (requests.RequestException, ValueError):
+            return self._server.told(dict, "GET", f"view_metadata/{kind}", params={"filename": file})
+        except UserError:
             return {}
 
     def require_node(self, kind: str) -> None:
         """Raises `UserError` where the server does not have nodes of this class, one of this pack's."""
-        if kind not in self._ask("GET", f"object_info/{kind}").json():
+        if not self._server.told(lambda answer: kind in answer, "GET", f"object_info/{kind}"):
             raise UserError(
                 f"ComfyUI at {self.address} has no node {kind}: put this pack into its custom_nodes, in this version, install "
                 "what its requirements.txt names, and restart it."
@@ -211,13 +216,8 @@ class ComfyClient:
                     yield from self._past_messages(prompt_id)
                 continue
             heard = time.monotonic()
-            if isinstance(message, bytes):
-                if int.from_bytes(message[:4], "big") == 3:
-                    length = int.from_bytes(message[4:8], "big")
-                    yield "text", {"node": message[8 : 8 + length].decode(), "text": message[8 + length :].decode()}
-            elif message:
-                found = json.loads(message)
-                yield found["type"], found.get("data") or {}
+            if said := _message(message):
+                yield said
 
     def _receive(self) -> str | bytes | None:
         """The next message; None after some silence. Raises where the connection is lost."""
@@ -233,8 +233,11 @@ class ComfyClient:
 
     def _past_messages(self, prompt_id: str) -> list[tuple[str, dict[str, Any]]]:
         """What the server said of a run that has ended; nothing while it waits or runs. `Lost` where it is not known."""
-        queue = self._ask("GET", "queue").json()
-        if any(prompt_id == entry[1] for entries in queue.values() for entry in entries):
+
+        def waits(queue: Any) -> bool:
+            return any(prompt_id == entry[1] for entries in queue.values() for entry in entries)
+
+        if self._server.told(waits, "GET", "queue"):
             return []
         record = self.history(prompt_id)
         if not record:
@@ -242,36 +245,17 @@ class ComfyClient:
                 f"ComfyUI at {self.address} no longer knows the run {prompt_id}: it was restarted, or its history was cleared. "
                 "Queue it again."
             )
-        return [(kind, data) for kind, data in record["status"]["messages"]]
+        messages = (record.get("status") or {}).get("messages") or []
+        return [(str(kind), data) for kind, data in messages if isinstance(data, dict)]
 
     def _connected(self) -> websocket.WebSocket | None:
         """A new websocket; None where there can be none."""
         try:
-            return websocket.create_connection(f"ws{self._url.removeprefix('http')}/ws?clientId={self.id}", timeout=TIMEOUT)
+            return websocket.create_connection(
+                f"ws{self._server.url.removeprefix('http')}/ws?clientId={self.id}", timeout=TIMEOUT
+            )
         except (OSError, ValueError, websocket.WebSocketException):
             return None
-
-    def _ask(
-        self, method: str, path: str, refused: Callable[[Mapping[str, Any]], str] | None = None, **options: Any
-    ) -> requests.Response:
-        """The server's answer; `Unreachable` where there is none, `UserError` where it is an error (`Refused`, with what
-        `refused` makes of it, for status 400)."""
-        try:
-            answer = self._http.request(method, f"{self._url}/{path}", timeout=TIMEOUT, **options)
-            if answer.status_code == 400 and refused is not None:
-                raise Refused(refused(answer.json()))
-            if answer.status_code in (502, 503, 504):  # of a proxy, which has no server behind it
-                raise Unreachable(f"No ComfyUI answers at {self.address} (status {answer.status_code}): start it again.")
-            if answer.status_code == 404:
-                raise Missing(f"ComfyUI at {self.address} has no {path} of this name ({dict(options.get('params', {}))}).")
-            answer.raise_for_status()
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-            raise Unreachable(f"No ComfyUI answers at {self.address} ({error}): start it, or give its host:port.") from error
-        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
-            raise WrongArguments(f"{self.address} is not a server's address ({error}): expected host:port or a URL.") from error
-        except requests.RequestException as error:
-            raise UserError(f"ComfyUI at {self.address} did not do what was asked ({error}): look at its log.") from error
-        return answer
 
 
 def wait_until_up(address: str, seconds: float, alive: Callable[[], bool] = lambda: True) -> None:
@@ -285,6 +269,23 @@ def wait_until_up(address: str, seconds: float, alive: Callable[[], bool] = lamb
             time.sleep(0.2)
     reason = f"nothing answered within {seconds:.0f} s" if alive() else "it ended"
     raise UserError(f"ComfyUI did not come up at {address}: {reason}.")
+
+
+def _message(message: str | bytes) -> tuple[str, dict[str, Any]] | None:
+    """What a message of the websocket says, as (type, data); None where that is nothing that we know of."""
+    try:
+        if isinstance(message, bytes):
+            kind, length = int.from_bytes(message[:4], "big"), int.from_bytes(message[4:8], "big")
+            node, text = message[8 : 8 + length], message[8 + length :]
+            return ("text", {"node": node.decode(), "text": text.decode()}) if kind == 3 else None
+        found = json.loads(message)
+        return str(found["type"]), dict(found.get("data") or {})
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _count(value: Any) -> int:
+    return int(value) if isinstance(value, int | float) and abs(value) < 2**53 else 0
 
 
 def _refusal(answer: Mapping[str, Any], graph: Graph) -> str:

@@ -6,7 +6,6 @@ images = decode(latent_format(checkpoint)(latents))  # [batch, 3, height, width]
 
 from __future__ import annotations
 
-import io
 import tempfile
 import uuid
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -51,7 +49,7 @@ def server_decoder(client: ComfyClient, vae: str) -> Decode:
             "pictures": node("PreviewImage", images=["decode", 0]),
         }
         files = client.run(graph).files("images", "pictures")
-        pictures = [np.array(Image.open(io.BytesIO(client.fetch(file))).convert("RGB")) for file in files]
+        pictures = [np.array(client.picture(file)) for file in files]
         return torch.from_numpy(np.stack(pictures)).movedim(-1, 1).float() / 255
 
     return decode

@@ -7,7 +7,6 @@ with ComfyClient("127.0.0.1:8188") as client:
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,9 +39,7 @@ def draw_there(
         with memory_explained_there():
             result = follow(client, graph, within, f"The drawing of {one.prompt!r}", {"SamplerCustomAdvanced": 20.0})
         (file,) = result.files("images", "picture")
-        with Image.open(io.BytesIO(client.fetch(file))) as picture:
-            picture.load()
-            yield one, picture
+        yield one, client.picture(file)
 
 
 @contextmanager

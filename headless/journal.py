@@ -15,6 +15,7 @@ from threading import Lock
 
 from ..errors import UserError, WrongArguments
 from ..files import check_text, write_text
+from ..parsing import from_json, read_text
 
 NAME, FORMAT = "queue.json", "flux-poke queue 1"
 
@@ -46,7 +47,7 @@ class Journal:
             return journal
         path = folder / NAME
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = from_json(read_text(path))
             if found["format"] != FORMAT:
                 raise ValueError(found["format"])
             journal.id = str(found["id"])

@@ -27,7 +27,8 @@ from ..progress import Progress, silent
 from ..recording.internals import Internals
 from ..recording.queued import MARK, QueuedRun, merged
 from ..recording.recording import INTERNALS
-from .client import ComfyClient, Lost, Missing, Refused, Unreachable
+from .asking import Missing, Refused, Unreachable
+from .client import ComfyClient, Lost
 from .journal import Journal
 from .outputs import bring_outputs
 from .runs import Run

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import WrongArguments
+from ..parsing import from_json, read_text
 from .workflow import Graph
 
 #: What a prompt stands for in a value, inputs that take a text, and those that take a seed.
@@ -49,11 +50,11 @@ class Run:
 def read_graph(path: Path) -> Graph:
     """The graph in a file as *Export (API)* writes it. Raises `WrongArguments` where it is something else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = from_json(read_text(path))
     except OSError as error:
         why = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
         raise WrongArguments(f"{path} {why}: expected a workflow in API form (Workflow menu, Export (API)).") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise WrongArguments(f"{path} is not JSON ({error}): expected a workflow in API form (Export (API)).") from error
     if isinstance(found, dict) and isinstance(found.get("nodes"), list):
         raise WrongArguments(

@@ -14,7 +14,8 @@ from threading import Condition, Event, Thread
 from typing import Generic, TypeVar
 
 from ..errors import UserError
-from .client import ComfyClient, Lost, Refused, Unreachable
+from .asking import Refused, Unreachable
+from .client import ComfyClient, Lost
 
 Job = TypeVar("Job", bound=Hashable)
 

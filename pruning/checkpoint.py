@@ -28,9 +28,10 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import check_replaces, kind_of, stream_safetensors
-from ..flux.checkpoint import Checkpoint, open_safetensors, require_format, scale_key
+from ..flux.checkpoint import Checkpoint, open_safetensors, require_finite, require_format, scale_key
 from ..flux.layout import FAMILY_NAMES, Layout, canonical_key, read_layout
 from ..flux.weights import stored_like
+from ..parsing import from_json
 from ..progress import Progress, part, silent
 from .certificate import certificate, certificate_text
 from .dense import KEPT, PRUNED_FORMAT, Dense
@@ -74,8 +75,8 @@ class Pruned:
             try:
                 kept = {key.removeprefix(KEPT): file.get_tensor(key) for key in file.keys() if key.startswith(KEPT)}
                 plan = PruningPlan.from_header(header, kept)
-                report = {name: RepairReport(**site) for name, site in json.loads(header["repair"]).items()}
-                certified = dict(json.loads(header.get("certificate", "{}")))
+                report = {name: RepairReport(**site) for name, site in from_json(header["repair"]).items()}
+                certified = dict(from_json(header.get("certificate", "{}")))
             except (KeyError, ValueError, TypeError, AttributeError) as error:
                 raise UserError(f"{path} is a damaged pruned checkpoint ({error}): copy it again or make it again.") from error
         checkpoint = Checkpoint(path)
@@ -223,18 +224,6 @@ def _write(
     stream_safetensors(path, {**kinds, **{key: kind_of(indices) for key, indices in kept.items()}}, next_tensor, header)
 
 
-def require_finite(tensor: Tensor, key: str) -> Tensor:
-    """`tensor`; raises `UserError` where it holds a number that is not finite. Numbers of 8 bits are not looked at."""
-    looked_at = tensor.is_floating_point() and tensor.dtype.itemsize > 1 and tensor.numel()
-    # Least and largest are not finite where any number is not; unlike isfinite(tensor), that takes no memory.
-    if looked_at and not torch.stack(tensor.aminmax()).isfinite().all():
-        raise UserError(
-            f"{key} holds numbers that are not finite, with which every picture is black: look at the model, the recording or "
-            "the LoRA that it was made with."
-        )
-    return tensor
-
-
 def _require_widths(layout: Layout, plan: PruningPlan, source: str) -> None:
     """Raises `UserError` where the MLPs of a pruned model are not as wide as `plan` leaves them, or its modulation layers of
     another rank."""
@@ -302,7 +291,7 @@ def _passed_on(dense: Dense, plan: PruningPlan) -> dict[str, str]:
     header = {key: value for key, value in dense.metadata.items() if key != "format"}
     quantised = header.get("_quantization_metadata")
     if quantised is not None:
-        found = json.loads(quantised)
+        found = from_json(quantised)
         thin = {dense.layout.site(name).modulation for name in plan.ranks}
         layers = {canonical_key(name, dense.layout.prefix): facts for name, facts in found.get("layers", {}).items()}
         found["layers"] = {name: facts for name, facts in layers.items() if name not in thin}

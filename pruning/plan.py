@@ -30,6 +30,7 @@ from ..errors import UserError
 from ..files import size_text, write_safetensors
 from ..flux.checkpoint import open_safetensors, require_format
 from ..flux.fingerprint import Fingerprint
+from ..parsing import from_json
 from ..recording.amplification import MODULATION
 from ..recording.internals import site_order
 from .curves import Ranking
@@ -203,7 +204,7 @@ class PruningPlan:
         below the site's width, at least one.
         """
         try:
-            facts = json.loads(header["plan"])
+            facts = from_json(header["plan"])
             velocity = facts["velocity_error"]
             plan = cls(
                 family=str(header["family"]),
@@ -221,7 +222,7 @@ class PruningPlan:
                 ranks={name: _whole(rank, name) for name, rank in facts.get("ranks", {}).items()},
                 sizes={what: _whole(size, what, least=0) for what, size in facts.get("sizes", {}).items()},
             )
-        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"its header lacks or misstates {error}") from error
         for name in (*plan.widths, *kept, *plan.unknown, *plan.ranks):
             if not _SITE.fullmatch(name) or name not in plan.widths:

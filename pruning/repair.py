@@ -23,6 +23,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..flux.layout import Site
 from ..flux.weights import SiteWeights
+from ..parsing import from_json
 from ..progress import Progress, part, silent
 from ..recording.recording import Recording
 from ..recording.split import held_out
@@ -218,7 +219,7 @@ class Repairs(Mapping[str, Repaired]):
         assert self.folder is not None
         header = cached_header(self.folder / f"{name}.safetensors", FORMAT, {})
         try:
-            report = RepairReport(**json.loads((header or {})["report"]))
+            report = RepairReport(**from_json((header or {})["report"]))
         except (KeyError, ValueError, TypeError):
             return None
         path, shapes = self._file(self.sites[name], report.method, OWN)

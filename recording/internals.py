@@ -34,6 +34,7 @@ from ..files import check_writable, locked, write_safetensors
 from ..flux.checkpoint import open_safetensors, require_format, unreplaced
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import FAMILY_NAMES, Family
+from ..parsing import from_json
 from .manifest import at_least, record_first, require_model, utc_now
 from .statistics import SiteInternals
 
@@ -186,7 +187,7 @@ class Internals:
                 updated=metadata["updated"],
                 workflow={key: metadata[key] for key in ("workflow", "prompt") if key in metadata},
                 padded={"True": True, "False": False}[metadata["padded"]] if "padded" in metadata else None,
-                queued=frozenset(json.loads(metadata.get("queued", "[]"))),
+                queued=frozenset(from_json(metadata.get("queued", "[]"))),
                 last=_last(file, metadata, sites),
             )
 
@@ -262,7 +263,7 @@ def _site(file: safe_open, name: str) -> SiteInternals:
 def _last(file: safe_open, metadata: Mapping[str, str], sites: Mapping[str, SiteInternals]) -> LastRun | None:
     if "last" not in metadata:
         return None
-    key, attempt, runs, steps = json.loads(metadata["last"])
+    key, attempt, runs, steps = from_json(metadata["last"])
     parts = {name: _site(file, f"{name}.last") for name in sites}
     if any(len(part.fires) != len(sites[name].fires) for name, part in parts.items()):
         raise ValueError("the newest run's MLPs have other widths than all of them together")

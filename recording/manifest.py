@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 from ..errors import UserError
 from ..files import write_text
 from ..flux.fingerprint import Fingerprint
+from ..parsing import from_json, read_text
 
 FORMAT = "flux-poke hidden states 2"
 MANIFEST = "manifest.json"
@@ -180,7 +181,7 @@ class Manifest:
         if not path.is_file():
             raise UserError(f"{folder} holds no hidden states: expected a {MANIFEST} in it. {record_first('rows')}")
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = from_json(read_text(path))
             if found.get("format") != FORMAT:
                 raise UserError(
                     f"{path} is another format: expected '{FORMAT}', found '{found.get('format')}'. Record again elsewhere."
@@ -201,7 +202,7 @@ class Manifest:
             )
         except UserError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(f"{path} is damaged ({error}): restore it or record into another folder.") from error
 
 

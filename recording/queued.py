@@ -20,6 +20,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import locked
+from ..parsing import from_json
 from .internals import Internals, LastRun, add_to_file
 
 #: The name beside a recording node's inputs under which a queue says which run it is.
@@ -41,7 +42,7 @@ class QueuedRun:
     def from_json(cls, text: Any) -> QueuedRun | None:
         """None where it is not what a queue wrote."""
         try:
-            key, attempt, given_up = json.loads(text)
+            key, attempt, given_up = from_json(text)
             return cls(f"{key}", f"{attempt}", tuple(map(str, given_up)))
         except (TypeError, ValueError):
             return None

@@ -56,7 +56,10 @@ class ShardFile:
 
     def _slice(self, name: str) -> Any:
         try:
-            return self._file.get_slice(name)
+            found = self._file.get_slice(name)
+            if not found.get_shape():
+                raise UserError(f"{self.path} is damaged: {name} is a single number. Record again into a new folder.")
+            return found
         except SafetensorError as error:
             raise UserError(f"{self.path} is damaged: {name} is not in it. Record again into a new folder.") from error
 

@@ -14,7 +14,7 @@ How trajectories are recorded is in `states.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -114,6 +114,8 @@ class Trajectories(Samples):
         not put them.
         """
         files = store.files("trajectories")
+        for file in files:
+            _require_point(file)
         if others := sorted({name for file in files for name in file.names if name.startswith(METHOD)}):
             raise UserError(
                 f"{store.folder} holds edits of reference pictures by the method {others[0].removeprefix(METHOD)!r}, which "
@@ -131,6 +133,26 @@ class Trajectories(Samples):
         """The samples of one group together, float32 on `device`."""
         names = self.places(samples)[0][0].names
         return Point.of({name: self.read(samples, name).to(device).float() for name in names})
+
+
+def _require_point(file: ShardFile) -> None:
+    """Raises `UserError` where a file does not hold points, whole."""
+    plain = {name for name in file.names if not name.startswith((REFERENCE, METHOD))}
+    references = {name for name in file.names if name.startswith(REFERENCE)}
+    numbered = {f"{REFERENCE}{number}" for number in range(len(references))}
+    needed = {"x", "sigma", "context", "velocity"}
+    rows = len(file.images)
+    shapes = {name: file.shape(name) for name in plain}
+    sound = (
+        shapes.get("x", ())[:1] == (rows,)
+        and shapes.get("velocity") == shapes.get("x")
+        and all(shape[:1] == (rows,) for shape in shapes.values())
+    )
+    if not sound or not needed <= plain <= {fact.name for fact in fields(Point)} or references != numbered:
+        raise UserError(
+            f"{file.path} is damaged: it holds {', '.join(sorted(file.names))}, expected {', '.join(sorted(needed))} and what "
+            "else a model is told. Record again into a new folder."
+        )
 
 
 def _alike(files: Sequence[ShardFile | HeldShard]) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ from ..errors import UserError
 from ..files import locked, write_picture, write_safetensors, write_text
 from ..flux.blocks import blocks_of, sites_at
 from ..flux.checkpoint import open_safetensors
+from ..parsing import from_json
 from ..pruning.cache import cache_key
 from ..pruning.dense import KEPT, Dense
 from ..pruning.plan import PruningPlan
@@ -87,8 +88,8 @@ class LayerStats:
         if "stats" not in header:
             return None
         try:
-            return cls(**json.loads(header["stats"]))
-        except (ValueError, TypeError, RecursionError) as error:
+            return cls(**from_json(header["stats"]))
+        except (ValueError, TypeError) as error:
             raise UserError(f"{path} is a damaged retrained layer ({error}): remove it, and retrain it.") from error
 
 

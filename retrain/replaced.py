@@ -11,7 +11,6 @@ to can be told by their shapes alone, and which neurons they keep not at all.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from ..flux.blocks import blocks_of, sites_at
 from ..flux.checkpoint import open_safetensors, scale_key
 from ..flux.layout import Layout, canonical_key
 from ..flux.weights import full_precision, stored_like
+from ..parsing import from_json
 from ..progress import Progress, silent
 from ..pruning.dense import KEPT, Dense
 from ..pruning.modulation import LowRanks, Vectors
@@ -69,7 +69,7 @@ class StoredLayer:
         try:
             if header.get("format") == FORMAT:
                 plan = PruningPlan.from_header(header, kept)
-                before, after = (_error(json.loads(header["stats"])[name]) for name in ("relative_cut", "relative_final"))
+                before, after = (_error(from_json(header["stats"])[name]) for name in ("relative_cut", "relative_final"))
             elif "format" in header:
                 raise ValueError(f"expected '{FORMAT}', found '{header['format']}'")
             else:
@@ -79,7 +79,7 @@ class StoredLayer:
             own, layers = {site.name for site in sites}, {site.name for site in sites if site in dense.layout.modulated}
             if foreign := (kept.keys() - own) | (plan.ranks.keys() - layers):
                 raise ValueError(f"it tells of {min(foreign)}, which is in another block than {block.title}")
-        except (KeyError, ValueError, TypeError, RecursionError) as error:
+        except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"{path} is not a retrained layer, or a damaged one ({error}): retrain it.") from error
         if not plan.fingerprint.matches(dense.fingerprint):
             raise UserError(

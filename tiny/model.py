@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..flux.autoencoder import Autoencoder, Pixels, load_autoencoder
-from ..flux.checkpoint import Checkpoint, open_safetensors
+from ..flux.checkpoint import Checkpoint, open_safetensors, require_finite
 from ..flux.integrators import Velocity, euler
 from ..flux.layout import Family
 from ..flux.model import Flux
@@ -169,7 +169,10 @@ def _beside(
     path = checkpoint.parent / name
     path = path if path.exists() else shipped / name
     with open_safetensors(path) as file:
-        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+        tensors, metadata = (
+            {key: require_finite(file.get_tensor(key), f"{path}: {key}") for key in file.keys()},
+            file.metadata(),
+        )
     try:
         return load(tensors, metadata)
     except (KeyError, IndexError, ValueError, RuntimeError, UserError) as error:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..parsing import from_json
+
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VOCABULARY = (
     "", "?", *DIGIT_WORDS, *(str(digit) for digit in range(10)),
@@ -62,7 +64,7 @@ class WordEncoder(nn.Module):
     @classmethod
     def load(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> WordEncoder:
         header = metadata or {}
-        vocabulary = json.loads(header["vocabulary"]) if "vocabulary" in header else VOCABULARY
+        vocabulary = from_json(header["vocabulary"]) if "vocabulary" in header else VOCABULARY
         width, padded = tensors["text.weight"].shape[1], int(header.get("padded", PADDED))
         model = cls(width, vocabulary, padded, pooled="vector.weight" in tensors)
         model.load_state_dict({key: tensor.float() for key, tensor in tensors.items()})

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-
 from ..errors import UserError
 from ..flux.layout import ROTARY, Layout
+from ..parsing import from_yaml, read_text
 
 try:
     from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -222,9 +221,9 @@ def read_config(source: Path | str) -> Config:
     if str(source) in recipes:
         path = recipes[str(source)]
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = from_yaml(read_text(path))
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there: expected a YAML file, or one of {', '.join(sorted(recipes))}.") from error
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}).") from error
     return Config.of(values, str(path))

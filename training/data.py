@@ -14,9 +14,9 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import math
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import UserError
+from ..parsing import MOST_BYTES, from_json, read_image, read_text
 from ..tiny.data import digit_images
 from ..tiny.words import DIGIT_WORDS, TEMPLATES
 from .config import Data
@@ -151,7 +152,7 @@ def _npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
                 if images in file and labels in file:
                     return file[images], file[labels]
             found = ", ".join(file) or "nothing"
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} cannot be read as an .npz ({error}).") from error
     raise UserError(f"{path} holds {found}; expected images and labels, or x_train and y_train.")
 
@@ -159,18 +160,22 @@ def _npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _idx(path: Path) -> np.ndarray:
     try:
         content = path.read_bytes()
-        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+        if content[:2] == b"\x1f\x8b":
+            with gzip.open(path) as file:
+                content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"it is larger than {MOST_BYTES // 10**6} MB")
         kind, dims = _IDX[content[2]], content[3]
         if content[:2] != b"\0\0":
             raise ValueError("it does not begin with two zeros")
         shape = np.frombuffer(content, ">i4", dims, 4)
         return np.frombuffer(content, kind, int(np.prod(shape, dtype=np.int64)), 4 + 4 * dims).reshape(shape)
-    except (OSError, ValueError, KeyError, IndexError, EOFError) as error:
+    except (OSError, ValueError, KeyError, IndexError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read as an idx file, as MNIST's are ({error}).") from error
 
 
 def _folder(path: Path, data: Data) -> tuple[Tensor, list[list[str]]]:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     if not path.is_dir():
         raise UserError(f"{path} is no folder: expected pictures with captions.")
@@ -182,13 +187,11 @@ def _folder(path: Path, data: Data) -> tuple[Tensor, list[list[str]]]:
     images = []
     for file in files:
         try:
-            with Image.open(file) as picture:
-                rgba = picture.convert("RGBA")
-        except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+            rgba = read_image(file, "RGBA")
+            on_white = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+            sized = ImageOps.pad(on_white, (data.side, data.side), Image.Resampling.LANCZOS, "white")
+        except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read as a picture ({error}).") from error
-        square = Image.new("RGBA", (max(rgba.size),) * 2, "white")
-        square.alpha_composite(rgba, ((square.width - rgba.width) // 2, (square.height - rgba.height) // 2))
-        sized = square.convert("RGB").resize((data.side, data.side), Image.Resampling.LANCZOS)
         images.append(torch.from_numpy(np.array(sized)).permute(2, 0, 1))
     templates = data.templates or ("{}",)
     said = [[template.format(caption) for template in templates for caption in some] for some in captions]
@@ -215,10 +218,10 @@ def _captions_file(folder: Path) -> dict[str, list[str]]:
         if not path.is_file():
             continue
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            text = read_text(path)
             table = path.suffix == ".csv"
             rows: list[Mapping] = [
-                *(csv.DictReader(io.StringIO(text)) if table else map(json.loads, filter(str.strip, text.splitlines())))
+                *(csv.DictReader(io.StringIO(text)) if table else map(from_json, filter(str.strip, text.splitlines())))
             ]
             for row in rows:
                 captions = row["text"] if isinstance(row["text"], list) else [row["text"]]

@@ -9,7 +9,6 @@ with samples `samples/`, with checkpoints that are kept `checkpoints/STEP/`, wit
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from ..flux.autoencoder import Autoencoder
 from ..flux.autoencoder import Pixels as PixelSpace
 from ..flux.model import Flux
 from ..flux.resume import saved_notes
+from ..parsing import from_json
 from ..progress import Progress, part, silent
 from ..tiny.model import TinyFlux
 from ..tiny.words import WordEncoder, grown
@@ -202,7 +202,7 @@ def _check_same(config: Config, out: Path) -> None:
         if not path.exists() or "training" not in (notes := saved_notes(path)):
             continue
         try:  # keys that were not known then have the value that stands for leaving them out
-            begun = Config.of(json.loads(notes["training"]), str(path))
+            begun = Config.of(from_json(notes["training"]), str(path))
         except ValueError as error:
             raise UserError(f"{path} does not say which training it is of ({error}): remove it to begin anew.") from error
         then, now = _flat(begun.model_dump()), _flat(config.model_dump())

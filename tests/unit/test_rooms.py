@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 #: From the ground up; a room imports from those before it, and its own files from each other.
 FLOORS = (
     {"errors", "progress"},
-    {"files", "prompts", "counter", "sizes", "download_prompts"},
+    {"answers", "files", "parsing", "prompts", "counter", "sizes", "download_prompts"},
     {"flux"},
     {"tiny"},
     {"training"},

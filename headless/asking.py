@@ -21,7 +21,9 @@ Told = TypeVar("Told")
 #: Seconds without an answer after which there is none, and most that one may take in all.
 TIMEOUT, PATIENCE = 30.0, 600.0
 #: Most bytes of an answer, and of a file.
-MOST_ANSWER, MOST_FILE = 256_000_000, 16_000_000_000
+MOST_ANSWER, MOST_FILE = 256_000_000, 64_000_000_000
+#: What comes of walking through JSON that is not as expected.
+_ODD = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 class Unreachable(UserError):
@@ -55,7 +57,7 @@ class Server:
         content = self.ask(method, path, **options)
         try:
             return read(json.loads(content))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except _ODD as error:
             raise self._odd(path, error) from error
 
     def _odd(self, path: str, error: Exception) -> UserError:
@@ -76,9 +78,10 @@ class Server:
             content = content_of(answer, most, PATIENCE)
             if answer.status_code == 400 and refused is not None:
                 try:
-                    raise Refused(refused(json.loads(content)))
-                except (LookupError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+                    said = refused(json.loads(content))
+                except _ODD as error:
                     raise self._odd(path, error) from error
+                raise Refused(said)
             if answer.status_code in (502, 503, 504):  # of a proxy, which has no server behind it
                 raise Unreachable(f"No ComfyUI answers at {self.address} (status {answer.status_code}): start it again.")
             if answer.status_code == 404:

@@ -245,8 +245,10 @@ class ComfyClient:
                 f"ComfyUI at {self.address} no longer knows the run {prompt_id}: it was restarted, or its history was cleared. "
                 "Queue it again."
             )
-        messages = (record.get("status") or {}).get("messages") or []
-        return [(str(kind), data) for kind, data in messages if isinstance(data, dict)]
+        status = record.get("status")
+        messages = status.get("messages") if isinstance(status, dict) else None
+        pairs = (message for message in messages or () if isinstance(message, list) and len(message) == 2)
+        return [(str(kind), data) for kind, data in pairs if isinstance(data, dict)]
 
     def _connected(self) -> websocket.WebSocket | None:
         """A new websocket; None where there can be none."""

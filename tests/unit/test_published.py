@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from flux_poke import __version__
 from pathspec import PathSpec
 from PIL import Image
@@ -145,3 +146,25 @@ def test_icon_and_banner_are_pictures_of_this_repository(kind, size):
     place = PROJECT["tool"]["comfy"][kind].split("/main/", 1)[1]
     with Image.open(ROOT / place) as picture:
         assert picture.size == size
+
+
+def workflows_of_the_tiny_flux() -> set[str]:
+    """Those that need no download."""
+    graphs = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "workflows").glob("*.json")}
+    return {name for name, graph in graphs.items() if '"FluxPokeLoadTinyFlux"' in graph}
+
+
+def test_comfy_test_runs_every_workflow_that_needs_no_download_after_those_it_loads_from():
+    given = tomllib.loads((ROOT / "comfy-test.toml").read_text(encoding="utf-8"))["test"]["workflows"]["run"]
+    assert sorted(given) == sorted(workflows_of_the_tiny_flux())
+    assert given.index("retrain_layers_tiny") < given.index("run_with_replaced_layers_tiny")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name)
+def test_what_runs_for_the_repository_is_read_and_names_no_package_registry(path):
+    text = path.read_text(encoding="utf-8")
+    held = yaml.safe_load(text)
+    assert not re.search(r"pypi|npmjs|conda|download\.pytorch", text)
+    for job in held.get("jobs", {}).values():
+        assert all(("uses" in step) != ("run" in step) for step in job["steps"])
+        assert all(re.search(r"@(v\d|[0-9a-f]{40})", step["uses"]) for step in job["steps"] if "uses" in step)

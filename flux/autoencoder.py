@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import Conv2d, GroupNorm
 from torch.nn import functional as F
 
 #: FLUX.1's latent format: unit-variance latents are (latents - shift) * scale.
@@ -121,8 +122,8 @@ class Block(nn.Module):
         self.conv = nn.Sequential(conv(64, 64), nn.ReLU(), conv(64, 64), nn.ReLU(), conv(64, 64))
         self.pool = None
         if pooled:
-            inner, outer = nn.Conv2d(64, 256, 1, bias=False), nn.Conv2d(256, 64, 1, bias=False)
-            self.pool = nn.Sequential(inner, nn.GroupNorm(4, 256), nn.ReLU(inplace=True), outer)
+            inner, outer = Conv2d(64, 256, 1, bias=False), Conv2d(256, 64, 1, bias=False)
+            self.pool = nn.Sequential(inner, GroupNorm(4, 256), nn.ReLU(inplace=True), outer)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pool is not None:
@@ -135,5 +136,5 @@ class Clamp(nn.Module):
         return torch.tanh(x / 3) * 3
 
 
-def conv(inputs: int, outputs: int, **options) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, padding=1, **options)
+def conv(inputs: int, outputs: int, **options) -> Conv2d:
+    return Conv2d(inputs, outputs, 3, padding=1, **options)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import Linear
 from torch.nn import functional as F
 
 from ..errors import UserError
@@ -37,8 +38,8 @@ class Flux(nn.Module):
             raise UserError("The reference transformer runs FLUX.1 and FLUX.2; load Chroma in ComfyUI.")
         self.layout = layout
         hidden, bias, shared = layout.hidden, layout.family == "flux1", layout.family == "flux2"
-        self.img_in = nn.Linear(layout.in_channels, hidden, bias=bias)
-        self.txt_in = nn.Linear(layout.context, hidden, bias=bias)
+        self.img_in = Linear(layout.in_channels, hidden, bias=bias)
+        self.txt_in = Linear(layout.context, hidden, bias=bias)
         self.time_in = MLPEmbedder(256, hidden, bias)
         self.vector_in = MLPEmbedder(layout.vector, hidden, bias) if layout.vector else None
         self.guidance_in = MLPEmbedder(256, hidden, bias) if layout.guidance else None
@@ -189,7 +190,7 @@ class Modulation(nn.Module):
         super().__init__()
         self.parts = parts
         outputs = parts * hidden
-        self.lin = nn.Linear(hidden, outputs, bias=bias) if rank is None else LowRankLinear(hidden, outputs, rank)
+        self.lin = Linear(hidden, outputs, bias=bias) if rank is None else LowRankLinear(hidden, outputs, rank)
 
     def forward(self, vec: Tensor) -> tuple[ModulationOut, ...]:
         out = self.lin(F.silu(vec))[:, None].chunk(self.parts, dim=-1)
@@ -201,8 +202,8 @@ class LowRankLinear(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, rank: int):
         super().__init__()
-        self.down = nn.Linear(inputs, rank, bias=False)
-        self.up = nn.Linear(rank, outputs, bias=False)
+        self.down = Linear(inputs, rank, bias=False)
+        self.up = Linear(rank, outputs, bias=False)
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -246,8 +247,8 @@ class SingleBlock(nn.Module):
         super().__init__()
         hidden, bias = layout.hidden, layout.family == "flux1"
         self.heads, self.hidden = layout.heads, hidden
-        self.linear1 = nn.Linear(hidden, 3 * hidden + site.width * (2 if site.gated else 1), bias=bias)
-        self.linear2 = nn.Linear(hidden + site.width, hidden, bias=bias)
+        self.linear1 = Linear(hidden, 3 * hidden + site.width * (2 if site.gated else 1), bias=bias)
+        self.linear2 = Linear(hidden + site.width, hidden, bias=bias)
         self.norm = QKNorm(layout.head_dim)
         self.mlp_act = activation(site)
         self.modulation = Modulation(hidden, 3, rank=layout.ranks.get(site.name)) if layout.family == "flux1" else None
@@ -268,9 +269,9 @@ class Attention(nn.Module):
     def __init__(self, layout: Layout, bias: bool):
         super().__init__()
         self.heads = layout.heads
-        self.qkv = nn.Linear(layout.hidden, 3 * layout.hidden, bias=bias)
+        self.qkv = Linear(layout.hidden, 3 * layout.hidden, bias=bias)
         self.norm = QKNorm(layout.head_dim)
-        self.proj = nn.Linear(layout.hidden, layout.hidden, bias=bias)
+        self.proj = Linear(layout.hidden, layout.hidden, bias=bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
@@ -299,8 +300,8 @@ class RMSNorm(nn.Module):
 class MLPEmbedder(nn.Module):
     def __init__(self, width: int, hidden: int, bias: bool):
         super().__init__()
-        self.in_layer = nn.Linear(width, hidden, bias=bias)
-        self.out_layer = nn.Linear(hidden, hidden, bias=bias)
+        self.in_layer = Linear(width, hidden, bias=bias)
+        self.out_layer = Linear(hidden, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out_layer(F.silu(self.in_layer(x)))
@@ -311,8 +312,8 @@ class FinalLayer(nn.Module):
 
     def __init__(self, hidden: int, out_channels: int, bias: bool):
         super().__init__()
-        self.linear = nn.Linear(hidden, out_channels, bias=bias)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden, bias=bias))
+        self.linear = Linear(hidden, out_channels, bias=bias)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden, 2 * hidden, bias=bias))
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
@@ -341,9 +342,7 @@ def activation(site: Site) -> nn.Module:
 
 def mlp(hidden: int, site: Site) -> nn.Sequential:
     rows = site.width * (2 if site.gated else 1)
-    return nn.Sequential(
-        nn.Linear(hidden, rows, bias=site.biased), activation(site), nn.Linear(site.width, hidden, bias=site.biased)
-    )
+    return nn.Sequential(Linear(hidden, rows, bias=site.biased), activation(site), Linear(site.width, hidden, bias=site.biased))
 
 
 def modulate(x: Tensor, mod: ModulationOut) -> Tensor:

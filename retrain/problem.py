@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 
 from ..progress import Progress, silent
 from ..recording.split import held_out
@@ -68,7 +68,7 @@ class Loss:
 
 
 def precision(options: Options):
-    return torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=options.mixed_precision)
+    return autocast(torch.device(options.device).type, torch.bfloat16, enabled=options.mixed_precision)
 
 
 @torch.no_grad()

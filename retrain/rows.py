@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Linear
 
 from ..flux.blocks import sites_at
 from ..flux.layout import Site
@@ -60,9 +61,9 @@ class Neurons(nn.Module):
         return self.down(h if attn is None else torch.cat((attn, h), dim=-1))
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def _linear(weight: Tensor, bias: Tensor | None) -> Linear:
     """With copies of the given parameters."""
-    layer = nn.Linear(weight.shape[1], len(weight), bias is not None, device="meta")
+    layer = Linear(weight.shape[1], len(weight), bias is not None, device="meta")
     given = {"weight": weight.clone()} | ({} if bias is None else {"bias": bias.clone()})
     layer.load_state_dict(given, assign=True)
     return layer

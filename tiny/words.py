@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import Embedding, functional
 
 from ..parsing import from_json
 
@@ -58,8 +58,8 @@ class WordEncoder(nn.Module):
     def __init__(self, width: int = 64, vocabulary: Sequence[str] = VOCABULARY, padded: int = PADDED, pooled: bool = True):
         super().__init__()
         self.vocabulary, self.padded = tuple(vocabulary), padded
-        self.text = nn.Embedding(len(self.vocabulary), width)
-        self.vector = nn.Embedding(len(self.vocabulary), width) if pooled else None
+        self.text = Embedding(len(self.vocabulary), width)
+        self.vector = Embedding(len(self.vocabulary), width) if pooled else None
 
     @classmethod
     def load(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> WordEncoder:

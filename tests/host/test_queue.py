@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -303,7 +304,9 @@ def test_the_examples_of_the_guide_run_as_they_are_written(server, tmp_path, mon
     examples = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
     assert len(examples) == 2
     for example in examples:
-        exec(example.replace("127.0.0.1:8188", server.address).replace(', "127.0.0.1:8189"', ""), named)
+        example = example.replace("127.0.0.1:8188", server.address).replace(', "127.0.0.1:8189"', "")
+        (tmp_path / "example.py").write_text(example)
+        named = runpy.run_path(str(tmp_path / "example.py"), init_globals=named)
     assert len(list(tmp_path.glob("*.png"))) == 4 + 1  # the graph's batch, and the report
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 2 * 4
     said = capsys.readouterr().out

@@ -3,10 +3,11 @@
 import torch
 from flux_poke.recording.hooks import force_eager
 from torch import nn
+from torch.nn import Linear
 
 
 def test_hooks_that_came_after_compilation_are_called():
-    model = nn.Sequential(nn.Linear(4, 4), nn.GELU()).eval()
+    model = nn.Sequential(Linear(4, 4), nn.GELU()).eval()
     compiled, x, seen = torch.compile(model, backend="eager"), torch.randn(2, 4), []
     with torch.no_grad():
         compiled(x)

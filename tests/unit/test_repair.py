@@ -30,6 +30,7 @@ from flux_poke.recording.trajectories import trajectory, velocity_error
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import Linear
 
 SIGMAS = torch.linspace(1, 0, 6)
 
@@ -411,7 +412,7 @@ class Toy(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.down = nn.Linear(4, 4)
+        self.down = Linear(4, 4)
 
     def forward(self, x):
         return 3 * self.down(x)

@@ -29,7 +29,7 @@ from flux_poke.training.trainer import train
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch.nn import Linear
 
 #: Pictures of 32 pixels, and none for an autoencoder: training it would take longest.
 CONFIG = {
@@ -528,9 +528,9 @@ def test_a_configuration_that_is_none_is_refused_in_a_sentence(content, tmp_path
         read_config(path)
 
 
-def linear_training() -> tuple[nn.Linear, torch.optim.Optimizer]:
+def linear_training() -> tuple[Linear, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = nn.Linear(3, 2)
+    model = Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
@@ -595,7 +595,7 @@ def test_numbers_that_are_not_finite_are_not_trained_on_even_where_the_file_is_a
 def test_the_training_of_another_model_or_optimizer_is_refused(tmp_path):
     path = tmp_path / "state.safetensors"
     save_training(path, *linear_training(), 5)
-    other = nn.Linear(4, 2)
+    other = Linear(4, 2)
     with pytest.raises(UserError, match="another model"):
         load_training(path, other, torch.optim.AdamW(other.parameters()), 10)
     model, _ = linear_training()

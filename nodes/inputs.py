@@ -11,21 +11,29 @@ from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
+from comfy_execution.validation import validate_node_input
 
 from ..errors import UserError
 from ..flux.layout import Layout
 from ..recording.recording import Recording
 from ..retrain.files import STATS, layer_files
-from . import host, loading
+from . import host, lists, loading
 
 PlanType = io.Custom("PRUNING_PLAN")
 RecordingType = io.Custom("RECORDING")
+#: Of the name of a file or folder: where it goes in, names are chosen from a list.
+NameType = io.Custom("COMBO,STRING")
 
 #: What a loader offers beside checkpoints, where a plan says which one.
 OF_THE_PLAN = "as in the plan"
 #: What a node is told of the run.
 HIDDEN = (io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo)
 MOST_SEED = 2**31 - 1
+#: What lists say where there is nothing to choose yet.
+NO_RECORDING = "(no recording yet: run a Record node, then press R)"
+NO_PLAN = "(no plan yet: run a Plan Pruning node, then press R)"
+NO_PREVIEWS = "(no previews yet: run Decode Block Previews, then press R)"
+NO_PRUNED = "(no pruned file yet: run Save Pruned FLUX, then press R)"
 
 
 def schema(
@@ -70,6 +78,40 @@ def choice(name: str, options: Sequence[str], tooltip: str, default: str | None 
     return io.Combo.Input(name, options=[*options], default=default, tooltip=tooltip)
 
 
+def listed(name: str, names: Sequence[str], nothing: str, tooltip: str) -> io.Input:
+    """A file or folder that is chosen from those that are there. `valid_names` lets others through: a graph may name what it
+    has yet to write."""
+    return choice(name, names or [nothing], tooltip)
+
+
+def valid_names(node: type[io.ComfyNode], received: Mapping[str, str] | None, **names: Any) -> bool | str:
+    """What `validate_inputs` says of `names`, and of what is linked, by its types.
+
+    It declares the names, so that ComfyUI does not look them up in their lists, and `input_types`, so that texts may be linked
+    to them; ComfyUI then leaves all links of the node to it.
+    """
+    types = {entry.id: entry.get_io_type() for entry in node.define_schema().inputs}
+    for name, kind in (received or {}).items():
+        if not validate_node_input(kind, f"{types[name]},STRING" if name in names else types[name]):
+            return f"{name} is linked to {kind}: expected {types[name]}"
+    for name, value in names.items():
+        if value is not None and not isinstance(value, str):  # nothing is known yet of what is linked
+            return f"{name} is {value!r}: expected a name"
+    return True
+
+
+def chosen(name: str) -> str:
+    """`name`; raises `UserError` where it is what a list says that is empty."""
+    if name in (NO_RECORDING, NO_PLAN, NO_PREVIEWS, NO_PRUNED):
+        raise UserError(f"Nothing is chosen {name}.")
+    return name
+
+
+def unless_of_the_plan(name: str) -> str:
+    """`name`; empty where it is for the plan to say."""
+    return "" if name == OF_THE_PLAN else name.strip()
+
+
 def model() -> io.Input:
     return io.Model.Input("model", tooltip="The FLUX to watch: FLUX.1, FLUX.2 or Chroma. It is not changed.")
 
@@ -79,7 +121,7 @@ def watched_output() -> io.Output:
 
 
 def checkpoint(*others: str, tooltip: str = "The dense FLUX that was recorded.") -> io.Input:
-    return choice("unet_name", [*others, *loading.checkpoint_names()], tooltip)
+    return choice("unet_name", [*others, *lists.dense_names()], tooltip)
 
 
 def weight_dtype() -> io.Input:

@@ -17,13 +17,11 @@ from ..pruning.planning import ByCount, ByThreshold, Request, make_plan
 from ..pruning.precision import PRECISIONS
 from ..pruning.scores import SCORES
 from ..recording.recording import Recording
-from . import host, inputs, loading
+from . import host, inputs, lists, loading
 from .computing import NodeProgress, on_gpu
 from .graph import running_graph
 
 STREAMS = ("img", "txt", "single")
-#: What Load Plan reads where nothing else is asked for: the best kind of plan.
-DEFAULT_PLAN = "plan_by_budget.safetensors"
 
 
 class PlanNode(io.ComfyNode):
@@ -161,12 +159,16 @@ class LoadPlan(io.ComfyNode):
             "Reads a plan that a Plan Pruning node or `flux-poke plan` wrote. Where files moved, it is told where checkpoint "
             "and recording are now.",
             [
-                inputs.text("file", DEFAULT_PLAN, "Name in output/flux_poke."),
+                inputs.listed("file", lists.named_files(FORMAT), inputs.NO_PLAN, "Name in output/flux_poke."),
                 inputs.checkpoint(inputs.OF_THE_PLAN, tooltip=moved),
                 inputs.recording(other, optional=True),
             ],
             [inputs.PlanType.Output(display_name="plan", tooltip="What to keep."), io.String.Output(display_name="text")],
         )
+
+    @classmethod
+    def validate_inputs(cls, file=None, input_types=None) -> bool | str:
+        return inputs.valid_names(cls, input_types, file=file)
 
     @classmethod
     def fingerprint_inputs(cls, file: str, unet_name: str | None = None, **_: Any) -> str:
@@ -182,7 +184,7 @@ class LoadPlan(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, unet_name: str, recording: Recording | None = None) -> io.NodeOutput:
-        plan = PruningPlan.load(host.output_path(file, ".safetensors"))
+        plan = PruningPlan.load(host.output_path(inputs.chosen(file), ".safetensors"))
         if unet_name != inputs.OF_THE_PLAN:
             plan = replace(plan, checkpoint=os.path.abspath(loading.checkpoint_path(unet_name)))
         if recording is not None:

@@ -26,12 +26,10 @@ from ..pruning.precision import PRECISIONS
 from ..pruning.refit import METHODS, Fold, RepairReport
 from ..pruning.repair import Repairs
 from ..pruning.surgery import Cut
-from . import host, inputs, loading
+from . import host, inputs, lists, loading
 from .computing import NodeProgress, on_gpu
 from .models import MergedWeights
 
-#: Of the name of a file: loaders choose it from a list.
-UnetName = io.Custom("COMBO,STRING")
 #: What a file is saved in where the plan says so.
 AS_PLANNED = "as planned"
 #: What a pruned MODEL's attachment is called.
@@ -158,7 +156,7 @@ class SavePrunedFlux(io.ComfyNode):
                 inputs.switch("fold", False, "Also store what LoRAs need to follow affine repair: a larger file."),
                 inputs.choice("precision", [AS_PLANNED, *PRECISIONS], precision),
             ],
-            [UnetName.Output(display_name="unet_name", tooltip="For Load Pruned Checkpoint.")],
+            [inputs.NameType.Output(display_name="unet_name", tooltip="For Load Pruned Checkpoint.")],
             is_output_node=True,
         )
 
@@ -198,9 +196,16 @@ class LoadPrunedCheckpoint(io.ComfyNode):
             cls,
             "Load Pruned Checkpoint",
             "Loads a file that Save Pruned FLUX, `flux-poke prune` or `flux-poke replace` wrote, nothing else.",
-            [inputs.checkpoint(tooltip="A pruned file."), inputs.weight_dtype()],
+            [
+                inputs.listed("unet_name", lists.pruned_names(), inputs.NO_PRUNED, "A pruned file in models/diffusion_models."),
+                inputs.weight_dtype(),
+            ],
             [io.Model.Output(), io.String.Output(display_name="masked_count")],
         )
+
+    @classmethod
+    def validate_inputs(cls, unet_name=None, input_types=None) -> bool | str:
+        return inputs.valid_names(cls, input_types, unet_name=unet_name)
 
     @classmethod
     def fingerprint_inputs(cls, unet_name: str | None = None, **_: Any) -> str:
@@ -208,7 +213,7 @@ class LoadPrunedCheckpoint(io.ComfyNode):
 
     @classmethod
     def execute(cls, unet_name: str, weight_dtype: str) -> io.NodeOutput:
-        pruned = Pruned.open(loading.checkpoint_path(unet_name))
+        pruned = Pruned.open(loading.checkpoint_path(inputs.chosen(unet_name)))
         model = loading.load_pruned(pruned, weight_dtype)
         attached = PrunedModel(pruned.layout, pruned.plan, pruned.folds, pruned.report, pruned.vectors, pruned.tensors)
         model.set_attachments(PRUNED, attached)

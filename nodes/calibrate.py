@@ -26,7 +26,7 @@ class Calibrate(io.ComfyNode):
         disk = "Disk space that samples may take, in GB; with less, fewer are kept."
         return inputs.schema(
             cls,
-            "Calibrate",
+            "Calibrate (Flux Poke)",
             "Draws prompts and records all that a plan needs on the way, in one run: how often every MLP neuron fires, samples "
             "of what every layer reads, and how much an error in each layer moves the picture. Images that are in the "
             "recording are not drawn again.",

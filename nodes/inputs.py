@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..flux.layout import Layout
 from ..recording.recording import Recording
 from ..retrain.files import STATS, layer_files
 from . import host, lists, loading
+from .search import FOUND
 
 PlanType = io.Custom("PRUNING_PLAN")
 RecordingType = io.Custom("RECORDING")
@@ -29,6 +31,8 @@ OF_THE_PLAN = "as in the plan"
 #: What a node is told of the run.
 HIDDEN = (io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo)
 MOST_SEED = 2**31 - 1
+#: What this ComfyUI's schemas can say of a node: older ones know no `search_aliases`.
+SCHEMA_FIELDS = {field.name for field in fields(io.Schema)}
 #: What lists say where there is nothing to choose yet.
 NO_RECORDING = "(no recording yet: run a Record node, then press R)"
 NO_PLAN = "(no plan yet: run a Plan Pruning node, then press R)"
@@ -46,15 +50,17 @@ def schema(
     hidden: Sequence[io.Hidden] = HIDDEN,
 ) -> io.Schema:
     """What a node is; its id, which never changes once released, is "FluxPoke" and the name of its class."""
+    category, words = FOUND[node.__name__]
     return io.Schema(
         node_id=f"FluxPoke{node.__name__}",
         display_name=display_name,
-        category="flux-poke",
+        category=category,
         description=description,
         inputs=[*inputs],
         outputs=[*outputs],
         hidden=[*hidden],
         is_output_node=is_output_node,
+        **({"search_aliases": [*words]} if "search_aliases" in SCHEMA_FIELDS else {}),
     )
 
 

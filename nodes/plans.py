@@ -155,7 +155,7 @@ class LoadPlan(io.ComfyNode):
         other = "The recording, where it is not any more where it was for the plan."
         return inputs.schema(
             cls,
-            "Load Plan",
+            "Load Plan (Flux Poke)",
             "Reads a plan that a Plan Pruning node or `flux-poke plan` wrote. Where files moved, it is told where checkpoint "
             "and recording are now.",
             [

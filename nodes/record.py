@@ -43,7 +43,7 @@ class RecordOptions(io.ComfyNode):
         full = "At max_gb: halve every image's share while enough rows for a plan are left, or take no more."
         return inputs.schema(
             cls,
-            "Record Options",
+            "Record Options (Flux Poke)",
             "What else may be chosen for Record: which MLPs and noise levels, and which tokens count.",
             [
                 inputs.choice("streams", streams, "Of which MLPs rows are kept: image, text, single blocks."),
@@ -130,7 +130,7 @@ class Record(RecordNode):
             "(153 for FLUX.1); 0 = never."
         )
         return cls.schema(
-            "Record",
+            "Record (Flux Poke)",
             "Records all that pruning needs while you generate: how often every MLP neuron fires, samples of what every MLP "
             "reads (rows), and how much an error in each MLP moves the picture. The picture is the same with and without.",
             [

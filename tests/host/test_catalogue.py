@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,29 @@ def test_every_node_and_every_input_says_what_it_is_for(nodes):
         if not (options and options[0].get("tooltip"))
     ]
     assert not silent
-    assert all(node["description"] and node["category"].startswith("flux-poke") for node in nodes.values())
+    assert all(node["description"] for node in nodes.values())
+
+
+def test_nodes_stand_in_the_menu_by_what_they_are_for_and_are_found_by_the_words_that_people_use(ask, nodes):
+    under = Counter(node["category"] for node in nodes.values())
+    translated = ask("i18n").json()["en"]["nodeCategories"]
+    assert all(category.startswith("flux-poke/") and count > 1 for category, count in under.items())
+    assert all(part in translated for category in under for part in category.split("/"))
+
+    def found(word: str) -> set[str]:
+        return {name.removeprefix("FluxPoke") for name, node in nodes.items() if word in node["search_aliases"]}
+
+    assert {"Record", "RecordInternals", "Calibrate", "InternalsReport", "LoadRecording"} <= found("neuron") & found("firing")
+    assert {"PlanByBudget", "PlanByCount", "LoadPrunedFlux", "SavePrunedFlux", "Calibrate"} <= found("prune")
+    assert {"TapBlocks", "InternalsReport", "RecordInternals"} <= found("interpret")
+    assert all(node["search_aliases"] for node in nodes.values())
+
+
+def test_a_node_of_a_common_name_bears_that_of_the_pack(ask, nodes):
+    others = {(node["display_name"] or name).lower() for name, node in ask("object_info").json().items() if name not in nodes}
+    assert not {node["display_name"].lower() for node in nodes.values()} & others
+    plain = {"Compare", "Record", "Calibrate", "Prompts", "Counter", "Random Int", "Random Size", "Queue Limit"}
+    assert not plain & {node["display_name"] for node in nodes.values()}
 
 
 def test_every_node_has_a_help_page_that_names_its_inputs_and_outputs(ask, nodes, names):

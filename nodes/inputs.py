@@ -84,6 +84,13 @@ def choice(name: str, options: Sequence[str], tooltip: str, default: str | None 
     return io.Combo.Input(name, options=[*options], default=default, tooltip=tooltip)
 
 
+def advanced(*entries: io.Input) -> list[io.Input]:
+    """Inputs that the page shows where all of a node's are asked for. Older inputs have no word for it: it is passed on."""
+    for entry in entries:
+        entry.extra_dict["advanced"] = True
+    return [*entries]
+
+
 def listed(name: str, names: Sequence[str], nothing: str, tooltip: str) -> io.Input:
     """A file or folder that is chosen from those that are there. `valid_names` lets others through: a graph may name what it
     has yet to write."""
@@ -131,7 +138,7 @@ def checkpoint(*others: str, tooltip: str = "The dense FLUX that was recorded.")
 
 
 def weight_dtype() -> io.Input:
-    return choice("weight_dtype", loading.WEIGHT_DTYPES, "As in Load Diffusion Model.")
+    return advanced(choice("weight_dtype", loading.WEIGHT_DTYPES, "As in Load Diffusion Model."))[0]
 
 
 def plan() -> io.Input:
@@ -147,10 +154,10 @@ def recording_output() -> io.Output:
 
 
 def noise_levels() -> list[io.Input]:
-    return [
+    return advanced(
         number("sigma_from", 0.0, 0.0, 1.0, 0.01, "Only steps of at least this noise level (sigma)."),
         number("sigma_to", 1.0, 0.0, 1.0, 0.01, "Only steps of at most this noise level (sigma)."),
-    ]
+    )
 
 
 def random_seed(tooltip: str) -> io.Input:
@@ -159,23 +166,23 @@ def random_seed(tooltip: str) -> io.Input:
 
 
 def sample_seed() -> io.Input:
-    return whole("sample_seed", 0, 0, MOST_SEED, "Of the steps and tokens that are drawn.")
+    return advanced(whole("sample_seed", 0, 0, MOST_SEED, "Of the steps and tokens that are drawn."))[0]
 
 
 def counted_tokens() -> list[io.Input]:
     padding = "Leave out tokens of reference pictures, and padding of the text where ComfyUI tells of it (FLUX.2)."
     positive = "With CFG above 1: count what the positive prompt does, not the negative one."
-    return [switch("ignore_padding", True, padding), switch("positive_only", False, positive)]
+    return advanced(switch("ignore_padding", True, padding), switch("positive_only", False, positive))
 
 
 def block_ranges() -> list[io.Input]:
     """First and last layers; -1 as the last one stands for the model's last."""
-    return [
+    return advanced(
         whole("first_layer", 0, 0, 255, "First double block that may be cut."),
         whole("last_layer", -1, -1, 255, "Last double block that may be cut; -1 = all."),
         whole("first_single", 0, 0, 255, "First single block that may be cut."),
         whole("last_single", -1, -1, 255, "Last single block that may be cut; -1 = all."),
-    ]
+    )
 
 
 def chosen_ranges(layout: Layout, first_layer: int, last_layer: int, first_single: int, last_single: int) -> dict[str, Any]:

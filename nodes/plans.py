@@ -85,7 +85,7 @@ class PlanByCount(PlanNode):
             "Count",
             "Cuts the same number of neurons from every MLP of a kind: those that matter least by the score.",
             [
-                *(inputs.whole(f"{s}_cut", 0, 0, 65535, f"Neurons to cut from each {s} MLP.") for s in STREAMS),
+                *(inputs.whole(f"{s}_cut", 1024, 0, 65535, f"Neurons to cut from each {s} MLP.") for s in STREAMS),
                 inputs.choice("score", list(SCORES), score, default="fluctuation"),
                 *inputs.block_ranges(),
             ],
@@ -108,7 +108,7 @@ class PlanByThreshold(PlanNode):
             "Threshold",
             "Keeps the neurons that fired at least so often, as the original flux-poke did.",
             [
-                *(inputs.number(f"{s}_threshold", 0.0, 0.0, 1e15, 0.001, f"{s} neurons below it are cut.") for s in STREAMS),
+                *(inputs.number(f"{s}_threshold", 1.0, 0.0, 1e15, 0.001, f"{s} neurons below it are cut.") for s in STREAMS),
                 inputs.choice("on", ["counts", "rate"], on),
                 *inputs.block_ranges(),
             ],
@@ -137,7 +137,7 @@ class PlanByBudget(PlanNode):
                 inputs.number("amount", 10.0, 0.0, 1000.0, 0.001, amount),
                 inputs.choice("touch", ["both", "neurons", "modulation"], touch),
                 inputs.choice("precision", list(PRECISIONS), "What the file will be saved in; stored is as it is."),
-                inputs.text("protect", "", "Layers to leave whole, such as 'double-18, single-0'."),
+                *inputs.advanced(inputs.text("protect", "", "Layers to leave whole, such as 'double-18, single-0'.")),
             ],
         )
 

@@ -46,9 +46,11 @@ class DecodeBlockPreviews(io.ComfyNode):
                 ),
                 inputs.choice("view", ["x0", "euler"], view, default="x0"),
                 inputs.switch("captions", False, "Write step and block below each preview."),
-                inputs.switch("decode", True, "Off: write the predictions' latents in the place of pictures."),
-                inputs.switch("metadata", True, metadata),
-                inputs.whole("largest", 256, 64, 8192, largest),
+                *inputs.advanced(
+                    inputs.switch("decode", True, "Off: write the predictions' latents in the place of pictures."),
+                    inputs.switch("metadata", True, metadata),
+                    inputs.whole("largest", 256, 64, 8192, largest),
+                ),
                 io.String.Input("prompt", optional=True, force_input=True, tooltip=prompt),
             ],
             [
@@ -128,8 +130,10 @@ class AnimateBlockPreviews(io.ComfyNode):
                 inputs.number("fps", 2.0, 0.1, 60.0, 0.5, "Frames per second."),
                 inputs.choice("order", ["step", "block"], order, default="step"),
                 inputs.choice("block_type", ["all", "double", "single"], "Which blocks.", default="all"),
-                inputs.whole("max_blocks", 0, 0, 1000, "At most so many blocks of each type; 0 = all of them."),
-                inputs.whole("font_size", 24, 0, 200, font_size),
+                *inputs.advanced(
+                    inputs.whole("max_blocks", 0, 0, 1000, "At most so many blocks of each type; 0 = all of them."),
+                    inputs.whole("font_size", 24, 0, 200, font_size),
+                ),
             ],
             [io.String.Output(display_name="file", tooltip="Its name in ComfyUI's output folder.")],
             is_output_node=True,

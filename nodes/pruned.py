@@ -153,7 +153,9 @@ class SavePrunedFlux(io.ComfyNode):
                 io.MultiType.Input("plan_or_model", [inputs.PlanType, io.Model], tooltip=source),
                 inputs.choice("repair", METHODS, "As in Load Pruned FLUX.", default="affine"),
                 inputs.text("save_as", "flux-pruned.safetensors", "Name in models/diffusion_models."),
-                inputs.switch("fold", False, "Also store what LoRAs need to follow affine repair: a larger file."),
+                *inputs.advanced(
+                    inputs.switch("fold", False, "Also store what LoRAs need to follow affine repair: a larger file.")
+                ),
                 inputs.choice("precision", [AS_PLANNED, *PRECISIONS], precision),
             ],
             [inputs.NameType.Output(display_name="unet_name", tooltip="For Load Pruned Checkpoint.")],

@@ -136,7 +136,7 @@ class Record(RecordNode):
             [
                 inputs.whole("rows", 64, 1, 65536, rows),
                 *row_limits("Steps per image at which rows are kept"),
-                inputs.whole("probe_steps", 4, 0, 1000, probe_steps),
+                *inputs.advanced(inputs.whole("probe_steps", 4, 0, 1000, probe_steps)),
                 RecordOptionsType.Input("options", optional=True, tooltip="From Record Options: what else may be chosen."),
             ],
         )

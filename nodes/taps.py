@@ -97,8 +97,10 @@ class TapBlocks(io.ComfyNode):
                 inputs.text("blocks", "all", '"all", or a list such as "double, single 0, single 30-37".'),
                 inputs.text("at_steps", "all", at_steps),
                 inputs.choice("lens", [NO_LENS, *lists.named_files(FORMAT)], lens),
-                inputs.number("memory_gb", 1.0, 0.0, 1000.0, 0.5, memory_gb),
-                io.Boolean.Input("raw", default=False, optional=True, tooltip=raw),
+                *inputs.advanced(
+                    inputs.number("memory_gb", 1.0, 0.0, 1000.0, 0.5, memory_gb),
+                    io.Boolean.Input("raw", default=False, optional=True, tooltip=raw),
+                ),
             ],
             [
                 inputs.watched_output(),

@@ -95,3 +95,13 @@ def test_the_names_in_the_locale_are_those_of_nodes_and_inputs_that_exist(nodes,
         assert set(entry.get("inputs", {})) <= set(inputs(nodes[name]))
         unreadable = [each for each in inputs(nodes[name]) if "_" in shown(each, entry)]
         assert not unreadable, f"{name}: give these a name for people in locales/en/nodeDefs.json"
+
+
+def test_a_node_shows_at_most_eight_values_until_all_are_asked_for(nodes):
+    kinds = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+    shown_first = {
+        name: [each for each, (kind, *said) in inputs(node).items() if kind in kinds and not said[0].get("advanced")]
+        for name, node in nodes.items()
+    }
+    assert max(map(len, shown_first.values())) <= 8, shown_first
+    assert shown_first["FluxPokeRecord"] == ["name", "rows", "steps", "max_gb"]

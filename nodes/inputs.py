@@ -50,9 +50,10 @@ def schema(
     hidden: Sequence[io.Hidden] = HIDDEN,
 ) -> io.Schema:
     """What a node is; its id, which never changes once released, is "FluxPoke" and the name of its class."""
-    category, words = FOUND[node.__name__]
+    name = node.__name__.removesuffix("Clone")  # ComfyUI calls copies of the class
+    category, words = FOUND[name]
     return io.Schema(
-        node_id=f"FluxPoke{node.__name__}",
+        node_id=f"FluxPoke{name}",
         display_name=display_name,
         category=category,
         description=description,
@@ -201,8 +202,8 @@ def require_recorded(recording: Recording) -> None:
     """Raises `UserError` where nothing is recorded yet."""
     if not recording.kinds:
         raise UserError(
-            f"Nothing is recorded in '{host.name_of(recording.folder)}' yet: run a graph with a Record node first, and where "
-            "it is this graph, connect the sampler's latent to 'after'."
+            f"Nothing is recorded in '{host.name_of(recording.folder)}' yet: run a graph with a Record node first (Record, or "
+            "Record Internals for plans by count), and where it is this graph, connect the sampler's latent to 'after'."
         )
 
 

@@ -67,9 +67,9 @@ class PlanNode(io.ComfyNode):
             made = make_plan(dense, recording, what, "cpu", progress)
         else:
             made = on_gpu(lambda device: make_plan(dense, recording, what, device, progress), node_id)
-        made.plan.save(path)
+        made.plan.save(path, host.graph_metadata(cls.hidden))
         text, image = "\n".join([*made.notes, made.plan.table()]), host.figure_image(made.figure())
-        host.say(node_id, text)
+        host.say(node_id, "\n".join([*made.plan.facts(), *made.notes, *made.plan.rows()]))
         return io.NodeOutput(made.plan, text, image, ui=ui.PreviewImage(image, cls=cls))
 
 
@@ -189,5 +189,5 @@ class LoadPlan(io.ComfyNode):
             plan = replace(plan, checkpoint=os.path.abspath(loading.checkpoint_path(unet_name)))
         if recording is not None:
             plan = replace(plan, recording=os.path.abspath(recording.folder))
-        host.say(cls.hidden.unique_id, plan.totals())
+        host.say(cls.hidden.unique_id, "\n".join(plan.facts()))
         return io.NodeOutput(plan, plan.table())

@@ -83,6 +83,7 @@ class RetrainLayers(io.ComfyNode):
                 method, dense, plan, source, out, layers, train_on, LossCurve(), progress, steps=steps or None,
                 learning_rate=learning_rate, batch=batch or None, thickness=thickness, save_dtype=save_dtype, seed=train_seed,
                 mixed_precision=mixed_precision, device=str(computing.training_device()),
+                graph=host.graph_metadata(cls.hidden),
             )  # fmt: skip
         draw_stats(out)
         text, image = stats_table(stats), host.figure_image(stats_figure(stats))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.surgery import Cut
 from flux_poke.tiny.model import FOLDER
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 TINY, TINY_FLUX2 = "tiny FLUX (ships with the pack)", "tiny FLUX.2 (ships with the pack)"
@@ -106,7 +108,7 @@ def test_a_file_that_changes_its_kind_is_listed_anew(options, models):
     assert options("PlanByCount", "unet_name")[0] == "a listed/a damaged.safetensors"
 
 
-def test_the_flux_of_an_all_in_one_checkpoint_is_planned_and_cut_as_the_same_one_alone(client, models, host):
+def test_the_flux_of_an_all_in_one_checkpoint_is_cut_as_the_same_one_alone_and_files_hold_the_graph(client, models, host):
     graph = {
         "tiny": node("LoadTinyFlux"),
         "record": node("RecordInternals", model=["tiny", 0], name="listed", ignore_padding=True, positive_only=False),
@@ -130,10 +132,16 @@ def test_the_flux_of_an_all_in_one_checkpoint_is_planned_and_cut_as_the_same_one
             "SavePrunedFlux", plan_or_model=[f"plan {name}", 0], repair="bias", save_as=f"a listed/{name}", fold=False,
             precision="stored",
         )  # fmt: skip
-    client.run(graph)
+    page = {"extra_pnginfo": {"workflow": {"nodes": [], "drawn": "by hand"}}}
+    client.run(graph, extra=page)
     alone, together = (load_file(models / f"{name}.safetensors") for name in ("alone", "all"))
     assert alone.keys() == together.keys()
     assert all(torch.equal(alone[key], together[key]) for key in alone)
+    for path in (models / "alone.safetensors", host.output / "flux_poke" / "listed_alone.safetensors"):
+        with safe_open(path, "pt") as file:  # a file that is dropped onto the page brings its graph back
+            assert json.loads(file.metadata()["prompt"]).keys() == graph.keys()
+            assert json.loads(file.metadata()["workflow"]) == page["extra_pnginfo"]["workflow"]
+            assert ("Load Pruned Checkpoint" in file.metadata().get("flux_poke.load_with", "")) == (path.parent == models)
 
 
 def test_files_of_ours_are_listed_by_what_they_are(options, plan, host):

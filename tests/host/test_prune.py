@@ -345,7 +345,7 @@ def test_a_plan_is_loaded_where_its_files_are_now(client: ComfyClient, host, rec
     assert np.array_equal(expected, pictures(client, drawing(alone) | recording("moved")))
 
 
-def test_loaders_show_one_line_of_totals(client: ComfyClient, recorded: Path):
+def test_loaders_show_a_fact_a_line(client: ComfyClient, recorded: Path):
     graph = drawing({"plan": by_count(), "save pruned": save("totals", repair="none"), "load": load(repair="bias")}, steps=1)
     result = client.run(graph)
     read = client.run(
@@ -357,8 +357,11 @@ def test_loaders_show_one_line_of_totals(client: ComfyClient, recorded: Path):
         }
     )
     for text in (result.texts["load"], read.texts["plan"], read.texts["alone"]):
-        assert "neurons kept" in text
-        assert "\n" not in text.strip()
+        assert re.fullmatch(r"by count, .*: 3,072 of 4,096 neurons kept \(75.0%\)", text.strip())
+    said = result.texts["save pruned"].splitlines()
+    assert re.fullmatch(r"totals.safetensors: 4.62 MB -> 4\.\d+ MB", said[0])
+    assert said[1] == read.texts["alone"].strip()
+    assert said[2].startswith("Opens in Flux Poke's Load Pruned Checkpoint")
     assert len(read.outputs["text"]["text"][0].splitlines()) == 8 + 2
 
 

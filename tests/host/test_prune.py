@@ -202,12 +202,12 @@ def test_a_plan_and_its_model_are_made_again_only_when_there_is_something_new(cl
 
 
 def test_cancel_stops_a_ranking_and_the_next_run_goes_on_from_there(client: ComfyClient, recorded: Path):
-    copy = Path(shutil.copytree(recorded / RECORDED, recorded / "cancelled", ignore=shutil.ignore_patterns("cache")))
+    copy = Path(shutil.copytree(recorded / RECORDED, recorded / "cancelled", ignore=shutil.ignore_patterns(".cache")))
     plan = recording("cancelled") | {"plan": by_count("obs")}
     prompt_id = client.queue(plan)
 
     def rankings() -> list[Path]:
-        return list((copy / "cache" / "rankings").rglob("*.safetensors"))
+        return list((copy / ".cache" / "rankings").rglob("*.safetensors"))
 
     def stop(node: str, step: float, _: float) -> None:
         if node == "plan" and step >= 2:
@@ -286,10 +286,10 @@ def test_what_cannot_be_planned_is_said_in_a_sentence_before_neurons_are_ranked(
     client: ComfyClient, recorded: Path, plan: dict, sentence: str
 ):
     bare = recorded / "unranked"
-    shutil.copytree(recorded / RECORDED, bare, ignore=shutil.ignore_patterns("cache"), dirs_exist_ok=True)
+    shutil.copytree(recorded / RECORDED, bare, ignore=shutil.ignore_patterns(".cache"), dirs_exist_ok=True)
     with pytest.raises(UserError, match=sentence):
         client.run(recording("unranked") | {"plan": plan})
-    assert not (bare / "cache").exists()
+    assert not (bare / ".cache").exists()
 
 
 def test_too_few_rows_say_how_many_are_needed(client: ComfyClient, recorded: Path):

@@ -217,7 +217,7 @@ def test_a_plan_that_truncates_modulation_too_is_retrained_and_drawn_as_the_refe
 
 def test_cancel_is_heard_while_distillation_works_out_the_repair_it_starts_from(recorded, server):
     model = rows_and_trajectories("whole", rows=16, steps=6, probe_steps=0)
-    repairs = recorded / "whole" / "cache" / "repairs"
+    repairs = recorded / "whole" / ".cache" / "repairs"
     with ComfyClient(server.address) as client:
         for seed in range(2):
             client.run(drawing(model, seed=seed, batch=8))

@@ -97,6 +97,14 @@ def test_the_names_in_the_locale_are_those_of_nodes_and_inputs_that_exist(nodes,
         assert not unreadable, f"{name}: give these a name for people in locales/en/nodeDefs.json"
 
 
+@pytest.mark.parametrize("language", ["de", "ja", "zh"])
+def test_the_page_gets_names_in_other_languages_of_inputs_that_exist(ask, nodes, language: str):
+    translated = {name: entry for name, entry in ask("i18n").json()[language]["nodeDefs"].items() if name in nodes}
+    assert sorted(translated) == sorted(nodes)
+    for name, entry in translated.items():
+        assert set(entry.get("inputs", {})) <= set(inputs(nodes[name])), name
+
+
 def test_a_node_shows_at_most_eight_values_until_all_are_asked_for(nodes):
     kinds = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
     shown_first = {

@@ -33,11 +33,15 @@ HIDDEN = (io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo)
 MOST_SEED = 2**31 - 1
 #: What this ComfyUI's schemas can say of a node: older ones know no `search_aliases`.
 SCHEMA_FIELDS = {field.name for field in fields(io.Schema)}
-#: What lists say where there is nothing to choose yet.
-NO_RECORDING = "(no recording yet: run a Record node, then press R)"
-NO_PLAN = "(no plan yet: run a Plan Pruning node, then press R)"
-NO_PREVIEWS = "(no previews yet: run Decode Block Previews, then press R)"
-NO_PRUNED = "(no pruned file yet: run Save Pruned FLUX, then press R)"
+#: What lists say where there is nothing to choose yet, in as many letters as a node has room for, and what writes it.
+NO_RECORDING, NO_PLAN = "none yet: run Record", "none yet: run a Plan"
+NO_PREVIEWS, NO_PRUNED = "none yet: run Decode", "none yet: run Save"
+WRITTEN_BY = {
+    NO_RECORDING: "a Record node",
+    NO_PLAN: "a Plan Pruning node",
+    NO_PREVIEWS: "Decode Block Previews",
+    NO_PRUNED: "Save Pruned FLUX",
+}
 
 
 def schema(
@@ -116,8 +120,10 @@ def valid_names(node: type[io.ComfyNode], received: Mapping[str, str] | None, **
 
 def chosen(name: str) -> str:
     """`name`; raises `UserError` where it is what a list says that is empty."""
-    if name in (NO_RECORDING, NO_PLAN, NO_PREVIEWS, NO_PRUNED):
-        raise UserError(f"Nothing is chosen {name}.")
+    if name in WRITTEN_BY:
+        raise UserError(
+            f"Nothing is chosen, as nothing was there yet: run {WRITTEN_BY[name]}, press R to read the lists anew, and choose."
+        )
     return name
 
 

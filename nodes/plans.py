@@ -156,7 +156,7 @@ class LoadPlan(io.ComfyNode):
         return inputs.schema(
             cls,
             "Load Plan (Flux Poke)",
-            "Reads a plan that a Plan Pruning node or `flux-poke plan` wrote. Where files moved, it is told where checkpoint "
+            "Reads a plan that a Plan Pruning node or flux-poke plan wrote. Where files moved, it is told where checkpoint "
             "and recording are now.",
             [
                 inputs.listed("file", lists.named_files(FORMAT), inputs.NO_PLAN, "Name in output/flux_poke."),

@@ -28,7 +28,7 @@ class DecodeBlockPreviews(io.ComfyNode):
             "Write how the image came about into the pictures, and this graph into the sheets (never with --disable-metadata)."
         )
         largest = (
-            "Longest side of the pictures in `images`, which are held in memory (at 256, up to 0.8 MB each); files are of full "
+            "Longest side of the pictures in images, which are held in memory (at 256, up to 0.8 MB each); files are of full "
             "size."
         )
         prompt = "What to write down as the prompt; by default the nearest text in the graph."

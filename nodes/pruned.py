@@ -198,7 +198,7 @@ class LoadPrunedCheckpoint(io.ComfyNode):
         return inputs.schema(
             cls,
             "Load Pruned Checkpoint",
-            "Loads a file that Save Pruned FLUX, `flux-poke prune` or `flux-poke replace` wrote, nothing else.",
+            "Loads a file that Save Pruned FLUX, flux-poke prune or flux-poke replace wrote, nothing else.",
             [
                 inputs.listed("unet_name", lists.pruned_names(), inputs.NO_PRUNED, "A pruned file in models/diffusion_models."),
                 inputs.weight_dtype(),

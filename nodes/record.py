@@ -69,7 +69,7 @@ class RecordNode(io.ComfyNode):
     @classmethod
     def schema(cls, display_name: str, description: str, own: list[io.Input]) -> io.Schema:
         name = "Folder in output/flux_poke; each finished run adds to it. Not asked where a recording is connected."
-        other = "Add to this recording instead of the one that is called `name`."
+        other = "Add to this recording instead of the one that is called name."
         return inputs.schema(
             cls,
             display_name,
@@ -217,7 +217,7 @@ class RecordLensRows(RecordNode):
     def define_schema(cls) -> io.Schema:
         return cls.schema(
             "Record Lens Rows",
-            "Samples the same image tokens after every block: what `flux-poke lens fit` makes a lens of, for Tap Blocks.",
+            "Samples the same image tokens after every block: what flux-poke lens fit makes a lens of, for Tap Blocks.",
             [inputs.whole("rows", 64, 1, 65536, "Tokens per image and step."), *step_inputs()],
         )
 

@@ -15,7 +15,7 @@ class LoadRecording(io.ComfyNode):
         return inputs.schema(
             cls,
             "Load Recording (Flux Poke)",
-            "A recording that is there already, made by a Record node or by `flux-poke record`.",
+            "A recording that is there already, made by a Record node or by flux-poke record.",
             [inputs.listed("name", host.recording_names(), inputs.NO_RECORDING, "A folder in output/flux_poke.")],
             [inputs.recording_output(), io.String.Output(display_name="text")],
         )

@@ -81,10 +81,10 @@ class TapBlocks(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         at_steps = '"all", "every 5", or a list such as "0, 4, 10-12"; the first step is 0.'
-        lens = "A tuned lens in output/flux_poke, from `flux-poke lens fit`; none = tokens as they are."
+        lens = "A tuned lens in output/flux_poke, from flux-poke lens fit; none = tokens as they are."
         memory_gb = "Predictions beyond this wait on disk. At 1024x1024, one block at one step takes 0.0005 GB."
         raw = (
-            "Also keep the tokens themselves and write them beside the previews, for `flux-poke decode`: at 1024x1024, 0.03 GB "
+            "Also keep the tokens themselves and write them beside the previews, for flux-poke decode: at 1024x1024, 0.03 GB "
             "for one block at one step."
         )
         return inputs.schema(

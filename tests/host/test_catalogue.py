@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def test_every_node_and_every_input_says_what_it_is_for(nodes):
     ]
     assert not silent
     assert all(node["description"] for node in nodes.values())
+    assert not [name for name, node in nodes.items() if "`" in json.dumps([node["description"], node["input"]])]
 
 
 def test_nodes_stand_in_the_menu_by_what_they_are_for_and_are_found_by_the_words_that_people_use(ask, nodes):

@@ -191,7 +191,6 @@ def test_what_is_linked_to_a_node_with_lists_is_still_checked(client: ComfyClien
 
 
 def test_a_list_without_files_says_what_makes_one(client: ComfyClient):
-    nothing = "(no plan yet: run a Plan Pruning node, then press R)"
-    graph = {"1": node("LoadPlan", file=nothing, unet_name="as in the plan"), "2": shown("1")}
-    with pytest.raises(UserError, match=r"Nothing is chosen \(no plan yet: run a Plan Pruning node, then press R\)\."):
+    graph = {"1": node("LoadPlan", file="none yet: run a Plan", unet_name="as in the plan"), "2": shown("1")}
+    with pytest.raises(UserError, match=r"nothing was there yet: run a Plan Pruning node, press R to read the lists anew"):
         client.run(graph)

@@ -26,7 +26,7 @@ class Calibrate(io.ComfyNode):
         disk = "Disk space that samples may take, in GB; with less, fewer are kept."
         return inputs.schema(
             cls,
-            "Calibrate",
+            "Calibrate (Flux Poke)",
             "Draws prompts and records all that a plan needs on the way, in one run: how often every MLP neuron fires, samples "
             "of what every layer reads, and how much an error in each layer moves the picture. Images that are in the "
             "recording are not drawn again.",
@@ -41,8 +41,10 @@ class Calibrate(io.ComfyNode):
                 io.Int.Input("height", default=1024, min=TOKEN, max=16384, step=TOKEN, tooltip="Of the images, in pixels."),
                 inputs.whole("steps", 20, 2, 1000, "Euler steps of each image, with the scheduler simple."),
                 inputs.number("guidance", 3.5, 0.0, 100.0, 0.1, guidance),
-                inputs.whole("first_seed", 0, 0, inputs.MOST_SEED, "Noise of the first image; each image takes the next."),
-                inputs.number("max_gb", 64.0, 0.001, 100_000.0, 0.1, disk),
+                *inputs.advanced(
+                    inputs.whole("first_seed", 0, 0, inputs.MOST_SEED, "Noise of the first image; each image takes the next."),
+                    inputs.number("max_gb", 64.0, 0.001, 100_000.0, 0.1, disk),
+                ),
             ],
             [inputs.recording_output()],
         )

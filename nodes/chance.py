@@ -19,7 +19,7 @@ class RandomInt(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return inputs.schema(
             cls,
-            "Random Int",
+            "Random Int (Flux Poke)",
             "A whole number at random, by a seed.",
             [
                 inputs.whole("least", 0, -inputs.MOST_SEED, inputs.MOST_SEED, "The smallest that may come."),
@@ -44,7 +44,7 @@ class RandomSize(io.ComfyNode):
         budget = "Sizes of more pixels are not taken, in millions; 1024x1024 is 1.05."
         return inputs.schema(
             cls,
-            "Random Size",
+            "Random Size (Flux Poke)",
             "A width and a height out of a list at random, by a seed, within a budget of pixels.",
             [
                 inputs.text("sizes", SIZES, "Such as 1024x1024, 1216x832; with commas or on lines of their own."),
@@ -68,7 +68,7 @@ class QueueLimit(io.ComfyNode):
         value = "Anything that the graph needs, such as the model or the prompt: what comes in goes out."
         return inputs.schema(
             cls,
-            "Queue Limit",
+            "Queue Limit (Flux Poke)",
             "Ends a queue that goes on by itself after a number of runs.",
             [
                 io.AnyType.Input("value", tooltip=value),

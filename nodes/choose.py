@@ -23,7 +23,7 @@ class ChooseModel(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return inputs.schema(
             cls,
-            "Choose Model",
+            "Choose Model (Flux Poke)",
             "Passes on one of the models that are connected. Nothing that only the others need is loaded or run.",
             [
                 inputs.choice("use", list(CHOICES), "Which of the models below goes to the sampler."),

@@ -17,7 +17,7 @@ class Compare(io.ComfyNode):
         file = "Write the table under this name in output/flux_poke, as .csv or .json; empty = do not."
         return inputs.schema(
             cls,
-            "Compare",
+            "Compare (Flux Poke)",
             "Relative MSE, PSNR and SSIM of images or latents against a reference, and where they differ.",
             [
                 images("reference", "What to compare with: the dense model's images or latents."),

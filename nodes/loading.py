@@ -34,21 +34,37 @@ from ..tiny.model import SHIPPED
 #: What the loaders offer beside the files in models/diffusion_models.
 TINY = "tiny FLUX (ships with the pack)"
 TINY_FLUX2 = "tiny FLUX.2 (ships with the pack)"
+SHIPPED_NAMES = (TINY, TINY_FLUX2)
+#: What names of files in models/checkpoints begin with: all-in-one files, of which the transformer alone is read.
+_ALL_IN_ONE = "checkpoints/"
 WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2")
 #: What the bias of a layer of low rank is called after its name: in a file, it is `.bias`.
 _UP_BIAS = ".up.bias"
 
 
 def checkpoint_names() -> list[str]:
-    """What a loader can be asked for."""
-    return [*folder_paths.get_filename_list("diffusion_models"), TINY, TINY_FLUX2]
+    """Names of the files in models/diffusion_models."""
+    return folder_paths.get_filename_list("diffusion_models")
+
+
+def all_in_one_names() -> list[str]:
+    """Names of the files in models/checkpoints, which may hold a FLUX beside text encoders and autoencoder."""
+    return [f"{_ALL_IN_ONE}{name}" for name in folder_paths.get_filename_list("checkpoints")]
 
 
 def checkpoint_path(name: str) -> str:
-    """The file of a name from `checkpoint_names`."""
-    if name in (TINY, TINY_FLUX2):
+    """The file of a name that loaders list; raises `FileNotFoundError` where there is none."""
+    return find_checkpoint(name) or folder_paths.get_full_path_or_raise("diffusion_models", name)
+
+
+def find_checkpoint(name: str) -> str | None:
+    """As `checkpoint_path`, or None."""
+    if name in SHIPPED_NAMES:
         return str(SHIPPED["flux1" if name == TINY else "flux2"] / "flux.safetensors")
-    return folder_paths.get_full_path_or_raise("diffusion_models", name)
+    found = folder_paths.get_full_path("diffusion_models", name)
+    if found is None and name.startswith(_ALL_IN_ONE):
+        found = folder_paths.get_full_path("checkpoints", name.removeprefix(_ALL_IN_ONE))
+    return found
 
 
 def checkpoint_folder() -> Path:

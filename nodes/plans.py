@@ -17,13 +17,11 @@ from ..pruning.planning import ByCount, ByThreshold, Request, make_plan
 from ..pruning.precision import PRECISIONS
 from ..pruning.scores import SCORES
 from ..recording.recording import Recording
-from . import host, inputs, loading
+from . import host, inputs, lists, loading
 from .computing import NodeProgress, on_gpu
 from .graph import running_graph
 
 STREAMS = ("img", "txt", "single")
-#: What Load Plan reads where nothing else is asked for: the best kind of plan.
-DEFAULT_PLAN = "plan_by_budget.safetensors"
 
 
 class PlanNode(io.ComfyNode):
@@ -69,9 +67,9 @@ class PlanNode(io.ComfyNode):
             made = make_plan(dense, recording, what, "cpu", progress)
         else:
             made = on_gpu(lambda device: make_plan(dense, recording, what, device, progress), node_id)
-        made.plan.save(path)
+        made.plan.save(path, host.graph_metadata(cls.hidden))
         text, image = "\n".join([*made.notes, made.plan.table()]), host.figure_image(made.figure())
-        host.say(node_id, text)
+        host.say(node_id, "\n".join([*made.plan.facts(), *made.notes, *made.plan.rows()]))
         return io.NodeOutput(made.plan, text, image, ui=ui.PreviewImage(image, cls=cls))
 
 
@@ -87,7 +85,7 @@ class PlanByCount(PlanNode):
             "Count",
             "Cuts the same number of neurons from every MLP of a kind: those that matter least by the score.",
             [
-                *(inputs.whole(f"{s}_cut", 0, 0, 65535, f"Neurons to cut from each {s} MLP.") for s in STREAMS),
+                *(inputs.whole(f"{s}_cut", 1024, 0, 65535, f"Neurons to cut from each {s} MLP.") for s in STREAMS),
                 inputs.choice("score", list(SCORES), score, default="fluctuation"),
                 *inputs.block_ranges(),
             ],
@@ -110,7 +108,7 @@ class PlanByThreshold(PlanNode):
             "Threshold",
             "Keeps the neurons that fired at least so often, as the original flux-poke did.",
             [
-                *(inputs.number(f"{s}_threshold", 0.0, 0.0, 1e15, 0.001, f"{s} neurons below it are cut.") for s in STREAMS),
+                *(inputs.number(f"{s}_threshold", 1.0, 0.0, 1e15, 0.001, f"{s} neurons below it are cut.") for s in STREAMS),
                 inputs.choice("on", ["counts", "rate"], on),
                 *inputs.block_ranges(),
             ],
@@ -139,7 +137,7 @@ class PlanByBudget(PlanNode):
                 inputs.number("amount", 10.0, 0.0, 1000.0, 0.001, amount),
                 inputs.choice("touch", ["both", "neurons", "modulation"], touch),
                 inputs.choice("precision", list(PRECISIONS), "What the file will be saved in; stored is as it is."),
-                inputs.text("protect", "", "Layers to leave whole, such as 'double-18, single-0'."),
+                *inputs.advanced(inputs.text("protect", "", "Layers to leave whole, such as 'double-18, single-0'.")),
             ],
         )
 
@@ -157,16 +155,20 @@ class LoadPlan(io.ComfyNode):
         other = "The recording, where it is not any more where it was for the plan."
         return inputs.schema(
             cls,
-            "Load Plan",
-            "Reads a plan that a Plan Pruning node or `flux-poke plan` wrote. Where files moved, it is told where checkpoint "
+            "Load Plan (Flux Poke)",
+            "Reads a plan that a Plan Pruning node or flux-poke plan wrote. Where files moved, it is told where checkpoint "
             "and recording are now.",
             [
-                inputs.text("file", DEFAULT_PLAN, "Name in output/flux_poke."),
+                inputs.listed("file", lists.named_files(FORMAT), inputs.NO_PLAN, "Name in output/flux_poke."),
                 inputs.checkpoint(inputs.OF_THE_PLAN, tooltip=moved),
                 inputs.recording(other, optional=True),
             ],
             [inputs.PlanType.Output(display_name="plan", tooltip="What to keep."), io.String.Output(display_name="text")],
         )
+
+    @classmethod
+    def validate_inputs(cls, file=None, input_types=None) -> bool | str:
+        return inputs.valid_names(cls, input_types, file=file)
 
     @classmethod
     def fingerprint_inputs(cls, file: str, unet_name: str | None = None, **_: Any) -> str:
@@ -182,10 +184,10 @@ class LoadPlan(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, unet_name: str, recording: Recording | None = None) -> io.NodeOutput:
-        plan = PruningPlan.load(host.output_path(file, ".safetensors"))
+        plan = PruningPlan.load(host.output_path(inputs.chosen(file), ".safetensors"))
         if unet_name != inputs.OF_THE_PLAN:
             plan = replace(plan, checkpoint=os.path.abspath(loading.checkpoint_path(unet_name)))
         if recording is not None:
             plan = replace(plan, recording=os.path.abspath(recording.folder))
-        host.say(cls.hidden.unique_id, plan.totals())
+        host.say(cls.hidden.unique_id, "\n".join(plan.facts()))
         return io.NodeOutput(plan, plan.table())

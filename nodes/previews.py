@@ -13,7 +13,7 @@ from PIL import Image
 from ..analysis.animation import FORMATS, captioned_frames, choose_frames, write_animation
 from ..analysis.generation import find_previews, generation_files, write_generations
 from ..analysis.sheets import stacked
-from . import host, inputs
+from . import host, inputs, lists
 from .computing import NodeProgress
 from .taps import BlockTapsType, TappedModel
 
@@ -28,7 +28,7 @@ class DecodeBlockPreviews(io.ComfyNode):
             "Write how the image came about into the pictures, and this graph into the sheets (never with --disable-metadata)."
         )
         largest = (
-            "Longest side of the pictures in `images`, which are held in memory (at 256, up to 0.8 MB each); files are of full "
+            "Longest side of the pictures in images, which are held in memory (at 256, up to 0.8 MB each); files are of full "
             "size."
         )
         prompt = "What to write down as the prompt; by default the nearest text in the graph."
@@ -46,9 +46,11 @@ class DecodeBlockPreviews(io.ComfyNode):
                 ),
                 inputs.choice("view", ["x0", "euler"], view, default="x0"),
                 inputs.switch("captions", False, "Write step and block below each preview."),
-                inputs.switch("decode", True, "Off: write the predictions' latents in the place of pictures."),
-                inputs.switch("metadata", True, metadata),
-                inputs.whole("largest", 256, 64, 8192, largest),
+                *inputs.advanced(
+                    inputs.switch("decode", True, "Off: write the predictions' latents in the place of pictures."),
+                    inputs.switch("metadata", True, metadata),
+                    inputs.whole("largest", 256, 64, 8192, largest),
+                ),
                 io.String.Input("prompt", optional=True, force_input=True, tooltip=prompt),
             ],
             [
@@ -56,7 +58,7 @@ class DecodeBlockPreviews(io.ComfyNode):
                 io.Image.Output(display_name="sheet", tooltip="All previews at a glance: steps across, blocks down."),
                 io.Image.Output(display_name="differences", tooltip="How far each preview is from the final image."),
                 io.Image.Output(display_name="chart", tooltip="Change, direction and error along the blocks."),
-                io.String.Output(display_name="folder", is_output_list=True, tooltip=names),
+                inputs.NameType.Output(display_name="folder", is_output_list=True, tooltip=names),
             ],
             is_output_node=True,
         )
@@ -113,8 +115,8 @@ class AnimateBlockPreviews(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         folder = (
-            "From Decode Block Previews, or the name of a folder in output/flux_poke that holds "
-            "decoded/step_*/double_block_*.jpg."
+            "From Decode Block Previews, or a folder in output/flux_poke that holds decoded/step_*/double_block_*.jpg; newest "
+            "first."
         )
         order = "step: all blocks of a step, then the next. block: one block through all steps, then the next."
         font_size = "Of the captions; 0 leaves them out (as for previews that were decoded with captions)."
@@ -123,21 +125,27 @@ class AnimateBlockPreviews(io.ComfyNode):
             "Animate Block Previews",
             "Makes a film of decoded block previews: blocks.mp4, .gif or .webp in their folder.",
             [
-                inputs.text("folder", "", folder),
+                inputs.listed("folder", lists.preview_folders(), inputs.NO_PREVIEWS, folder),
                 inputs.choice("format", FORMATS, "What kind of file.", default="mp4"),
                 inputs.number("fps", 2.0, 0.1, 60.0, 0.5, "Frames per second."),
                 inputs.choice("order", ["step", "block"], order, default="step"),
                 inputs.choice("block_type", ["all", "double", "single"], "Which blocks.", default="all"),
-                inputs.whole("max_blocks", 0, 0, 1000, "At most so many blocks of each type; 0 = all of them."),
-                inputs.whole("font_size", 24, 0, 200, font_size),
+                *inputs.advanced(
+                    inputs.whole("max_blocks", 0, 0, 1000, "At most so many blocks of each type; 0 = all of them."),
+                    inputs.whole("font_size", 24, 0, 200, font_size),
+                ),
             ],
             [io.String.Output(display_name="file", tooltip="Its name in ComfyUI's output folder.")],
             is_output_node=True,
         )
 
     @classmethod
+    def validate_inputs(cls, folder=None, input_types=None) -> bool | str:
+        return inputs.valid_names(cls, input_types, folder=folder)
+
+    @classmethod
     def execute(cls, folder: str, format: str, fps: float, order, block_type, max_blocks: int, font_size: int) -> io.NodeOutput:
-        path = host.output_path(folder) / f"blocks.{format}"
+        path = host.output_path(inputs.chosen(folder)) / f"blocks.{format}"
         kind = None if block_type == "all" else block_type
         frames = choose_frames(find_previews(path.parent), order, kind, max_blocks or None)
         write_animation(path, captioned_frames(frames, font_size, NodeProgress()), fps)

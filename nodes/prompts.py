@@ -29,7 +29,7 @@ class Prompts(io.ComfyNode):
         index = "Which prompt, counted from 0; starts over after the last. -1 = one at random, by the seed."
         return inputs.schema(
             cls,
-            "Prompts",
+            "Prompts (Flux Poke)",
             "One line of a text file: by number, or at random.",
             [
                 file_input(),
@@ -56,7 +56,7 @@ class Counter(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return inputs.schema(
             cls,
-            "Counter",
+            "Counter (Flux Poke)",
             "0, 1, 2, ...: one more each run, also over a restart of ComfyUI and when queued over the API.",
             [
                 inputs.text("name", "counter", "Counters of one name share their number."),

@@ -14,24 +14,22 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import check_replaces
+from ..files import check_replaces, size_text
 from ..flux.layout import Layout
-from ..pruning.checkpoint import Pruned, save_pruned, save_weights
+from ..pruning.checkpoint import LOADED_BY, Pruned, save_pruned, save_weights
 from ..pruning.dense import PRUNED_FORMAT
 from ..pruning.lora import convert_lora
 from ..pruning.modulation import Vectors
 from ..pruning.plan import PruningPlan
 from ..pruning.planning import open_dense, open_recording
-from ..pruning.precision import PRECISIONS
+from ..pruning.precision import PRECISIONS, dense_bytes
 from ..pruning.refit import METHODS, Fold, RepairReport
 from ..pruning.repair import Repairs
 from ..pruning.surgery import Cut
-from . import host, inputs, loading
+from . import host, inputs, lists, loading
 from .computing import NodeProgress, on_gpu
 from .models import MergedWeights
 
-#: Of the name of a file: loaders choose it from a list.
-UnetName = io.Custom("COMBO,STRING")
 #: What a file is saved in where the plan says so.
 AS_PLANNED = "as planned"
 #: What a pruned MODEL's attachment is called.
@@ -88,7 +86,7 @@ class LoadPrunedFlux(io.ComfyNode):
         model = loading.load_flux(cut, weight_dtype, dense.metadata)
         attached = PrunedModel(dense.layout, plan, FoldsWhenAsked(repairs), repairs.reports(), cut.vectors, cut)
         model.set_attachments(PRUNED, attached)
-        host.say(cls.hidden.unique_id, plan.totals() + space_taken(repairs))
+        host.say(cls.hidden.unique_id, "\n".join(plan.facts()) + space_taken(repairs))
         return io.NodeOutput(model, plan.masked_count)
 
 
@@ -155,10 +153,12 @@ class SavePrunedFlux(io.ComfyNode):
                 io.MultiType.Input("plan_or_model", [inputs.PlanType, io.Model], tooltip=source),
                 inputs.choice("repair", METHODS, "As in Load Pruned FLUX.", default="affine"),
                 inputs.text("save_as", "flux-pruned.safetensors", "Name in models/diffusion_models."),
-                inputs.switch("fold", False, "Also store what LoRAs need to follow affine repair: a larger file."),
+                *inputs.advanced(
+                    inputs.switch("fold", False, "Also store what LoRAs need to follow affine repair: a larger file.")
+                ),
                 inputs.choice("precision", [AS_PLANNED, *PRECISIONS], precision),
             ],
-            [UnetName.Output(display_name="unet_name", tooltip="For Load Pruned Checkpoint.")],
+            [inputs.NameType.Output(display_name="unet_name", tooltip="For Load Pruned Checkpoint.")],
             is_output_node=True,
         )
 
@@ -167,7 +167,7 @@ class SavePrunedFlux(io.ComfyNode):
         folder, node_id = loading.checkpoint_folder().resolve(), cls.hidden.unique_id
         path = host.inside(folder, save_as, ".safetensors")
         check_replaces(path, PRUNED_FORMAT)
-        space = ""
+        graph, before, space = host.graph_metadata(cls.hidden), "", ""
         if isinstance(plan_or_model, PruningPlan):
             plan = plan_or_model
             repairs, progress = repaired(plan, repair, node_id, fold), NodeProgress(node_id)
@@ -175,19 +175,20 @@ class SavePrunedFlux(io.ComfyNode):
 
             def save(device: torch.device) -> None:
                 repairs.device = device
-                save_pruned(path, Cut(repairs.dense, plan, repairs), fold, progress, saved_as)
+                save_pruned(path, Cut(repairs.dense, plan, repairs), fold, progress, saved_as, graph)
 
             if saved_as == "fp8":  # rounds with compensation
                 on_gpu(save, node_id)
             else:
                 save(torch.device("cpu"))
-            space = space_taken(repairs)
+            before, space = f"{size_text(dense_bytes(repairs.dense, 'stored'))} -> ", space_taken(repairs)
         else:
             pruned = pruned_model(plan_or_model)
             plan = pruned.plan
-            save_weights(path, MergedWeights(plan_or_model), plan, pruned.report, NodeProgress(node_id))
-        name, size = str(path.relative_to(folder)), path.stat().st_size / 1e9
-        host.say(node_id, f"{name}: {size:.3g} GB, {plan.masked_count} neurons cut{space}")
+            save_weights(path, MergedWeights(plan_or_model), plan, pruned.report, NodeProgress(node_id), graph)
+        name = path.relative_to(folder).as_posix()
+        facts = [f"{name}: {before}{size_text(path.stat().st_size)}", *plan.facts(), LOADED_BY]
+        host.say(node_id, "\n".join(facts) + space)
         return io.NodeOutput(name)
 
 
@@ -197,10 +198,17 @@ class LoadPrunedCheckpoint(io.ComfyNode):
         return inputs.schema(
             cls,
             "Load Pruned Checkpoint",
-            "Loads a file that Save Pruned FLUX, `flux-poke prune` or `flux-poke replace` wrote, nothing else.",
-            [inputs.checkpoint(tooltip="A pruned file."), inputs.weight_dtype()],
+            "Loads a file that Save Pruned FLUX, flux-poke prune or flux-poke replace wrote, nothing else.",
+            [
+                inputs.listed("unet_name", lists.pruned_names(), inputs.NO_PRUNED, "A pruned file in models/diffusion_models."),
+                inputs.weight_dtype(),
+            ],
             [io.Model.Output(), io.String.Output(display_name="masked_count")],
         )
+
+    @classmethod
+    def validate_inputs(cls, unet_name=None, input_types=None) -> bool | str:
+        return inputs.valid_names(cls, input_types, unet_name=unet_name)
 
     @classmethod
     def fingerprint_inputs(cls, unet_name: str | None = None, **_: Any) -> str:
@@ -208,11 +216,11 @@ class LoadPrunedCheckpoint(io.ComfyNode):
 
     @classmethod
     def execute(cls, unet_name: str, weight_dtype: str) -> io.NodeOutput:
-        pruned = Pruned.open(loading.checkpoint_path(unet_name))
+        pruned = Pruned.open(loading.checkpoint_path(inputs.chosen(unet_name)))
         model = loading.load_pruned(pruned, weight_dtype)
         attached = PrunedModel(pruned.layout, pruned.plan, pruned.folds, pruned.report, pruned.vectors, pruned.tensors)
         model.set_attachments(PRUNED, attached)
-        host.say(cls.hidden.unique_id, pruned.plan.totals())
+        host.say(cls.hidden.unique_id, "\n".join(pruned.plan.facts()))
         return io.NodeOutput(model, pruned.plan.masked_count)
 
 

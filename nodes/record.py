@@ -43,7 +43,7 @@ class RecordOptions(io.ComfyNode):
         full = "At max_gb: halve every image's share while enough rows for a plan are left, or take no more."
         return inputs.schema(
             cls,
-            "Record Options",
+            "Record Options (Flux Poke)",
             "What else may be chosen for Record: which MLPs and noise levels, and which tokens count.",
             [
                 inputs.choice("streams", streams, "Of which MLPs rows are kept: image, text, single blocks."),
@@ -69,7 +69,7 @@ class RecordNode(io.ComfyNode):
     @classmethod
     def schema(cls, display_name: str, description: str, own: list[io.Input]) -> io.Schema:
         name = "Folder in output/flux_poke; each finished run adds to it. Not asked where a recording is connected."
-        other = "Add to this recording instead of the one that is called `name`."
+        other = "Add to this recording instead of the one that is called name."
         return inputs.schema(
             cls,
             display_name,
@@ -130,13 +130,13 @@ class Record(RecordNode):
             "(153 for FLUX.1); 0 = never."
         )
         return cls.schema(
-            "Record",
+            "Record (Flux Poke)",
             "Records all that pruning needs while you generate: how often every MLP neuron fires, samples of what every MLP "
             "reads (rows), and how much an error in each MLP moves the picture. The picture is the same with and without.",
             [
                 inputs.whole("rows", 64, 1, 65536, rows),
                 *row_limits("Steps per image at which rows are kept"),
-                inputs.whole("probe_steps", 4, 0, 1000, probe_steps),
+                *inputs.advanced(inputs.whole("probe_steps", 4, 0, 1000, probe_steps)),
                 RecordOptionsType.Input("options", optional=True, tooltip="From Record Options: what else may be chosen."),
             ],
         )
@@ -217,7 +217,7 @@ class RecordLensRows(RecordNode):
     def define_schema(cls) -> io.Schema:
         return cls.schema(
             "Record Lens Rows",
-            "Samples the same image tokens after every block: what `flux-poke lens fit` makes a lens of, for Tap Blocks.",
+            "Samples the same image tokens after every block: what flux-poke lens fit makes a lens of, for Tap Blocks.",
             [inputs.whole("rows", 64, 1, 65536, "Tokens per image and step."), *step_inputs()],
         )
 

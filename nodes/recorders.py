@@ -72,8 +72,8 @@ class InternalsRun(SamplingWatcher):
         )
         file, queued = self.target.recording.internals_file, inputs_of(running_graph(), self.node_id).get(MARK)
         total = add_run(file, new, QueuedRun.from_json(queued)) if self.append else replace_in_file(file, new)
-        text = f"{name}: {total.runs} run{'s' if total.runs > 1 else ''}, {total.steps} model calls. {self.recorder.note}"
-        return text.rstrip()
+        text = f"{name}: {total.runs} run{'s' if total.runs > 1 else ''}, {total.steps} model calls"
+        return "\n".join(filter(None, [text, self.recorder.note]))
 
     def abandon(self) -> str:
         return LEFT_OUT
@@ -96,16 +96,16 @@ class StoreRun(SamplingWatcher):
         if self.run.drawing is None:
             return "The sampler made no step: nothing was recorded."
         self.run.finish()
-        return f"{self.said()} {self.run.note}".rstrip()
+        return "\n".join(filter(None, [self.said(), self.run.note]))
 
     def said(self) -> str:
         """What is there by now."""
         store, kind = self.recorder.store, self.run.kind
         size = f"{store.bytes(kind) / 1e9:.3g} GB"
         if kind == "lens":
-            return f"{store.image_count(kind)} images, {size} of lens rows."
+            return f"{store.image_count(kind)} images, {size} of lens rows"
         kept = sum(len(shard.captures) for shard in store.manifest.shards if shard.kind == kind)
-        return f"{kept} {'block states' if kind == 'blocks' else kind}, {size}."
+        return f"{kept} {'block states' if kind == 'blocks' else kind}, {size}"
 
     def abandon(self) -> str:
         if self.run.kind == "lens":
@@ -161,10 +161,14 @@ class RowsRun(StoreRun):
             store.add_amplification(measured)
         site, size = store.scarcest(self.recorder.sites), store.bytes("rows") / 1e9
         count, needed = store.count(site.name), site.regressors
-        text = f"{store.image_count('rows')} images, {size:.3g} GB of rows: {count:,} of each MLP, {needed:,} are needed."
+        lines = [f"{store.image_count('rows')} images, {size:.3g} GB of rows"]
+        if count < needed:
+            lines.append(f"{count:,} of {needed:,} rows recorded of each MLP")
+        else:
+            lines.append(f"{count:,} rows recorded of each MLP: enough for a plan")
         if self.recorder.full and 0 < count < needed:
-            text += f" They would take about {size * needed / count:.3g} GB: raise max_gb."
-        return text
+            lines.append(f"They would take about {size * needed / count:.3g} GB: raise max_gb.")
+        return "\n".join(lines)
 
     def abandon(self) -> str:
         return LEFT_OUT

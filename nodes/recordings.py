@@ -14,11 +14,15 @@ class LoadRecording(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return inputs.schema(
             cls,
-            "Load Recording",
-            "A recording that is there already, made by a Record node or by `flux-poke record`.",
-            [inputs.choice("name", host.recording_names(), "A folder in output/flux_poke.")],
+            "Load Recording (Flux Poke)",
+            "A recording that is there already, made by a Record node or by flux-poke record.",
+            [inputs.listed("name", host.recording_names(), inputs.NO_RECORDING, "A folder in output/flux_poke.")],
             [inputs.recording_output(), io.String.Output(display_name="text")],
         )
+
+    @classmethod
+    def validate_inputs(cls, name=None, input_types=None) -> bool | str:
+        return inputs.valid_names(cls, input_types, name=name)
 
     @classmethod
     def fingerprint_inputs(cls, name: str) -> str:
@@ -27,7 +31,7 @@ class LoadRecording(io.ComfyNode):
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
-        recording = Recording.open(host.output_path(name))
+        recording = Recording.open(host.output_path(inputs.chosen(name)))
         text = f"{name}: {', '.join(sorted(recording.kinds))}"
         host.say(cls.hidden.unique_id, text)
         return io.NodeOutput(recording, text)

@@ -17,7 +17,7 @@ from ..retrain.files import default_folder, draw_stats, layer_files, stats_figur
 from ..retrain.layers import METHODS, retrain
 from ..retrain.options import TrainingStatus
 from ..retrain.replaced import Replaced, RetrainedLayers
-from . import computing, host, inputs, loading
+from . import computing, host, inputs, lists, loading
 from .pruned import PRUNED, PrunedModel
 
 
@@ -43,17 +43,19 @@ class RetrainLayers(io.ComfyNode):
                 inputs.text("layers", "all", layers),
                 inputs.choice("method", METHODS, method),
                 inputs.choice("train_on", ["auto", "blocks", "rows"], "auto: block states where there are any."),
-                inputs.whole("thickness", 1, 1, 64, "Consecutive blocks that are trained together."),
+                *inputs.advanced(inputs.whole("thickness", 1, 1, 64, "Consecutive blocks that are trained together.")),
                 inputs.whole("steps", 0, 0, 1_000_000, "Gradient steps; 0 = 32 for each layer, 200 for distill."),
-                io.Float.Input("learning_rate", **rate, tooltip="The highest one; it falls to 0."),
-                inputs.whole("batch", 0, 0, 4096, "Recorded steps in one batch; 0 = 8, 32 for distill."),
-                inputs.choice("save_dtype", dtypes, "What the layers are saved as; 8 bits with a scale."),
-                inputs.whole("train_seed", 0, 0, inputs.MOST_SEED, "Of the held-out images and the batches."),
-                inputs.switch("mixed_precision", False, "Products in bfloat16: faster on a GPU."),
+                *inputs.advanced(
+                    io.Float.Input("learning_rate", **rate, tooltip="The highest one; it falls to 0."),
+                    inputs.whole("batch", 0, 0, 4096, "Recorded steps in one batch; 0 = 8, 32 for distill."),
+                    inputs.choice("save_dtype", dtypes, "What the layers are saved as; 8 bits with a scale."),
+                    inputs.whole("train_seed", 0, 0, inputs.MOST_SEED, "Of the held-out images and the batches."),
+                    inputs.switch("mixed_precision", False, "Products in bfloat16: faster on a GPU."),
+                ),
                 inputs.text("folder", "", "Folder in output/flux_poke for the layers; empty = one that is named by the plan."),
             ],
             [
-                io.String.Output(display_name="folder", tooltip="For Load Replaced FLUX."),
+                inputs.NameType.Output(display_name="folder", tooltip="For Load Replaced FLUX."),
                 io.String.Output(display_name="text"),
                 io.Image.Output(display_name="image", tooltip="Errors before and after, layer by layer."),
             ],
@@ -81,6 +83,7 @@ class RetrainLayers(io.ComfyNode):
                 method, dense, plan, source, out, layers, train_on, LossCurve(), progress, steps=steps or None,
                 learning_rate=learning_rate, batch=batch or None, thickness=thickness, save_dtype=save_dtype, seed=train_seed,
                 mixed_precision=mixed_precision, device=str(computing.training_device()),
+                graph=host.graph_metadata(cls.hidden),
             )  # fmt: skip
         draw_stats(out)
         text, image = stats_table(stats), host.figure_image(stats_figure(stats))
@@ -132,7 +135,8 @@ class LoadReplacedFlux(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         checkpoint = "The dense FLUX whose layers were retrained, or that of the plan."
         plan = "The plan of the layers: it knows its checkpoint and its folder."
-        folder = "Folder in output/flux_poke, from Retrain Layers; empty = the one that is named by the plan."
+        folder = "Folder in output/flux_poke, from Retrain Layers, or the one that is named by the plan."
+        folders = [inputs.OF_THE_PLAN, *lists.layer_folders()]
         last = "Last layer to replace (single blocks count on); -1 = all."
         return inputs.schema(
             cls,
@@ -143,16 +147,23 @@ class LoadReplacedFlux(io.ComfyNode):
                 inputs.checkpoint(inputs.OF_THE_PLAN, tooltip=checkpoint),
                 inputs.weight_dtype(),
                 inputs.PlanType.Input("plan", optional=True, tooltip=plan),
-                inputs.text("folder", "", folder),
-                inputs.whole("first_layer", 0, 0, 255, "First layer to replace."),
-                inputs.whole("last_layer", -1, -1, 255, last),
+                inputs.choice("folder", folders, folder),
+                *inputs.advanced(
+                    inputs.whole("first_layer", 0, 0, 255, "First layer to replace."),
+                    inputs.whole("last_layer", -1, -1, 255, last),
+                ),
             ],
             [io.Model.Output(), io.String.Output(display_name="masked_count")],
         )
 
     @classmethod
+    def validate_inputs(cls, folder=None, input_types=None) -> bool | str:
+        return inputs.valid_names(cls, input_types, folder=folder)
+
+    @classmethod
     def fingerprint_inputs(cls, unet_name: str | None = None, folder: str | None = None, **_: Any) -> str:
         """A folder out of Retrain Layers is another one through its link."""
+        folder = inputs.unless_of_the_plan(folder or "")
         layers = inputs.times(*layer_files(host.output_path(folder)).values()) if folder else ""
         return f"{inputs.checkpoint_time(unet_name)} {layers}"
 
@@ -160,13 +171,14 @@ class LoadReplacedFlux(io.ComfyNode):
     def execute(
         cls, unet_name: str, weight_dtype: str, folder: str, first_layer: int, last_layer: int, plan: PruningPlan | None = None
     ) -> io.NodeOutput:
-        if plan is None and (unet_name == inputs.OF_THE_PLAN or not folder.strip()):
+        folder = inputs.unless_of_the_plan(folder)
+        if plan is None and (unet_name == inputs.OF_THE_PLAN or not folder):
             raise UserError("Which checkpoint and which layers? Connect the plan that they belong to, or choose both.")
         if plan is not None and unet_name == inputs.OF_THE_PLAN:
             dense = open_dense(plan)
         else:
             dense = Dense.open(loading.checkpoint_path(unet_name))
-        source = host.output_path(folder if plan is None or folder.strip() else default_folder(plan))
+        source = host.output_path(folder if plan is None or folder else default_folder(plan))
         layers = RetrainedLayers.open(source, dense, first_layer, None if last_layer < 0 else last_layer)
         replaced = Replaced(dense, layers)
         model = loading.load_flux(replaced, weight_dtype, dense.metadata)

@@ -12,13 +12,13 @@ from PIL import Image
 from torch import nn
 
 from ..analysis.generation import Generation
-from ..analysis.lens import Lens
+from ..analysis.lens import FORMAT, Lens
 from ..analysis.taps import BlockTaps, StepChoice, TapRecorder
 from ..errors import UserError
 from ..flux.blocks import choose_blocks
 from ..flux.layout import FAMILY_NAMES, Layout
 from ..recording.hooks import left_out
-from . import graph, host, inputs
+from . import graph, host, inputs, lists
 from .models import flux_layout
 from .watching import SampledCall, SamplingWatcher, Watch, sampling_clone
 
@@ -26,6 +26,8 @@ BlockTapsType = io.Custom("BLOCK_TAPS")
 
 #: Inputs of loaders that say what is drawn with.
 MODEL_NAMES = ("unet_name", "ckpt_name", "model_name")
+#: What Tap Blocks offers beside lenses.
+NO_LENS = "none"
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,10 @@ class TapBlocks(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         at_steps = '"all", "every 5", or a list such as "0, 4, 10-12"; the first step is 0.'
-        lens = "A tuned lens in output/flux_poke, from `flux-poke lens fit`; empty = tokens as they are."
+        lens = "A tuned lens in output/flux_poke, from flux-poke lens fit; none = tokens as they are."
         memory_gb = "Predictions beyond this wait on disk. At 1024x1024, one block at one step takes 0.0005 GB."
         raw = (
-            "Also keep the tokens themselves and write them beside the previews, for `flux-poke decode`: at 1024x1024, 0.03 GB "
+            "Also keep the tokens themselves and write them beside the previews, for flux-poke decode: at 1024x1024, 0.03 GB "
             "for one block at one step."
         )
         return inputs.schema(
@@ -94,9 +96,11 @@ class TapBlocks(io.ComfyNode):
                 inputs.model(),
                 inputs.text("blocks", "all", '"all", or a list such as "double, single 0, single 30-37".'),
                 inputs.text("at_steps", "all", at_steps),
-                inputs.text("lens", "", lens),
-                inputs.number("memory_gb", 1.0, 0.0, 1000.0, 0.5, memory_gb),
-                io.Boolean.Input("raw", default=False, optional=True, tooltip=raw),
+                inputs.choice("lens", [NO_LENS, *lists.named_files(FORMAT)], lens),
+                *inputs.advanced(
+                    inputs.number("memory_gb", 1.0, 0.0, 1000.0, 0.5, memory_gb),
+                    io.Boolean.Input("raw", default=False, optional=True, tooltip=raw),
+                ),
             ],
             [
                 inputs.watched_output(),
@@ -105,9 +109,13 @@ class TapBlocks(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, lens=None, input_types=None) -> bool | str:
+        return inputs.valid_names(cls, input_types, lens=lens)
+
+    @classmethod
     def execute(cls, model, blocks: str, at_steps: str, lens: str, memory_gb: float, raw: bool = False) -> io.NodeOutput:
         layout = flux_layout(model)
-        tuned = Lens.load(host.output_path(lens, ".safetensors")) if lens.strip() else None
+        tuned = Lens.load(host.output_path(lens, ".safetensors")) if lens.strip() not in ("", NO_LENS) else None
         if tuned is not None:
             tuned.check_fits(layout)
         recorder = TapRecorder(layout, choose_blocks(blocks, layout), StepChoice.parse(at_steps), tuned)

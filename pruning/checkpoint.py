@@ -43,6 +43,12 @@ from .repair import report_table
 from .rounded import Rounded
 from .surgery import Changed
 
+#: What a header says, under which key, to those who wonder at the shapes: ComfyUI's own loader expects others.
+LOAD_WITH = "flux_poke.load_with"
+LOADED_BY = "Opens in Flux Poke's Load Pruned Checkpoint; in Load Diffusion Model, it ends in a size mismatch."
+#: Keys of a header that hold the graph of another file's making.
+GRAPH = ("workflow", "prompt")
+
 FOLD, VECTORS = "flux_poke.fold.", "flux_poke.vectors."
 #: Directions of what modulation layers read that are stored, for each rank of the layer that has the most.
 DIRECTIONS = 2
@@ -100,13 +106,14 @@ class Pruned:
 
 
 def save_pruned(
-    path: str | os.PathLike[str], changed: Changed, fold: bool = False, progress: Progress = silent, precision: str = "stored"
-) -> None:
+    path: str | os.PathLike[str], changed: Changed, fold: bool = False, progress: Progress = silent,
+    precision: str = "stored", graph: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
     """Writes a cut or replaced checkpoint as a whole, one tensor in memory at a time, in `precision` (`precision.py`).
 
     `fold`: also write what exact conversion of LoRAs needs after affine repair: [cut, kept] numbers in bf16 per MLP, on disk
-    only. Raises `UserError`, before anything is computed, where a file at `path` is not a pruned checkpoint, and without a file
-    being left where a tensor holds a number that is not finite.
+    only. The header also holds the `graph` that made the file. Raises `UserError`, before anything is computed, where a file at
+    `path` is not a pruned checkpoint, and without a file being left where a tensor holds a number that is not finite.
     """
     check_replaces(path, PRUNED_FORMAT)
     changed = changed if require_precision(precision) == "stored" else Rounded(changed, precision)
@@ -136,7 +143,7 @@ def save_pruned(
         name, _, what = key.removeprefix(FOLD).rpartition(".")
         return getattr(changed.fold(name, matrix=what == "matrix"), what)
 
-    header = _passed_on(changed.dense, changed.plan)
+    header = {**_passed_on(changed.dense, changed.plan), **(graph or {})}
     header["certificate"] = json.dumps(certificate(changed, report, precision))
     if precision == "bf16":
         header.pop("_quantization_metadata", None)
@@ -213,7 +220,7 @@ def _write(
     kept = {f"{KEPT}{name}": indices.int() for name, indices in plan.kept.items()}
     plan = replace(plan, checkpoint=Path(plan.checkpoint).name, recording=Path(plan.recording).name)
     repaired = json.dumps({name: asdict(site) for name, site in report.items()})
-    header = {**metadata, **plan.header(), "format": PRUNED_FORMAT, "repair": repaired}
+    header = {**metadata, **plan.header(), "format": PRUNED_FORMAT, "repair": repaired, LOAD_WITH: LOADED_BY}
     written = itertools.count(1)
 
     def next_tensor(key: str) -> Tensor:
@@ -288,7 +295,7 @@ def _vectors(checkpoint: Checkpoint) -> Vectors | None:
 def _passed_on(dense: Dense, plan: PruningPlan) -> dict[str, str]:
     """The dense file's header; names of quantised layers lose the prefix that the keys lose, and truncated layers are not
     quantised any more."""
-    header = {key: value for key, value in dense.metadata.items() if key != "format"}
+    header = {key: value for key, value in dense.metadata.items() if key not in ("format", *GRAPH)}
     quantised = header.get("_quantization_metadata")
     if quantised is not None:
         found = from_json(quantised)

@@ -132,7 +132,11 @@ class PruningPlan:
             )
 
     def totals(self) -> str:
-        """One line: how it was made, what is kept, its size, and the predicted error of the whole model."""
+        """`facts` in one line."""
+        return "; ".join(self.facts())
+
+    def facts(self) -> list[str]:
+        """How it was made and what is kept, its size, and the predicted error of the whole model."""
         kept, total = self.neurons
         said = [f"{self.made}: {kept:,} of {total:,} neurons kept ({kept / total:.1%})"]
         if self.ranks:
@@ -145,13 +149,16 @@ class PruningPlan:
             )
         if self.velocity_error is not None:
             said.append(f"predicted relative velocity error {self.velocity_error:.3g}")
-        return "; ".join(said)
+        return said
 
     def table(self) -> str:
         """Text: the totals, then a line for each site that is cut (width, kept, cut, predicted error), and for each modulation
         layer that is truncated (rank, predicted error)."""
-        lines = [self.totals()]
-        lines.append(f"{'site':<16}{'width':>8}{'kept':>8}{'cut':>8}{'predicted error':>18}")
+        return "\n".join([self.totals(), *self.rows()])
+
+    def rows(self) -> list[str]:
+        """Of the table, all but the totals."""
+        lines = [f"{'site':<16}{'width':>8}{'kept':>8}{'cut':>8}{'predicted error':>18}"]
         for name in sorted(self.cut, key=site_order):
             width, gone = self.widths[name], self.cut[name]
             error = f"{self.predicted[name]:.3g}" if name in self.predicted else "-"
@@ -164,7 +171,7 @@ class PruningPlan:
                 lines.append(f"{name:<16}{self.ranks[name]:>8}{error:>34}")
         if self.unknown:
             lines.append(f"Which neurons were kept is not known of {', '.join(sorted(self.unknown, key=site_order))}.")
-        return "\n".join(lines)
+        return lines
 
     def part(self, sites: Collection[str]) -> PruningPlan:
         """What it says of some sites; the others stay whole."""
@@ -186,9 +193,10 @@ class PruningPlan:
             settings=self.settings if self.settings == other.settings else {}, ranks={**self.ranks, **other.ranks}, sizes={},
         )  # fmt: skip
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file as a whole, in place of what was there."""
-        write_safetensors(path, {name: indices.int() for name, indices in self.kept.items()}, self.header())
+    def save(self, path: str | os.PathLike[str], graph: Mapping[str, str] | None = None) -> None:
+        """Writes the file as a whole, in place of what was there; its header also holds the `graph` that made it."""
+        header = {**(graph or {}), **self.header()}
+        write_safetensors(path, {name: indices.int() for name, indices in self.kept.items()}, header)
 
     def header(self) -> dict[str, str]:
         """Everything but the indices, as safetensors metadata."""

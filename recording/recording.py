@@ -7,7 +7,7 @@
 
     NAME/internals.safetensors
     NAME/hidden_states/manifest.json, rows-00000.safetensors, ...
-    NAME/cache/                                      # rankings and repairs: made again whenever they are missing
+    NAME/.cache/                                     # rankings and repairs: made again whenever they are missing
 
 A recording is a value that flows from what records it to plans, repair, retraining, lens and reports. It holds nothing in
 memory: everything is read when it is asked for.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,9 @@ from .internals import Internals, check_file
 from .manifest import MANIFEST, Manifest, nothing_recorded, require_model
 from .store import HiddenStates
 
-INTERNALS, STATES, CACHE = "internals.safetensors", "hidden_states", "cache"
+INTERNALS, STATES, CACHE = "internals.safetensors", "hidden_states", ".cache"
+#: What the cache's folder was called before it was hidden, and the folders in it.
+EARLIER_CACHE, CACHED = "cache", ("rankings", "repairs")
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,12 @@ class Recording:
 
     @property
     def cache(self) -> Path:
-        """For what takes long to work out, and can be worked out again."""
-        return self.folder / CACHE
+        """For what takes long to work out, and can be worked out again; that of an earlier version is moved here."""
+        hidden, earlier = self.folder / CACHE, self.folder / EARLIER_CACHE
+        if earlier.is_dir() and not hidden.exists() and {path.name for path in earlier.iterdir()} <= {*CACHED}:
+            with suppress(OSError):
+                earlier.rename(hidden)
+        return hidden
 
     @property
     def _has_states(self) -> bool:

@@ -171,8 +171,9 @@ class Output:
             if scale is not None:
                 found[f"{own.removesuffix('.weight')}.scale_weight"] = scale
         about = {"format": FORMAT, "key": key, "plan_digest": self.plan.digest, "stats": json.dumps(asdict(layer))}
+        header = {**self.options.graph, **plan.header(), **about}
         with locked(self.folder / STATS):
-            write_safetensors(self.folder / f"{layer.layer}.safetensors", found, {**plan.header(), **about})
+            write_safetensors(self.folder / f"{layer.layer}.safetensors", found, header)
             content = {f"layer{stats.layer}": asdict(stats) for stats in read_stats(self.folder)}
             dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
             write_text(self.folder / STATS, yaml.dump(content, Dumper=dumper, sort_keys=False))

@@ -8,8 +8,8 @@ Raises `UserError` where a number or a name cannot be used, before any work is d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -57,6 +57,7 @@ class Options:
         mixed_precision: products in bfloat16, weights and their updates in float32.
         optimizer: adafactor keeps row and column means in place of AdamW's two numbers a weight (Shazeer & Stern 2018).
         recompute: gradient checkpointing: blocks run twice, their activations are not kept (`distill` only).
+        graph: of ComfyUI, that the headers of the layers hold.
         tensorboard: folder for event files, where wanted; needs the package tensorboard.
     """
 
@@ -77,6 +78,7 @@ class Options:
     optimizer: Optimizer = "adamw"
     recompute: bool = False
     tensorboard: Path | None = None
+    graph: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "eval_every", "patience", "thickness"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,30 @@ def test_every_node_and_every_input_says_what_it_is_for(nodes):
         if not (options and options[0].get("tooltip"))
     ]
     assert not silent
-    assert all(node["description"] and node["category"].startswith("flux-poke") for node in nodes.values())
+    assert all(node["description"] for node in nodes.values())
+    assert not [name for name, node in nodes.items() if "`" in json.dumps([node["description"], node["input"]])]
+
+
+def test_nodes_stand_in_the_menu_by_what_they_are_for_and_are_found_by_the_words_that_people_use(ask, nodes):
+    under = Counter(node["category"] for node in nodes.values())
+    translated = ask("i18n").json()["en"]["nodeCategories"]
+    assert all(category.startswith("flux-poke/") and count > 1 for category, count in under.items())
+    assert all(part in translated for category in under for part in category.split("/"))
+
+    def found(word: str) -> set[str]:
+        return {name.removeprefix("FluxPoke") for name, node in nodes.items() if word in node["search_aliases"]}
+
+    assert {"Record", "RecordInternals", "Calibrate", "InternalsReport", "LoadRecording"} <= found("neuron") & found("firing")
+    assert {"PlanByBudget", "PlanByCount", "LoadPrunedFlux", "SavePrunedFlux", "Calibrate"} <= found("prune")
+    assert {"TapBlocks", "InternalsReport", "RecordInternals"} <= found("interpret")
+    assert all(node["search_aliases"] for node in nodes.values())
+
+
+def test_a_node_of_a_common_name_bears_that_of_the_pack(ask, nodes):
+    others = {(node["display_name"] or name).lower() for name, node in ask("object_info").json().items() if name not in nodes}
+    assert not {node["display_name"].lower() for node in nodes.values()} & others
+    plain = {"Compare", "Record", "Calibrate", "Prompts", "Counter", "Random Int", "Random Size", "Queue Limit"}
+    assert not plain & {node["display_name"] for node in nodes.values()}
 
 
 def test_every_node_has_a_help_page_that_names_its_inputs_and_outputs(ask, nodes, names):
@@ -72,3 +97,21 @@ def test_the_names_in_the_locale_are_those_of_nodes_and_inputs_that_exist(nodes,
         assert set(entry.get("inputs", {})) <= set(inputs(nodes[name]))
         unreadable = [each for each in inputs(nodes[name]) if "_" in shown(each, entry)]
         assert not unreadable, f"{name}: give these a name for people in locales/en/nodeDefs.json"
+
+
+@pytest.mark.parametrize("language", ["de", "ja", "zh"])
+def test_the_page_gets_names_in_other_languages_of_inputs_that_exist(ask, nodes, language: str):
+    translated = {name: entry for name, entry in ask("i18n").json()[language]["nodeDefs"].items() if name in nodes}
+    assert sorted(translated) == sorted(nodes)
+    for name, entry in translated.items():
+        assert set(entry.get("inputs", {})) <= set(inputs(nodes[name])), name
+
+
+def test_a_node_shows_at_most_eight_values_until_all_are_asked_for(nodes):
+    kinds = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+    shown_first = {
+        name: [each for each, (kind, *said) in inputs(node).items() if kind in kinds and not said[0].get("advanced")]
+        for name, node in nodes.items()
+    }
+    assert max(map(len, shown_first.values())) <= 8, shown_first
+    assert shown_first["FluxPokeRecord"] == ["name", "rows", "steps", "max_gb"]

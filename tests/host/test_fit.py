@@ -100,8 +100,8 @@ def test_a_second_run_does_nothing_and_another_size_draws_nothing(client, host, 
     smaller[PLAN]["inputs"]["amount"] = 0.0028
     assert CALIBRATE not in client.run(smaller).executed
     after = written(recording(host, "again"))
-    assert {path: after[path] for path in before if "cache" not in path.parts} == {
-        path: time for path, time in before.items() if "cache" not in path.parts
+    assert {path: after[path] for path in before if ".cache" not in path.parts} == {
+        path: time for path, time in before.items() if ".cache" not in path.parts
     }
 
 

@@ -202,12 +202,12 @@ def test_a_plan_and_its_model_are_made_again_only_when_there_is_something_new(cl
 
 
 def test_cancel_stops_a_ranking_and_the_next_run_goes_on_from_there(client: ComfyClient, recorded: Path):
-    copy = Path(shutil.copytree(recorded / RECORDED, recorded / "cancelled", ignore=shutil.ignore_patterns("cache")))
+    copy = Path(shutil.copytree(recorded / RECORDED, recorded / "cancelled", ignore=shutil.ignore_patterns(".cache")))
     plan = recording("cancelled") | {"plan": by_count("obs")}
     prompt_id = client.queue(plan)
 
     def rankings() -> list[Path]:
-        return list((copy / "cache" / "rankings").rglob("*.safetensors"))
+        return list((copy / ".cache" / "rankings").rglob("*.safetensors"))
 
     def stop(node: str, step: float, _: float) -> None:
         if node == "plan" and step >= 2:
@@ -286,10 +286,10 @@ def test_what_cannot_be_planned_is_said_in_a_sentence_before_neurons_are_ranked(
     client: ComfyClient, recorded: Path, plan: dict, sentence: str
 ):
     bare = recorded / "unranked"
-    shutil.copytree(recorded / RECORDED, bare, ignore=shutil.ignore_patterns("cache"), dirs_exist_ok=True)
+    shutil.copytree(recorded / RECORDED, bare, ignore=shutil.ignore_patterns(".cache"), dirs_exist_ok=True)
     with pytest.raises(UserError, match=sentence):
         client.run(recording("unranked") | {"plan": plan})
-    assert not (bare / "cache").exists()
+    assert not (bare / ".cache").exists()
 
 
 def test_too_few_rows_say_how_many_are_needed(client: ComfyClient, recorded: Path):
@@ -345,7 +345,7 @@ def test_a_plan_is_loaded_where_its_files_are_now(client: ComfyClient, host, rec
     assert np.array_equal(expected, pictures(client, drawing(alone) | recording("moved")))
 
 
-def test_loaders_show_one_line_of_totals(client: ComfyClient, recorded: Path):
+def test_loaders_show_a_fact_a_line(client: ComfyClient, recorded: Path):
     graph = drawing({"plan": by_count(), "save pruned": save("totals", repair="none"), "load": load(repair="bias")}, steps=1)
     result = client.run(graph)
     read = client.run(
@@ -357,8 +357,11 @@ def test_loaders_show_one_line_of_totals(client: ComfyClient, recorded: Path):
         }
     )
     for text in (result.texts["load"], read.texts["plan"], read.texts["alone"]):
-        assert "neurons kept" in text
-        assert "\n" not in text.strip()
+        assert re.fullmatch(r"by count, .*: 3,072 of 4,096 neurons kept \(75.0%\)", text.strip())
+    said = result.texts["save pruned"].splitlines()
+    assert re.fullmatch(r"totals.safetensors: 4.62 MB -> 4\.\d+ MB", said[0])
+    assert said[1] == read.texts["alone"].strip()
+    assert said[2].startswith("Opens in Flux Poke's Load Pruned Checkpoint")
     assert len(read.outputs["text"]["text"][0].splitlines()) == 8 + 2
 
 

@@ -26,6 +26,7 @@ from flux_poke.retrain.blocks import Chain
 from flux_poke.retrain.replaced import Replaced, RetrainedLayers
 from flux_poke.tiny.model import FOLDER, TinyFlux
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 TINY = "tiny FLUX (ships with the pack)"
@@ -196,6 +197,8 @@ def test_a_plan_that_truncates_modulation_too_is_retrained_and_drawn_as_the_refe
         found = client.run(drawing(loaded, seed=5))
         drawn = np.stack([np.asarray(Image.open(io.BytesIO(client.fetch(file)))) for file in found.files("images", "save")])
     dense_file = Dense.open(FOLDER / "flux.safetensors")
+    with safe_open(recorded / "fitted_layers" / "0.safetensors", "pt") as file:
+        assert "FluxPokeRetrainLayers" in file.metadata()["prompt"]
     tensors = Replaced(dense_file, RetrainedLayers.open(recorded / "fitted_layers", dense_file))
     assert set(tensors.plan.ranks) == {site.name for site in tensors.dense.layout.sites}
     assert f"{len(tensors.plan.ranks)} modulation layers truncated" in found.texts["replaced"]
@@ -214,7 +217,7 @@ def test_a_plan_that_truncates_modulation_too_is_retrained_and_drawn_as_the_refe
 
 def test_cancel_is_heard_while_distillation_works_out_the_repair_it_starts_from(recorded, server):
     model = rows_and_trajectories("whole", rows=16, steps=6, probe_steps=0)
-    repairs = recorded / "whole" / "cache" / "repairs"
+    repairs = recorded / "whole" / ".cache" / "repairs"
     with ComfyClient(server.address) as client:
         for seed in range(2):
             client.run(drawing(model, seed=seed, batch=8))

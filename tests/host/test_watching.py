@@ -295,10 +295,10 @@ def test_a_compiled_model_is_recorded_uncompiled_and_says_so(load, watch, target
     set_torch_compile_wrapper(model=compiled, backend="eager", options={"guard_filter_fn": None})
     sample(compiled)
     (text,) = said
-    assert text.splitlines() == [f"{where.recording.folder}: 1 run, 3 model calls.", UNCOMPILED]
+    assert text.splitlines() == [f"{where.recording.folder}: 1 run, 3 model calls", UNCOMPILED]
     said.clear()
     sample(watch(model, lambda: InternalsRun(where, {})))
-    assert said == [f"{where.recording.folder}: 2 runs, 6 model calls."]
+    assert said == [f"{where.recording.folder}: 2 runs, 6 model calls"]
 
 
 def test_what_two_nodes_record_to_one_recording_is_kept_apart_by_kind(load, target, in_process):

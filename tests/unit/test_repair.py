@@ -73,7 +73,7 @@ class Recorded:
 
     def copy(self, folder) -> Recording:
         """The same recording in another folder, with an empty cache."""
-        shutil.copytree(self.recording.folder, folder, ignore=shutil.ignore_patterns("cache"))
+        shutil.copytree(self.recording.folder, folder, ignore=shutil.ignore_patterns(".cache"))
         return Recording.open(folder)
 
     def error(self, plan, method):
@@ -285,6 +285,16 @@ def test_a_gpu_ranks_and_repairs_as_the_cpu_does(recorded, tmp_path):
         expected, site = found["cpu"][1][name], found["cuda"][1][name]
         assert site.report.after == pytest.approx(expected.report.after, rel=1e-3)
         torch.testing.assert_close(site.down, expected.down, rtol=0, atol=0.01 * expected.down.std().item())
+
+
+def test_the_cache_of_an_earlier_version_is_found_and_a_recording_of_its_name_is_left_alone(tmp_path):
+    (tmp_path / "one" / "cache" / "repairs").mkdir(parents=True)
+    (tmp_path / "one" / "cache" / "repairs" / "file").touch()
+    assert [path.name for path in (Recording.at(tmp_path / "one").cache / "repairs").iterdir()] == ["file"]
+    assert [path.name for path in (tmp_path / "one").iterdir()] == [".cache"]
+    (tmp_path / "two" / "cache" / "hidden_states").mkdir(parents=True)
+    assert not Recording.at(tmp_path / "two").cache.exists()
+    assert (tmp_path / "two" / "cache" / "hidden_states").is_dir()
 
 
 def test_what_was_worked_out_from_fewer_rows_is_removed_and_nothing_else(recorded, recording):

@@ -11,7 +11,11 @@ import pytest
 
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
-PAGES = {re.match(r"# (.+)", path.read_text())[1] for path in (WORKFLOWS.parent / "web" / "docs").glob("*.md")}  # type: ignore[index]
+#: What nodes are called in sentences: without the pack's name, by which a search tells them from others.
+PAGES = {
+    re.match(r"# (.+?)(?: \(Flux Poke\))?\n", path.read_text())[1]  # type: ignore[index]
+    for path in (WORKFLOWS.parent / "web" / "docs").glob("*.md")
+}
 
 #: Inputs of ours that name a file or a folder.
 FILES = ("name", "folder", "file", "save_as", "unet_name")

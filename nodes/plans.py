@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..files import check_replaces
 from ..pruning.by_budget import AMOUNTS, ByBudget
@@ -71,8 +71,7 @@ class PlanNode(io.ComfyNode):
             made = on_gpu(lambda device: make_plan(dense, recording, what, device, progress), node_id)
         made.plan.save(path)
         text, image = "\n".join([*made.notes, made.plan.table()]), host.figure_image(made.figure())
-        host.say(node_id, text)
-        return io.NodeOutput(made.plan, text, image, ui=ui.PreviewImage(image, cls=cls))
+        return io.NodeOutput(made.plan, text, image, ui=host.shown(cls, text, image, made.chart()))
 
 
 def open_checkpoint(unet_name: str) -> Dense:

@@ -86,10 +86,6 @@ def internals_map(internals: Internals) -> dict[str, Any]:
     }
 
 
-def short(value: float) -> float:
-    """A number to four digits, as charts need it."""
-    return float(f"{value:.4g}")
-
-
 def _short(values: Sequence[float]) -> list[float]:
-    return [value if isinstance(value, int) else short(value) for value in values]
+    """Numbers to four digits, as charts need them."""
+    return [value if isinstance(value, int) else float(f"{value:.4g}") for value in values]

@@ -141,7 +141,7 @@ class AnimateBlockPreviews(io.ComfyNode):
         path = host.output_path(folder) / f"blocks.{format}"
         kind = None if block_type == "all" else block_type
         frames = choose_frames(find_previews(path.parent), order, kind, max_blocks or None)
-        write_animation(path, captioned_frames(frames, font_size, NodeProgress()), fps)
+        write_animation(path, captioned_frames(frames, font_size, NodeProgress()), fps, host.graph_metadata(cls.hidden))
         file = host.output_file(path)
         name = f"{file['subfolder']}/{path.name}"
         said = host.said(cls, f"{len(frames)} frames in {name}")

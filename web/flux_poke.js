@@ -10,7 +10,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { bars, lines, map } from "./charts.js";
 import { comparison } from "./comparison.js";
-import { workflowOf } from "./jpeg.js";
+import { graphOf } from "./jpeg.js";
 import { wordsElement, write } from "./words.js";
 
 const VIEWS = { lines, bars, map, comparison };
@@ -24,6 +24,8 @@ const PICTURE = "$$canvas-image-preview";
 const MOST_TEXT = 124;
 const LEAST_VIEW = 180;
 const MARGIN = 8;
+/** How wide a node becomes that had the width of its inputs. */
+const WIDTH = 380;
 
 const ours = (node) => node?.comfyClass?.startsWith("FluxPoke");
 const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
@@ -39,8 +41,8 @@ function removeWidget(node, name) {
 function nodeOf(id) {
   let graph = app.rootGraph ?? app.graph;
   const path = `${id}`.split(":");
-  for (const host of path.slice(0, -1)) graph = graph?.getNodeById(Number(host))?.subgraph;
-  return graph?.getNodeById(Number(path.at(-1)));
+  for (const host of path.slice(0, -1)) graph = graph?.getNodeById(host)?.subgraph;
+  return graph?.getNodeById(path.at(-1));
 }
 
 /** Makes a node as high as what is on it needs. */
@@ -119,6 +121,13 @@ function endPreview(node) {
   stores?.get("nodeOutput")?.revokePreviewsByLocatorId?.(name);
 }
 
+/** The widget of what a node drew; a node that was small has room for it afterwards. */
+function viewWidget(node) {
+  const widget = addElement(node, VIEW, document.createElement("div"), { getMinHeight: () => LEAST_VIEW });
+  if (node.size[0] < WIDTH) node.setSize([WIDTH, Math.max(node.size[1], node.computeSize()[1] + 60)]);
+  return widget;
+}
+
 /** Draws what a node found in the place of its picture. */
 function show(node, output) {
   const view = output?.[VIEW]?.[0];
@@ -136,7 +145,7 @@ function show(node, output) {
   };
   const [file] = output.images ?? [];
   if (file) picture.src = addressOf(file);
-  const { element } = widgetOf(node, VIEW) ?? addElement(node, VIEW, document.createElement("div"), { getMinHeight: () => LEAST_VIEW });
+  const { element } = widgetOf(node, VIEW) ?? viewWidget(node);
   element.className = "flux-poke-view h-full w-full";
   VIEWS[view.kind](element, view, { node, picture: file && addressOf(file), addressOf });
   fit(node);
@@ -174,7 +183,7 @@ app.registerExtension({
   onNodeOutputsUpdated(outputs) {
     for (const [name, output] of Object.entries(outputs)) {
       const [graph, id] = name.includes(":") ? name.split(":") : [null, name];
-      const node = (graph ? app.rootGraph?.subgraphs?.get(graph) : app.rootGraph ?? app.graph)?.getNodeById(Number(id));
+      const node = (graph ? app.rootGraph?.subgraphs?.get(graph) : app.rootGraph ?? app.graph)?.getNodeById(id);
       if (ours(node)) show(node, output);
     }
   },
@@ -184,7 +193,10 @@ app.registerExtension({
 function readPictures() {
   const before = app.handleFile;
   app.handleFile = async function (file, ...more) {
-    const workflow = await workflowOf(file);
-    return workflow ? app.loadGraphData(workflow, true, true, file.name.replace(/\.\w+$/, "")) : before.call(this, file, ...more);
+    const { workflow, prompt } = await graphOf(file);
+    const name = file.name.replace(/\.\w+$/, "");
+    if (workflow) return this.loadGraphData(workflow, true, true, name);
+    if (prompt) return this.loadApiJson(prompt, name);
+    return before.call(this, file, ...more);
   };
 }

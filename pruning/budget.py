@@ -25,7 +25,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..analysis.charts import line_chart, short
+from ..analysis.charts import line_chart
 from ..errors import UserError
 from ..files import size_text
 from ..flux.layout import Layout, Site
@@ -35,7 +35,7 @@ from .curves import Ranking
 Kind = Literal["neurons", "ranks"]
 
 #: By the words for a kind of budget, what to ask for to save so many bytes, neurons and parameters.
-Amounts = dict[str, Callable[[int, int, int], float]]
+Amounts = dict[str, Callable[[float, float, float], float]]
 
 #: Points of a curve that a page draws.
 MOST_POINTS = 250
@@ -121,9 +121,8 @@ class BudgetCurve:
 
     def chart(self, taken: int, amounts: Amounts) -> dict[str, Any]:
         """The same for a page (`analysis/charts.py`), where the mark can be dragged to another amount."""
-        memory, neurons, parameters = (
-            np.cumsum([0, *(getattr(step, of) for step in self.steps)]) for of in ("bytes", "neurons", "parameters")
-        )
+        totals = [np.cumsum([0, *(getattr(step, of) for step in self.steps)]) for of in ("bytes", "neurons", "parameters")]
+        memory, neurons, _ = totals
         error = np.cumsum([0, *(step.error for step in self.steps)])
         evenly = np.searchsorted(memory[1:], np.linspace(memory[1], memory[-1], MOST_POINTS)) + 1
         points = sorted({*evenly.tolist(), taken} - {0})
@@ -140,12 +139,16 @@ class BudgetCurve:
             drag={
                 "widget": "amount",
                 "unit": "budget",
-                "to": {
-                    words: [short(amount(*(int(total[point]) for total in (memory, neurons, parameters)))) for point in points]
+                "to": {  # between this step and the one before: what is asked for needs no more digits than it has
+                    words: [_digits(amount(*((total[point - 1] + total[point]) / 2 for total in totals))) for point in points]
                     for words, amount in amounts.items()
                 },
             },
         )
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def neuron_steps(site: Site, parameters: int, error: Sequence[float], multiple: int, number: int) -> list[Step]:

@@ -138,6 +138,7 @@ function show(node, output) {
   node.hideOutputImages = true; // Nodes 2.0
   node.onDrawBackground = () => {}; // the others
   removeWidget(node, PICTURE);
+  node.imgs = undefined;
   const picture = new Image(); // for "Open Image" and "Save Image" in the node's menu
   picture.onload = () => {
     node.imgs = [picture];

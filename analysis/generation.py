@@ -33,7 +33,7 @@ from .contributions import block_contributions, contributions_figure
 from .decoding import Decode, decode_taps
 from .graphs import fit_jpeg, graph_exif
 from .raw import write_raw
-from .report import figure_pixels
+from .report import darkened, figure_pixels
 from .sheets import captioned, cell_size, contact_sheet, difference_sheet
 from .taps import BlockTaps, Tap, View
 
@@ -103,7 +103,7 @@ def write_generations(
     text = [None if in_pictures is None else {**in_pictures, SOFTWARE: one.to_json()} for one in generations]
     for number, folder in enumerate(folders):
         chart = contributions_figure(block_contributions(taps, number))
-        save_png(folder / "contributions.png", Image.fromarray(figure_pixels(chart)), text[number])
+        save_png(folder / "contributions.png", Image.fromarray(figure_pixels(darkened(chart))), text[number])
     if decode is None:
         _write_latents(folders, taps, view)
         return folders

@@ -25,7 +25,7 @@ from server import PromptServer
 from torch import Tensor
 
 from ..analysis.decoding import Decode, to_picture
-from ..analysis.report import figure_pixels
+from ..analysis.report import darkened, figure_pixels
 from ..errors import UserError
 from ..recording.recording import INTERNALS, STATES
 from ..recording.store import MANIFEST
@@ -213,4 +213,5 @@ def temporary_pictures(pictures: Sequence[Image.Image], node: type[io.ComfyNode]
 
 
 def figure_image(figure: Figure) -> Tensor:
-    return to_images([figure_pixels(figure)])
+    """A figure as an IMAGE, dark as nodes are."""
+    return to_images([figure_pixels(darkened(figure))])

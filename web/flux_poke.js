@@ -10,6 +10,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { bars, lines, map } from "./charts.js";
 import { comparison } from "./comparison.js";
+import { html } from "./dom.js";
 import { graphOf } from "./jpeg.js";
 import { wordsElement, write } from "./words.js";
 
@@ -19,6 +20,9 @@ const VIEWS = { lines, bars, map, comparison };
 const TEXT = "$$node-text-preview";
 const VIEW = "flux_poke_view";
 const PICTURE = "$$canvas-image-preview";
+
+/** Of what goes from node to node, beside the page's own colours. */
+const SLOTS = { RECORDING: "#4fae7b", PRUNING_PLAN: "#e0883c", BLOCK_TAPS: "#b58be0", RECORD_OPTIONS: "#8fbfa5" };
 
 /** Pixels: the text's before it scrolls, the least of a view, and around a widget. */
 const MOST_TEXT = 124;
@@ -156,6 +160,12 @@ function addressOf(file) {
   return api.apiURL(`/view?${new URLSearchParams(file)}&rand=${Math.random()}`);
 }
 
+/** Where the canvas draws nodes; a theme that is chosen forgets the types it does not know, until the next graph is opened. */
+function colorSlots() {
+  Object.assign(app.canvas.default_connection_color_byType, SLOTS);
+  Object.assign(app.canvas.constructor.link_type_colors, SLOTS);
+}
+
 app.registerExtension({
   name: "FluxPoke",
 
@@ -169,7 +179,12 @@ app.registerExtension({
       if (ours(node)) delete node.onDrawBackground; // what is at work is shown while it is
     });
     readPictures();
+    const rules = Object.entries(SLOTS).map(([type, color]) => `--color-datatype-${type}: ${color};`);
+    document.head.append(html("style", {}, `:root { ${rules.join(" ")} }`)); // Nodes 2.0
+    colorSlots();
   },
+
+  afterConfigureGraph: colorSlots,
 
   nodeCreated(node) {
     if (!ours(node)) return;

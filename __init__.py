@@ -6,7 +6,7 @@ imported when ComfyUI asks for them.
 
 __version__ = "0.1.0"
 
-#: ComfyUI serves the help pages of the nodes from here (web/docs).
+#: ComfyUI loads what is drawn on nodes from here (web/*.js), and the help pages of the nodes (web/docs).
 WEB_DIRECTORY = "./web"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,7 @@ from ..files import check_beginning, check_writable, replacing
 from ..flux.blocks import BlockKind
 from ..progress import Progress, silent
 from .decoding import read_picture
+from .graphs import graph_exif
 from .sheets import captioned
 from .taps import Tap
 
@@ -81,8 +82,12 @@ def check_animation(path: str | os.PathLike[str], fps: float) -> None:
     check_beginning(path)
 
 
-def write_animation(path: str | os.PathLike[str], frames: Iterable[Image.Image], fps: float = 2.0) -> None:
+def write_animation(
+    path: str | os.PathLike[str], frames: Iterable[Image.Image], fps: float = 2.0, graph: Mapping[str, str] | None = None
+) -> None:
     """Writes frames of one size as what the name's ending says (.gif, .webp, .mp4), replacing the file as a whole.
+
+    `graph` is ComfyUI's `workflow` and `prompt`, which bring the graph back when an MP4 or WebP is dragged onto its page.
 
     Raises `UserError` as `check_animation` does, and where there are no frames, or MP4 has no PyAV to write it.
     """
@@ -96,14 +101,16 @@ def write_animation(path: str | os.PathLike[str], frames: Iterable[Image.Image],
     alike = (frame if frame.size == size else frame.resize(size, Image.Resampling.LANCZOS) for frame in frames)
     with replacing(path) as new:
         if format == "mp4":
-            _write_mp4(new, itertools.chain((first,), alike), size, fps)
+            _write_mp4(new, itertools.chain((first,), alike), size, fps, graph or {})
         else:
-            quality = {"quality": 90} if format == "webp" else {}
+            options = {"quality": 90, "exif": graph_exif(graph)} if format == "webp" else {}
             duration = round(1000 / fps)
-            first.save(new, format.upper(), save_all=True, append_images=alike, duration=duration, loop=0, **quality)
+            first.save(new, format.upper(), save_all=True, append_images=alike, duration=duration, loop=0, **options)
 
 
-def _write_mp4(path: Path, frames: Iterable[Image.Image], size: tuple[int, int], fps: float) -> None:
+def _write_mp4(
+    path: Path, frames: Iterable[Image.Image], size: tuple[int, int], fps: float, metadata: Mapping[str, str]
+) -> None:
     try:
         import av
     except ImportError as error:
@@ -111,7 +118,8 @@ def _write_mp4(path: Path, frames: Iterable[Image.Image], size: tuple[int, int],
     # The first that this build of PyAV has; H.264 plays everywhere.
     codec = next(name for name in ("libx264", "libopenh264", "mpeg4") if name in av.codecs_available)
     width, height = size[0] + size[0] % 2, size[1] + size[1] % 2  # yuv420p halves both
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as file:
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart+use_metadata_tags"}) as file:
+        file.metadata.update(metadata)
         stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         if codec == "libx264":

@@ -82,7 +82,7 @@ def contributions_figure(rows: Sequence[Contribution]) -> Figure:
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_ylabel(label, fontsize=8)
         axis.set_yscale(yscale)
-        axis.grid(color="0.9", linewidth=0.6)
+        axis.grid(color="0.5", alpha=0.25, linewidth=0.6)
     _name_blocks(axes, [block.name for block in blocks])
     if len(steps) > 1:
         figure.colorbar(scale, ax=axes, label="step", fraction=0.03, pad=0.01, ticks=MaxNLocator(integer=True))
@@ -113,7 +113,7 @@ def lens_figure(lens: Lens) -> Figure:
         f"what each block adds that no affine map can (orange: under {REPLACEABLE:.0%}, replaceable)", fontsize=10, loc="left"
     )
     for axis in (errors, falls):
-        axis.grid(color="0.9", linewidth=0.6)
+        axis.grid(color="0.5", alpha=0.25, linewidth=0.6)
         axis.set_axisbelow(True)
     _name_blocks((errors, falls), [*(block.name for block in blocks), "last block"])
     return figure
@@ -129,5 +129,5 @@ def _name_blocks(axes: Sequence[Any], names: Sequence[str]) -> None:
     for axis in axes:
         axis.set_xlim(-0.5, len(names) - 0.5)
         if doubles < len(names):
-            axis.axvspan(doubles - 0.5, len(names) - 0.5, color="0.96", zorder=0)
+            axis.axvspan(doubles - 0.5, len(names) - 0.5, color="0.5", alpha=0.1, zorder=0)
     axes[-1].set_xticks(range(len(names)), names, rotation=90, fontsize=max(5, min(9, 500 / len(names))))

@@ -31,8 +31,9 @@ from ..progress import Progress, silent
 from ..recording.manifest import utc_now
 from .contributions import block_contributions, contributions_figure
 from .decoding import Decode, decode_taps
+from .graphs import fit_jpeg, graph_exif
 from .raw import write_raw
-from .report import figure_pixels
+from .report import darkened, figure_pixels
 from .sheets import captioned, cell_size, contact_sheet, difference_sheet
 from .taps import BlockTaps, Tap, View
 
@@ -81,8 +82,8 @@ def write_generations(
         generations, finals: how each image came about, and the image.
         decode: the autoencoder; None writes latents in the place of previews and sheets.
         captions: whether previews carry their step and block.
-        in_pictures: what goes into PNG text chunks beside the generation (ComfyUI's `workflow` and `prompt`), so that
-            a picture that is dragged in restores the graph; None = nothing at all goes into pictures, EXIF neither.
+        in_pictures: what goes into sheets and the final image beside the generation (ComfyUI's `workflow` and `prompt`), so
+            that a picture that is dragged in restores the graph; None = nothing at all goes into pictures.
         progress: told of every preview that is written; raise from it to stop, what was written so far stays.
         show: given every preview, just before `progress` is told of it.
 
@@ -96,13 +97,13 @@ def write_generations(
     exif = [None if in_pictures is None else generation for generation in generations]
     for folder, generation, final, known in zip(folders, generations, finals, exif, strict=True):
         write_text(folder / "metadata.json", generation.to_json() + "\n")
-        save_jpeg(folder / "img_0.jpg", final, known)
+        save_jpeg(folder / "img_0.jpg", final, known, in_pictures)
 
     write_raw(folders, taps)
     text = [None if in_pictures is None else {**in_pictures, SOFTWARE: one.to_json()} for one in generations]
     for number, folder in enumerate(folders):
         chart = contributions_figure(block_contributions(taps, number))
-        save_png(folder / "contributions.png", Image.fromarray(figure_pixels(chart)), text[number])
+        save_png(folder / "contributions.png", Image.fromarray(figure_pixels(darkened(chart))), text[number])
     if decode is None:
         _write_latents(folders, taps, view)
         return folders
@@ -166,15 +167,17 @@ def generation_files(folder: str | os.PathLike[str]) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def save_jpeg(path: Path, image: Image.Image, generation: Generation | None) -> None:
-    """A JPEG with the generation in its EXIF (prompt as description, all of it as JSON in the user comment), if given."""
+def save_jpeg(path: Path, image: Image.Image, generation: Generation | None, graph: Mapping[str, str] | None = None) -> None:
+    """A JPEG with the generation in its EXIF (prompt as description, all of it as JSON in the user comment), if given, and the
+    graph (`graphs.py`), if there is room for it."""
     options = {}
     if generation is not None:
-        exif = options["exif"] = Image.Exif()
+        exif = options["exif"] = graph_exif(graph)
         exif[Base.Software] = SOFTWARE
         exif[Base.Model] = generation.model
         exif[Base.ImageDescription] = generation.prompt
         exif.get_ifd(IFD.Exif)[Base.UserComment] = b"ASCII\0\0\0" + generation.to_json().encode("ascii")
+        fit_jpeg(exif)
     with replacing(path) as new:
         image.convert("RGB").save(new, "JPEG", quality=95, **options)
 

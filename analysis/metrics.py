@@ -134,9 +134,9 @@ def side_by_side(
     """
     differences = [(variant - reference)[:MOST_ROWS].float().abs().mean(1).cpu().numpy() for variant in variants]
     most = max(float(np.quantile(difference, 0.995)) for difference in differences) or 1.0
-    columns: list[tuple[tuple[str, ...], list[Image.Image]]] = [((heading,), _pictures(reference[:MOST_ROWS]))]
+    columns: list[tuple[tuple[str, ...], list[Image.Image]]] = [((heading,), pictures(reference))]
     for row, variant, difference in zip(rows, variants, differences, strict=True):
-        columns.append(((row.name or "variant", *row.measures), _pictures(variant[:MOST_ROWS])))
+        columns.append(((row.name or "variant", *row.measures), pictures(variant)))
         columns.append((("difference", f"white = {most:.3g}"), [heat_map(image / most) for image in difference]))
 
     height, width = reference.shape[-2:]
@@ -192,11 +192,12 @@ def _read_image(path: Path) -> Tensor:
     return torch.tensor(np.asarray(read_picture(path))).permute(2, 0, 1)[None].float() / 255
 
 
-def _pictures(images: Tensor) -> list[Image.Image]:
-    """Images in 0..1 as they are, latents by three channels stretched to 0..1."""
+def pictures(images: Tensor) -> list[Image.Image]:
+    """At most `MOST_ROWS` images [batch, channels, height, width]: those in 0..1 as they are, latents by three channels
+    stretched to 0..1."""
     if images.shape[1] != 3:
         images = (images[:, :3] if images.shape[1] > 3 else images[:, :1].expand(-1, 3, -1, -1)) / 6 + 0.5
-    return [to_picture(image) for image in images]
+    return [to_picture(image) for image in images[:MOST_ROWS]]
 
 
 def _size(images: Tensor) -> str:

@@ -14,10 +14,13 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.text import Text
 
 from ..flux.layout import FAMILY_NAMES
 from ..recording.internals import Internals
 from ..recording.statistics import SiteInternals
+from .sheets import GROUND, INK, PALE
 
 #: A neuron that fires at fewer than one token in a thousand counts as nearly dead, at more than 999 as nearly always on.
 RARE = 1e-3
@@ -126,6 +129,21 @@ def internals_figure(internals: Internals) -> Figure:
     ends.legend(fontsize=7, loc="lower right")
     for axis in (histogram, ends):
         axis.tick_params(left=False)
+    return figure
+
+
+def darkened(figure: Figure) -> Figure:
+    """The figure with pale letters on the dark ground of sheets, for nodes."""
+    ground, ink, pale = (tuple(part / 255 for part in color) for color in (GROUND, INK, PALE))
+    figure.set_facecolor(ground)
+    for axes in figure.axes:
+        axes.set_facecolor(ground)
+        axes.tick_params(which="both", colors=ink)
+        axes.spines[:].set_color(pale)
+    for text in figure.findobj(Text):
+        text.set_color(ink)
+    for legend in figure.findobj(Legend):
+        legend.get_frame().set(facecolor=ground, edgecolor=pale)
     return figure
 
 

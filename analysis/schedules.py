@@ -1,11 +1,19 @@
-"""The noise levels of a run as a small picture: sigmas_figure(FluxTimer(20).sigmas().tolist())."""
+"""The noise levels of a run as a small picture, sigmas_figure(FluxTimer(20).sigmas().tolist()), or for a page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from .charts import line_chart
+
+
+def sigmas_chart(sigmas: Sequence[float]) -> dict[str, Any]:
+    """Noise levels by step, for a page (`charts.py`)."""
+    return line_chart(f"Noise in {len(sigmas) - 1} steps", range(len(sigmas)), {"sigma": sigmas}, "step", "sigma")
 
 
 def sigmas_figure(sigmas: Sequence[float]) -> Figure:

@@ -21,8 +21,9 @@ from .taps import Tap
 #: Longest side of a sheet, and the sizes a cell may take to stay below it.
 LONGEST, SMALLEST_CELL, LARGEST_CELL = 4096, 40, 112
 GAP, MARGIN = 3, 18
-INK, PALE, EMPTY, GROUND = (30, 30, 36), (120, 120, 128), (235, 235, 238), (255, 255, 255)
-KIND_COLORS = {"double": (58, 92, 160), "single": (196, 108, 30)}
+#: Dark: sheets are looked at on the dark nodes of ComfyUI, and pictures stand out.
+INK, PALE, EMPTY, GROUND = (226, 226, 230), (152, 152, 160), (52, 52, 57), (32, 32, 36)
+KIND_COLORS = {"double": (128, 168, 240), "single": (236, 156, 84)}
 
 
 def contact_sheet(
@@ -64,9 +65,9 @@ def captioned(image: Image.Image, caption: str, font_size: int = 24, widest: str
     if factor > 1:
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
     strip = round(font_size * 1.7)
-    out = Image.new("RGB", (image.width, image.height + strip), INK)
+    out = Image.new("RGB", (image.width, image.height + strip), GROUND)
     out.paste(image.convert("RGB"))
-    ImageDraw.Draw(out).text((out.width / 2, image.height + strip / 2), caption, GROUND, text, anchor="mm")
+    ImageDraw.Draw(out).text((out.width / 2, image.height + strip / 2), caption, INK, text, anchor="mm")
     return out
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
-from ..analysis.metrics import check_comparisons, compare, comparison_table, side_by_side, write_comparisons
+from ..analysis.metrics import check_comparisons, compare, comparison_table, pictures, side_by_side, write_comparisons
 from . import host, inputs
 
 
@@ -42,6 +42,14 @@ class Compare(io.ComfyNode):
         rows = [compare(images, goal, title) for title, images in zip(titles, given.values(), strict=False)]
         if path is not None:
             write_comparisons(path, rows)
-        host.say(cls.hidden.unique_id, "\n".join(f"{row.name}: {row.text}" for row in rows))
+        text = "\n".join(f"{row.name}: {row.text}" for row in rows)
         image = host.to_images([side_by_side(rows, list(given.values()), goal)])
-        return io.NodeOutput(comparison_table(rows), image, ui=ui.PreviewImage(image, cls=cls))
+        view = {
+            "kind": "comparison",
+            "reference": "reference",
+            "names": [row.name for row in rows],
+            "measures": [row.text for row in rows],
+            "a_images": host.temporary_pictures(pictures(goal), cls),
+            "b_images": [host.temporary_pictures(pictures(images), cls) for images in given.values()],
+        }
+        return io.NodeOutput(comparison_table(rows), image, ui=host.shown(cls, text, image, view))

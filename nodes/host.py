@@ -18,13 +18,14 @@ import folder_paths
 import numpy as np
 import torch
 from comfy.cli_args import args as host_options
+from comfy_api.latest import io, ui
 from matplotlib.figure import Figure
 from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
 from ..analysis.decoding import Decode, to_picture
-from ..analysis.report import figure_pixels
+from ..analysis.report import darkened, figure_pixels
 from ..errors import UserError
 from ..recording.recording import INTERNALS, STATES
 from ..recording.store import MANIFEST
@@ -101,9 +102,14 @@ def say(node_id: str | None, text: str) -> None:
 
 
 def show(node_id: str | None, text: str) -> None:
-    """Shows some text on the node, whose letters differ in width: what stands between columns becomes a dot."""
+    """Shows some text on the node."""
     if node_id is not None:
-        PromptServer.instance.send_progress_text(re.sub(r"(?<=\S) {2,}(?=\S)", " · ", text), node_id)
+        PromptServer.instance.send_progress_text(_columns(text), node_id)
+
+
+def _columns(text: str) -> str:
+    """What stands between columns becomes a dot: `web/words.js` makes a table of it, and elsewhere letters differ in width."""
+    return re.sub(r"(?<=\S) {2,}(?=\S)", " · ", text)
 
 
 def metadata_enabled() -> bool:
@@ -190,5 +196,22 @@ def to_images(pictures: Sequence[Image.Image | np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).float().div_(255)
 
 
+def said(node: type[io.ComfyNode], text: str) -> dict[str, Any]:
+    """Says `text`, and gives it as part of a node's `ui`: what a page gets that is opened later."""
+    say(node.hidden.unique_id, text)
+    return {"flux_poke_text": [_columns(text)]}
+
+
+def shown(node: type[io.ComfyNode], text: str, image: Tensor, view: Mapping[str, Any]) -> dict[str, Any]:
+    """What a node shows, its `ui`: `text`, and `image` or, where the page can, what `web/` draws of `view` (by its `kind`)."""
+    return {**ui.PreviewImage(image, cls=node).as_dict(), **said(node, text), "flux_poke_view": [view]}
+
+
+def temporary_pictures(pictures: Sequence[Image.Image], node: type[io.ComfyNode]) -> list[dict[str, str]]:
+    """Pictures of one size as the page finds them (/view), until the host is started again."""
+    return list(ui.PreviewImage(to_images(pictures), cls=node).values)
+
+
 def figure_image(figure: Figure) -> Tensor:
-    return to_images([figure_pixels(figure)])
+    """A figure as an IMAGE, dark as nodes are."""
+    return to_images([figure_pixels(darkened(figure))])

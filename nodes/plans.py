@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..files import check_replaces
 from ..pruning.by_budget import AMOUNTS, ByBudget
@@ -69,8 +69,9 @@ class PlanNode(io.ComfyNode):
             made = on_gpu(lambda device: make_plan(dense, recording, what, device, progress), node_id)
         made.plan.save(path, host.graph_metadata(cls.hidden))
         text, image = "\n".join([*made.notes, made.plan.table()]), host.figure_image(made.figure())
-        host.say(node_id, "\n".join([*made.plan.facts(), *made.notes, *made.plan.rows()]))
-        return io.NodeOutput(made.plan, text, image, ui=ui.PreviewImage(image, cls=cls))
+        shown = "
+".join([*made.plan.facts(), *made.notes, *made.plan.rows()])
+        return io.NodeOutput(made.plan, text, image, ui=host.shown(cls, shown, image, made.chart()))
 
 
 def open_checkpoint(unet_name: str) -> Dense:

@@ -90,9 +90,10 @@ class DecodeBlockPreviews(io.ComfyNode):
             show=show,
         )
         names = [folder.name for folder in folders]
-        host.say(cls.hidden.unique_id, f"{len(run.taps)} predictions in flux_poke/{', '.join(names)}")
+        said = host.said(cls, f"{len(run.taps)} predictions in flux_poke/{', '.join(names)}")
         shown = "sheet.png" if decode else "contributions.png"
         ui = {
+            **said,
             "images": [host.output_file(folder / shown) for folder in folders],
             "flux_poke": [_for_capture(folder, generation_files(folder)) for folder in folders],
         }
@@ -148,12 +149,12 @@ class AnimateBlockPreviews(io.ComfyNode):
         path = host.output_path(inputs.chosen(folder)) / f"blocks.{format}"
         kind = None if block_type == "all" else block_type
         frames = choose_frames(find_previews(path.parent), order, kind, max_blocks or None)
-        write_animation(path, captioned_frames(frames, font_size, NodeProgress()), fps)
+        write_animation(path, captioned_frames(frames, font_size, NodeProgress()), fps, host.graph_metadata(cls.hidden))
         file = host.output_file(path)
         name = f"{file['subfolder']}/{path.name}"
-        host.say(cls.hidden.unique_id, f"{len(frames)} frames in {name}")
+        said = host.said(cls, f"{len(frames)} frames in {name}")
         written = _for_capture(path.parent, [path.name])
-        return io.NodeOutput(name, ui={"images": [file], "animated": (True,), "flux_poke": [written]})
+        return io.NodeOutput(name, ui={**said, "images": [file], "animated": (True,), "flux_poke": [written]})
 
 
 def _for_capture(folder: Path, files: Sequence[str]) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
+from ..analysis.charts import internals_map
 from ..analysis.report import internals_figure, internals_table, internals_title, padding_note
 from ..recording.recording import Recording
 from . import host, inputs
@@ -58,5 +59,5 @@ class InternalsReport(io.ComfyNode):
         inputs.require_recorded(recording)
         recorded = recording.internals()
         image, text = host.figure_image(internals_figure(recorded)), internals_table(recorded)
-        host.say(cls.hidden.unique_id, "\n".join(filter(None, [internals_title(recorded), padding_note(recorded)])))
-        return io.NodeOutput(image, text, ui=ui.PreviewImage(image, cls=cls))
+        short = "\n".join(filter(None, [internals_title(recorded), padding_note(recorded)]))
+        return io.NodeOutput(image, text, ui=host.shown(cls, short, image, internals_map(recorded)))

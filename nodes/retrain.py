@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from PIL import Image, ImageDraw
 
 from ..errors import UserError
@@ -13,7 +13,7 @@ from ..pruning.dense import Dense
 from ..pruning.plan import PruningPlan
 from ..pruning.planning import open_dense, open_recording
 from ..recording.recording import Recording
-from ..retrain.files import default_folder, draw_stats, layer_files, stats_figure, stats_table
+from ..retrain.files import default_folder, draw_stats, layer_files, stats_chart, stats_figure, stats_table
 from ..retrain.layers import METHODS, retrain
 from ..retrain.options import TrainingStatus
 from ..retrain.replaced import Replaced, RetrainedLayers
@@ -88,8 +88,7 @@ class RetrainLayers(io.ComfyNode):
         draw_stats(out)
         text, image = stats_table(stats), host.figure_image(stats_figure(stats))
         host.PictureProgress().end(host.to_pictures(image)[0])
-        host.say(cls.hidden.unique_id, f"{name}\n{text}")
-        return io.NodeOutput(name, text, image, ui=ui.PreviewImage(image, cls=cls))
+        return io.NodeOutput(name, text, image, ui=host.shown(cls, f"{name}\n{text}", image, stats_chart(stats)))
 
 
 class LossCurve:

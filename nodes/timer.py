@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
-from ..analysis.schedules import sigmas_figure
+from ..analysis.schedules import sigmas_chart, sigmas_figure
 from ..flux.sampling import SHIFTS
 from ..flux.sampling import FluxTimer as Timer
 from . import host, inputs
@@ -39,8 +39,8 @@ class FluxTimer(io.ComfyNode):
     ) -> io.NodeOutput:
         tokens = round(width * height / 256) if latent is None else host.image_tokens(latent)
         sigmas = Timer(steps, SHIFTS[shift] or static_shift, denoise).sigmas(tokens)
-        levels = [f"{sigma:.3f}" for sigma in sigmas.tolist()]
-        shown = levels if len(levels) <= 12 else [*levels[:6], "...", *levels[-5:]]
-        host.say(cls.hidden.unique_id, " ".join(shown))
-        curve = host.figure_image(sigmas_figure(sigmas.tolist()))
-        return io.NodeOutput(sigmas, ui=ui.PreviewImage(curve, cls=cls))
+        levels = sigmas.tolist()
+        words = [f"{sigma:.3f}" for sigma in levels]
+        shown = words if len(words) <= 12 else [*words[:6], "...", *words[-5:]]
+        curve = host.figure_image(sigmas_figure(levels))
+        return io.NodeOutput(sigmas, ui=host.shown(cls, " ".join(shown), curve, sigmas_chart(levels)))

@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..analysis.charts import line_chart
 from ..errors import UserError
 from ..files import size_text
 from ..flux.layout import Layout, Site
@@ -32,6 +33,12 @@ from ..recording.amplification import RELATIVE_NOISE, REMOVED
 from .curves import Ranking
 
 Kind = Literal["neurons", "ranks"]
+
+#: By the words for a kind of budget, what to ask for to save so many bytes, neurons and parameters.
+Amounts = dict[str, Callable[[float, float, float], float]]
+
+#: Points of a curve that a page draws.
+MOST_POINTS = 250
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,37 @@ class BudgetCurve:
         )
         axes.grid(alpha=0.3)
         return figure
+
+    def chart(self, taken: int, amounts: Amounts) -> dict[str, Any]:
+        """The same for a page (`analysis/charts.py`), where the mark can be dragged to another amount."""
+        totals = [np.cumsum([0, *(getattr(step, of) for step in self.steps)]) for of in ("bytes", "neurons", "parameters")]
+        memory, neurons, _ = totals
+        error = np.cumsum([0, *(step.error for step in self.steps)])
+        evenly = np.searchsorted(memory[1:], np.linspace(memory[1], memory[-1], MOST_POINTS)) + 1
+        points = sorted({*evenly.tolist(), taken} - {0})
+        size, unit = (1e9, "GB") if memory[-1] >= 1e8 else (1e6, "MB")
+        return line_chart(
+            "Memory saved against predicted error",
+            (memory[points] / size).tolist(),
+            {"": error[points].tolist()},
+            f"{unit} saved",
+            "predicted relative velocity error" if self.amplified else "predicted error (sum over all MLPs)",
+            log=True,
+            mark=points.index(taken) if taken else None,
+            more={"neurons cut": neurons[points].tolist(), "last cut": [self.steps[point - 1].site for point in points]},
+            drag={
+                "widget": "amount",
+                "unit": "budget",
+                "to": {  # between this step and the one before: what is asked for needs no more digits than it has
+                    words: [_digits(amount(*((total[point - 1] + total[point]) / 2 for total in totals))) for point in points]
+                    for words, amount in amounts.items()
+                },
+            },
+        )
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def neuron_steps(site: Site, parameters: int, error: Sequence[float], multiple: int, number: int) -> list[Step]:

@@ -21,7 +21,7 @@ from ..flux.layout import Layout
 from ..progress import Progress, part
 from ..recording.amplification import MODULATION
 from ..recording.recording import Recording
-from .budget import BudgetCurve, neuron_parameters, neuron_steps, protected_sites, rank_steps, velocity_error
+from .budget import Amounts, BudgetCurve, neuron_parameters, neuron_steps, protected_sites, rank_steps, velocity_error
 from .checkpoint import overhead
 from .curves import Ranking
 from .dense import Dense
@@ -153,7 +153,23 @@ class ByBudget:
         plan = replace(plan, ranks=curve.ranks(taken), velocity_error=curve.error(taken) if curve.amplified else None)
         file = size - sum(saved.values()) + overhead(dense, plan, self.precision)
         sizes = {"dense": size, "file": file, "neurons": saved["neurons"], "ranks": saved["ranks"]}
-        return Planned(replace(plan, sizes=sizes), (), curve, taken)
+        return Planned(replace(plan, sizes=sizes), (), curve, taken, self._amounts(dense, curve, file + sum(saved.values())))
+
+    def _amounts(self, dense: Dense, curve: BudgetCurve, whole: int) -> Amounts:
+        """What to ask for to save so many bytes, neurons and parameters of this curve, by the words for a kind of budget; a
+        file from which nothing is cut takes `whole` bytes."""
+        parameters = sum(math.prod(shape_of(dense.tensors, key)) for key in dense.tensors)
+        found: Amounts = {
+            AMOUNTS["size"]: lambda memory, neurons, cut: (whole - memory) / 1e9,
+            AMOUNTS["saved"]: lambda memory, neurons, cut: memory / 1e9,
+            AMOUNTS["share"]: lambda memory, neurons, cut: cut / parameters,
+            AMOUNTS["neurons"]: lambda memory, neurons, cut: neurons / dense.layout.neurons,
+        }
+        if any(step.kind == "ranks" for step in curve.steps):
+            del found[AMOUNTS["neurons"]]  # this kind cuts neurons alone, by another curve
+        elif self.neurons is not None and self.touch != "neurons" and dense.layout.modulated:
+            found = {AMOUNTS["neurons"]: found[AMOUNTS["neurons"]]}  # the others cut ranks too
+        return found
 
     def _touches(self, layout: Layout) -> tuple[bool, bool]:
         """Whether neurons, and ranks of modulation layers, are cut."""

@@ -10,17 +10,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from matplotlib.figure import Figure
 
+from ..analysis.charts import bar_chart
 from ..errors import UserError
 from ..flux.layout import Layout, Site, select_sites
 from ..progress import Progress
+from ..recording.internals import site_order
 from ..recording.recording import Recording
-from .budget import BudgetCurve
+from .budget import Amounts, BudgetCurve
 from .dense import Dense
 from .plan import PruningPlan, from_rankings, plan_figure
 from .scores import SCORES, rank, require_internals
@@ -31,16 +33,27 @@ Layers = tuple[int, int] | None
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, sentences on what its reader should know, and of one by budget the curve and how many of its steps were taken."""
+    """A plan, sentences on what its reader should know, and of one by budget the curve, how many of its steps were taken, and
+    what to ask for to take others."""
 
     plan: PruningPlan
     notes: tuple[str, ...] = ()
     curve: BudgetCurve | None = None
     taken: int = 0
+    amounts: Amounts = field(default_factory=dict)
 
     def figure(self) -> Figure:
         """Of a budget, memory saved against predicted error with the plan marked; else kept and cut neurons of every MLP."""
         return plan_figure(self.plan) if self.curve is None else self.curve.figure(self.taken)
+
+    def chart(self) -> dict[str, Any]:
+        """The same for a page (`analysis/charts.py`)."""
+        if self.curve is not None:
+            return self.curve.chart(self.taken, self.amounts)
+        names, (kept, neurons) = sorted(self.plan.widths, key=site_order), self.plan.neurons
+        cut = [self.plan.cut.get(name, 0) for name in names]
+        left = [self.plan.widths[name] - gone for name, gone in zip(names, cut, strict=True)]
+        return bar_chart(f"{kept:,} of {neurons:,} neurons kept", names, {"kept": left, "cut": cut}, "neurons")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,12 +22,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..analysis.charts import line_chart
 from ..errors import UserError
 from ..files import locked, write_picture, write_safetensors, write_text
 from ..flux.blocks import blocks_of, sites_at
@@ -42,6 +44,7 @@ from .options import Options, stored
 
 FORMAT = "flux-poke retrained layer 1"
 STATS, PICTURE = "layer_stats.yaml", "layer_stats.png"
+ERROR = "relative squared error, held-out images"
 
 
 @dataclass(frozen=True)
@@ -247,20 +250,21 @@ def stats_table(stats: Sequence[LayerStats]) -> str:
     return "\n".join([*lines, *(_STARTS[start] for start in sorted(starts & _STARTS.keys()))])
 
 
+def stats_chart(stats: Sequence[LayerStats]) -> dict[str, Any]:
+    """As `stats_figure`, for a page (`analysis/charts.py`)."""
+    title, names, errors = _errors(stats)
+    return line_chart(title, range(len(names)), errors, "", ERROR, labels=names, log=True)
+
+
 def stats_figure(stats: Sequence[LayerStats]) -> Figure:
     """Held-out error of every layer, or group of layers that were trained together: as cut, as training began, at the end."""
-    groups = _groups(stats)
+    title, groups, errors = _errors(stats)
     figure = Figure(figsize=(max(6.0, 0.45 * len(groups) + 2), 4.5), layout="constrained", facecolor="white")
     axes = figure.subplots()
-    for name, label, color in (
-        ("relative_cut", "as cut", "tab:gray"),
-        ("relative_start", "as training began", "tab:orange"),
-        ("relative_final", "retrained", "tab:blue"),
-    ):
-        axes.plot(range(len(groups)), [getattr(group[0], name) for group in groups.values()], "o-", color=color, label=label)
-    title = "Before and after retraining" + (", layer by layer" if len(groups) > 1 else "")
-    axes.set(yscale="log", ylabel="relative squared error, held-out images", title=title)
-    axes.set_xticks(range(len(groups)), list(groups), rotation=90 if len(groups) > 4 else 0)
+    for (label, values), color in zip(errors.items(), ("tab:blue", "tab:orange", "tab:gray"), strict=True):
+        axes.plot(range(len(groups)), values, "o-", color=color, label=label)
+    axes.set(yscale="log", ylabel=ERROR, title=title)
+    axes.set_xticks(range(len(groups)), groups, rotation=90 if len(groups) > 4 else 0)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
@@ -273,6 +277,14 @@ def draw_stats(folder: str | os.PathLike[str]) -> Path | None:
         return None
     write_picture(path, stats_figure(stats))
     return path
+
+
+def _errors(stats: Sequence[LayerStats]) -> tuple[str, list[str], dict[str, list[float]]]:
+    """A title, what layers or groups of them are called, and their errors by when they were measured."""
+    groups = _groups(stats)
+    measured = {"retrained": "relative_final", "as training began": "relative_start", "as cut": "relative_cut"}
+    errors = {label: [getattr(group[0], name) for group in groups.values()] for label, name in measured.items()}
+    return "Before and after retraining" + (", layer by layer" if len(groups) > 1 else ""), list(groups), errors
 
 
 def _groups(stats: Sequence[LayerStats]) -> dict[str, list[LayerStats]]:

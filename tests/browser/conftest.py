@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 from PIL import Image
-from playwright.sync_api import Browser, JSHandle, Page, expect, sync_playwright
+from playwright.sync_api import Browser, ElementHandle, JSHandle, Page, expect, sync_playwright
 
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 
@@ -98,6 +99,27 @@ class Canvas:
         self.page.wait_for_function("node => node.imgs?.length && node.imgs.every(image => image.naturalWidth)", arg=node)
         return node.evaluate("node => node.imgs.map(image => [image.naturalWidth, image.naturalHeight])")
 
+    def look_at(self, kind: str) -> None:
+        """Moves the canvas so that the first node of a class is in view at its full size."""
+        self.node(kind).evaluate(
+            """node => {
+                app.canvas.ds.scale = 1
+                app.canvas.ds.offset = [120 - node.pos[0], 110 - node.pos[1]]
+                app.canvas.draw(true, true)
+            }"""
+        )
+
+    def part(self, kind: str, widget: str, selector: str) -> ElementHandle:
+        """A part of the element of a widget of the first node of class `kind`, in view."""
+        self.look_at(kind)
+        found = self.page.wait_for_function(
+            """([kind, name, selector]) => app.graph.nodes.find(node => node.type === kind)
+                .widgets.find(widget => widget.name === name)?.element.querySelector(selector)""",
+            arg=[kind, widget, selector],
+        ).as_element()
+        found.wait_for_element_state("stable")
+        return found
+
     def expect_text(self, text: str) -> None:
         """Waits until `text` can be seen somewhere on the page."""
         expect(self.page.get_by_text(text).first).to_be_visible(timeout=PATIENCE)
@@ -128,12 +150,25 @@ def models(host) -> None:
                 file.touch()
 
 
+@pytest.fixture(scope="session")
+def opened(host, browser: Browser, models, server) -> Callable[[bool], AbstractContextManager[Canvas]]:
+    """Opens a fresh page, which draws nodes itself, or has them as elements (True: Nodes 2.0)."""
+
+    @contextmanager
+    def page(nodes_2: bool) -> Iterator[Canvas]:
+        settings = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": nodes_2}
+        requests.post(f"http://{server.address}/settings", json=settings, timeout=60).raise_for_status()
+        with browser.new_context(viewport={"width": 1600, "height": 900}) as context:
+            context.set_default_timeout(PATIENCE)
+            canvas = Canvas(context.new_page())
+            canvas.visit(server.address)
+            yield canvas
+
+    return page
+
+
 @pytest.fixture
-def canvas(host, browser: Browser, models, server) -> Iterator[Canvas]:
+def canvas(opened) -> Iterator[Canvas]:
     """A fresh page."""
-    requests.post(f"http://{server.address}/settings", json={"Comfy.TutorialCompleted": True}, timeout=60).raise_for_status()
-    with browser.new_context(viewport={"width": 1600, "height": 900}) as context:
-        context.set_default_timeout(PATIENCE)
-        canvas = Canvas(context.new_page())
-        canvas.visit(server.address)
+    with opened(False) as canvas:
         yield canvas

@@ -113,6 +113,19 @@ def test_odd_sizes_become_even_in_mp4(tmp_path):
     assert [frame.size for frame in frames_of(tmp_path / "odd.mp4")] == [(34, 18)] * 3
 
 
+def test_films_carry_the_graph_that_made_them(folder):
+    graph = {"workflow": '{"nodes": []}', "prompt": '{"1": {}}'}
+    for ending in (".mp4", ".webp"):
+        path = folder / f"blocks{ending}"
+        write_animation(path, captioned_frames(find_previews(folder)), graph=graph)
+        if ending == ".mp4":
+            with av.open(str(path)) as file:
+                assert {key: file.metadata[key] for key in graph} == graph
+        else:
+            with Image.open(path) as image:
+                assert {*image.getexif().values()} == {f"{key}:{value}" for key, value in graph.items()}
+
+
 @pytest.mark.parametrize(
     ("name", "fps", "match"),
     [

@@ -10,7 +10,7 @@ import pytest
 import torch
 from flux_poke.analysis.contributions import block_contributions, contributions_figure
 from flux_poke.analysis.decoding import decode_taps
-from flux_poke.analysis.generation import Generation, find_previews, generation_files, write_generations
+from flux_poke.analysis.generation import Generation, find_previews, generation_files, save_jpeg, write_generations
 from flux_poke.analysis.sheets import contact_sheet, difference_sheet
 from flux_poke.analysis.taps import BlockTaps, Tap, TapRecorder
 from flux_poke.errors import UserError
@@ -123,6 +123,17 @@ def test_metadata_says_how_the_image_came_about(tmp_path, run):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("prompt", "workflow", "left"), [(10, 10, 2), (60_000, 10_000, 1), (10, 70_000, 0)])
+def test_a_jpeg_has_as_much_of_the_graph_as_there_is_room_for(tmp_path, prompt, workflow, left):
+    graph = {"workflow": json.dumps("w" * workflow), "prompt": json.dumps("p" * prompt)}
+    save_jpeg(tmp_path / "a.jpg", Image.new("RGB", (8, 8)), generation(), graph)
+    with Image.open(tmp_path / "a.jpg") as image:
+        exif = image.getexif()
+        found = [exif[tag] for tag in (Base.Make, Base.HostComputer) if tag in exif]
+        assert found == [f"{key}:{graph[key]}" for key in graph][:left]
+        assert exif[Base.Model] == generation().model
+
+
 def test_pictures_carry_generation_and_graph_unless_that_is_disabled(tmp_path, run):
     (folder, _), (one, _), _ = written(tmp_path, run, in_pictures={"workflow": '{"nodes": []}'})
     for path in (folder / "img_0.jpg", find_previews(folder)[3][1]):
@@ -131,6 +142,8 @@ def test_pictures_carry_generation_and_graph_unless_that_is_disabled(tmp_path, r
             assert (exif[Base.Software], exif[Base.Model]) == ("flux-poke", "flux1-tiny")
             comment = exif.get_ifd(IFD.Exif)[Base.UserComment]
             assert json.loads(comment.removeprefix(b"ASCII\0\0\0")) == json.loads(one.to_json())
+    with Image.open(folder / "img_0.jpg") as image:
+        assert image.getexif()[Base.Make] == 'workflow:{"nodes": []}'
     with Image.open(folder / "sheet.png") as image:
         assert image.info["workflow"] == '{"nodes": []}'
         assert json.loads(image.info["flux-poke"]) == json.loads(one.to_json())

@@ -4,45 +4,33 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from flux_poke.errors import UserError
 from flux_poke.recording.internals import Internals
 from PIL import Image
+from shipped import CANVAS, WORKFLOWS, untitled
 
-WORKFLOWS = Path(__file__).parents[2] / "workflows"
-NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
-TRY_IT = WORKFLOWS / "try_it_tiny.json"
+NAMES = list(CANVAS)
+TRY_IT = CANVAS["try_it_tiny"]
 RECORD = "FluxPokeRecordInternals"
 
 #: Groups of the all-in-one workflows that are off until they are needed, and the nodes in them.
 ONCE = {"plan": ("FluxPokeInternalsReport", "FluxPokePlanByBudget"), "retrain": ("FluxPokeRetrainLayers",)}
 
 
-def untitled(graph: dict[str, Any]) -> dict[str, Any]:
-    return {number: (node["class_type"], node["inputs"]) for number, node in graph.items()}
-
-
 def test_every_workflow_has_an_api_form_and_a_square_thumbnail():
     forms = {path.stem for path in (WORKFLOWS / "api").glob("*.json")}
     assert forms == {*NAMES, *(f"{name}.{group}" for name in NAMES if "all_in_one" in name for group in ONCE)}
     for name in NAMES:
-        width, height = Image.open(WORKFLOWS / f"{name}.jpg").size
+        width, height = Image.open(CANVAS[name].with_suffix(".jpg")).size
         assert width == height == 512, name
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_workflow_opens_without_complaint_and_is_the_one_for_the_api(canvas, workflow, name: str):
-    canvas.drop(WORKFLOWS / f"{name}.json")
-    assert canvas.complaints() == ""
-    assert untitled(canvas.graph()) == untitled(workflow(name))
 
 
 @pytest.mark.parametrize("group", ONCE)
 @pytest.mark.parametrize("name", [name for name in NAMES if "all_in_one" in name])
 def test_all_in_one_with_a_group_switched_on_is_there_for_the_api_too(canvas, workflow, name: str, group: str):
-    canvas.drop(WORKFLOWS / f"{name}.json")
+    canvas.drop(CANVAS[name])
     canvas.set_group(f"Once: {group}", "Always")
     canvas.page.wait_for_function("kind => app.graph.nodes.find(node => node.type === kind).mode === 0", arg=ONCE[group][0])
     assert untitled(canvas.graph()) == untitled(workflow(f"{name}.{group}"))
@@ -73,7 +61,7 @@ def test_run_draws_pictures_and_shows_what_was_recorded(canvas, host):
 
 
 def test_the_sheet_of_all_blocks_takes_the_place_of_the_live_preview(canvas, host):
-    canvas.drop(WORKFLOWS / "see_every_block_tiny.json")
+    canvas.drop(CANVAS["see_every_block_tiny"])
     canvas.write("FluxPokeTapBlocks", "at_steps", "0, 10, 19")
     before = {*(host.output / "flux_poke").glob("*/sheet.png")}
     assert canvas.run() == "execution_success"
@@ -93,19 +81,19 @@ def test_the_server_takes_what_needs_the_large_model_until_it_opens_the_empty_fi
 
 
 def test_retraining_ends_with_the_errors_of_all_layers_in_place_of_the_loss_curve(canvas):
-    canvas.drop(WORKFLOWS / "retrain_layers_tiny.json")
+    canvas.drop(CANVAS["retrain_layers_tiny"])
     assert canvas.run() == "execution_success"
     ((width, height),) = canvas.pictures("FluxPokeRetrainLayers")
     assert (width, height) != (512, 256)  # the curve's
     canvas.expect_text("single-3")
-    canvas.drop(WORKFLOWS / "run_with_replaced_layers_tiny.json")
+    canvas.drop(CANVAS["run_with_replaced_layers_tiny"])
     assert canvas.run() == "execution_success"
     canvas.expect_text("6 layers replaced, neurons cut: img512_txt512_single1024")
     assert canvas.pictures("SaveImage") == 4 * [[256, 256]]
 
 
 def test_all_in_one_does_what_its_note_says(canvas):
-    canvas.drop(WORKFLOWS / "flux_poke_all_in_one_tiny.json")
+    canvas.drop(CANVAS["flux_poke_all_in_one_tiny"])
 
     def draw(use: str) -> str:
         canvas.write("FluxPokeChooseModel", "use", use)
@@ -123,7 +111,7 @@ def test_all_in_one_does_what_its_note_says(canvas):
 
 
 def test_one_run_makes_a_flux_of_the_size_asked_for(canvas, host):
-    canvas.drop(WORKFLOWS / "fit_flux_tiny.json")
+    canvas.drop(CANVAS["fit_flux_tiny"])
     assert canvas.run() == "execution_success"
     canvas.expect_text("60 images drawn in")
     canvas.expect_text("predicted relative velocity error")
@@ -162,7 +150,7 @@ def test_the_templates_list_the_workflows_with_their_thumbnails(canvas):
     canvas.page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     canvas.page.get_by_role("dialog").get_by_text("flux-poke-under-test").first.click()
     for name in NAMES:
-        card = canvas.page.get_by_test_id(f"template-workflow-{name}")
+        card = canvas.page.get_by_test_id(f"template-workflow-{CANVAS[name].stem}")
         card.scroll_into_view_if_needed()  # pictures that nobody sees are not loaded
         image = card.locator("img").first
         image.wait_for()

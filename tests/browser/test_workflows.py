@@ -9,6 +9,7 @@ import pytest
 from flux_poke.errors import UserError
 from flux_poke.recording.internals import Internals
 from PIL import Image
+from playwright.sync_api import expect
 from shipped import CANVAS, WORKFLOWS, untitled
 
 NAMES = list(CANVAS)
@@ -156,6 +157,15 @@ def test_the_templates_list_the_workflows_with_their_thumbnails(canvas):
         image.wait_for()
         assert "default-template" not in image.get_attribute("src")  # ComfyUI's own, where a pack has no picture
         assert image.evaluate("image => image.decode().then(() => image.naturalWidth)") == 512
+
+
+def test_all_workflows_are_found_by_the_name_of_the_pack_and_sorted_by_what_to_try_first(canvas):
+    canvas.page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    dialog = canvas.page.get_by_role("dialog")
+    dialog.get_by_text("flux-poke-under-test").first.click()
+    dialog.get_by_placeholder("Search").first.fill("flux poke")
+    cards = dialog.locator("[data-testid^='template-workflow-Flux Poke']")
+    expect(cards).to_have_count(len(NAMES))
 
 
 def test_a_node_shows_its_help_page(canvas):

@@ -57,6 +57,7 @@ def test_run_draws_pictures_and_shows_what_was_recorded(canvas, host):
     canvas.expect_text("FLUX.1: 4,096 neurons in 8 MLPs")
 
     assert canvas.run() == "execution_success"  # with the next seed, which the page has drawn
+    canvas.look_at(RECORD)
     canvas.expect_text("tiny: 2 runs")
     assert Internals.load(host.internals).runs == 2
 
@@ -67,8 +68,9 @@ def test_the_sheet_of_all_blocks_takes_the_place_of_the_live_preview(canvas, hos
     before = {*(host.output / "flux_poke").glob("*/sheet.png")}
     assert canvas.run() == "execution_success"
     (sheet,) = {*(host.output / "flux_poke").glob("*/sheet.png")} - before
-    assert canvas.pictures("FluxPokeDecodeBlockPreviews") == [list(Image.open(sheet).size)]
     canvas.expect_text("18 block predictions at 3 of 20 steps")
+    assert canvas.pictures("FluxPokeDecodeBlockPreviews") == [list(Image.open(sheet).size)]
+    canvas.look_at("FluxPokeAnimateBlockPreviews")
     canvas.page.wait_for_function(
         "node => node.widgets.some(widget => widget.name.includes('video') || widget.name.includes('animation'))",
         arg=canvas.node("FluxPokeAnimateBlockPreviews"),
@@ -115,10 +117,12 @@ def test_one_run_makes_a_flux_of_the_size_asked_for(canvas, host):
     canvas.drop(CANVAS["fit_flux_tiny"])
     assert canvas.run() == "execution_success"
     canvas.expect_text("60 images drawn in")
+    canvas.look_at("FluxPokePlanByBudget")
     canvas.expect_text("predicted relative velocity error")
     asked = canvas.node("FluxPokePlanByBudget").evaluate("node => node.widgets.find(w => w.name === 'amount').value") * 1e9
     (file,) = (host.base / "models" / "diffusion_models").glob("fitted-tiny.safetensors")
     assert abs(file.stat().st_size - asked) < 0.01 * asked
+    canvas.look_at("FluxPokeCompare")
     canvas.expect_text("fitted: relative MSE")
     assert canvas.pictures("FluxPokeCompare")
     (width, height) = canvas.node("FluxPokeCompare").evaluate("node => [node.imgs[0].naturalWidth, node.imgs[0].naturalHeight]")

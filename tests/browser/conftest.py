@@ -45,6 +45,31 @@ class Canvas:
         self.page.wait_for_function("() => app.graph.nodes.length > 0")
         self.page.wait_for_timeout(1500)  # what the graph lacks is looked up after it is drawn
 
+    def layout(self) -> dict[str, Any]:
+        """The page as it is drawn, in its pixels: `scale`, and `left, top, right, bottom` of `nodes`, `groups` and the `note`.
+
+        A node is drawn on the canvas, or by Nodes 2.0 as an element of the page.
+        """
+        return self.page.evaluate(
+            """() => {
+                const {ds, canvas} = app.canvas, box = canvas.getBoundingClientRect()
+                const drawn = ([x, y, width, height]) => [
+                    box.x + (x + ds.offset[0]) * ds.scale, box.y + (y + ds.offset[1]) * ds.scale,
+                    box.x + (x + width + ds.offset[0]) * ds.scale, box.y + (y + height + ds.offset[1]) * ds.scale,
+                ]
+                const place = node => {
+                    const element = document.querySelector(`[data-node-id="${node.id}"]`)
+                    if (!element) return drawn(node.boundingRect)
+                    const {left, top, right, bottom} = element.getBoundingClientRect()
+                    return [left, top, right, bottom]
+                }
+                const nodes = {}, note = app.graph.nodes.find(node => node.type === "MarkdownNote")
+                for (const node of app.graph.nodes) if (node !== note) nodes[`${node.id} ${node.type}`] = place(node)
+                const groups = Object.fromEntries(app.graph.groups.map(group => [group.title, drawn(group.boundingRect)]))
+                return {scale: ds.scale, nodes, groups, note: note && place(note)}
+            }"""
+        )
+
     def graph(self) -> dict[str, Any]:
         """The graph on the canvas in the form that the server gets."""
         return self.page.evaluate("async () => (await app.graphToPrompt()).output")
@@ -93,9 +118,14 @@ class Canvas:
         self.page.get_by_test_id("queue-button").click()
         return self.page.evaluate("() => window.ended")
 
+    def look_at(self, kind: str) -> None:
+        """Brings the first node of a class into the middle of the page: what nobody sees is neither drawn nor loaded."""
+        self.node(kind).evaluate("node => app.canvas.centerOnNode(node)")
+
     def pictures(self, kind: str) -> list[list[int]]:
-        """Width and height of every picture that the first node of a class shows; waits until there are some."""
+        """Width and height of every picture that the first node of a class shows; looks at it until there are some."""
         node = self.node(kind)
+        self.look_at(kind)
         self.page.wait_for_function("node => node.imgs?.length && node.imgs.every(image => image.naturalWidth)", arg=node)
         return node.evaluate("node => node.imgs.map(image => [image.naturalWidth, image.naturalHeight])")
 
@@ -141,9 +171,12 @@ def browser() -> Iterator[Browser]:
 def models(host) -> None:
     """An empty file for each model that a workflow names, and a picture for each picture, so that the page misses none."""
     for path in WORKFLOWS.glob("*.json"):
-        for node in json.loads(path.read_text())["nodes"]:
+        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
             if node["type"] == "LoadImage":
                 Image.new("RGB", (64, 64)).save(host.base / "input" / node["widgets_values"][0])
+            if node["type"] == "FluxPokeLoadRecording" and "tiny" not in path.stem:
+                (recording := host.recorded(node["widgets_values"][0])).parent.mkdir(parents=True, exist_ok=True)
+                recording.touch()
             for model in node["properties"].get("models", []):
                 file = host.base / "models" / model["directory"] / model["name"]
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -151,24 +184,24 @@ def models(host) -> None:
 
 
 @pytest.fixture(scope="session")
-def opened(host, browser: Browser, models, server) -> Callable[[bool], AbstractContextManager[Canvas]]:
-    """Opens a fresh page, which draws nodes itself, or has them as elements (True: Nodes 2.0)."""
+def open_canvas(browser: Browser, models, server) -> Callable[..., AbstractContextManager[Canvas]]:
+    """Opens a fresh page; with `nodes2`, nodes are Nodes 2.0, which are elements of the page, in place of drawn ones."""
 
     @contextmanager
-    def page(nodes_2: bool) -> Iterator[Canvas]:
-        settings = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": nodes_2}
+    def opened(width: int = 1600, height: int = 900, nodes2: bool = False) -> Iterator[Canvas]:
+        settings = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": nodes2}
         requests.post(f"http://{server.address}/settings", json=settings, timeout=60).raise_for_status()
-        with browser.new_context(viewport={"width": 1600, "height": 900}) as context:
+        with browser.new_context(viewport={"width": width, "height": height}) as context:
             context.set_default_timeout(PATIENCE)
             canvas = Canvas(context.new_page())
             canvas.visit(server.address)
             yield canvas
 
-    return page
+    return opened
 
 
 @pytest.fixture
-def canvas(opened) -> Iterator[Canvas]:
+def canvas(open_canvas) -> Iterator[Canvas]:
     """A fresh page."""
-    with opened(False) as canvas:
-        yield canvas
+    with open_canvas() as opened:
+        yield opened

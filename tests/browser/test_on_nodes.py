@@ -75,10 +75,10 @@ class Seen:
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["classic", "nodes 2.0"])
-def seen(request, host, opened, tmp_path_factory) -> Iterator[Seen]:
+def seen(request, host, open_canvas, tmp_path_factory) -> Iterator[Seen]:
     path = tmp_path_factory.mktemp("graphs") / "on_nodes.json"
     path.write_text(json.dumps(graph(seed=request.param)))
-    with opened(request.param) as canvas:
+    with open_canvas(nodes2=request.param) as canvas:
         before = {*(host.output / "flux_poke").glob("*/blocks.mp4")}
         canvas.drop(path)
         canvas.page.evaluate("() => app.graph.nodes.forEach((node, at) => { node.pos = [800 * at, 0] })")

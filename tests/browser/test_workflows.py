@@ -4,45 +4,34 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from flux_poke.errors import UserError
 from flux_poke.recording.internals import Internals
 from PIL import Image
+from playwright.sync_api import expect
+from shipped import CANVAS, WORKFLOWS, untitled
 
-WORKFLOWS = Path(__file__).parents[2] / "workflows"
-NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
-TRY_IT = WORKFLOWS / "try_it_tiny.json"
+NAMES = list(CANVAS)
+TRY_IT = CANVAS["try_it_tiny"]
 RECORD = "FluxPokeRecordInternals"
 
 #: Groups of the all-in-one workflows that are off until they are needed, and the nodes in them.
 ONCE = {"plan": ("FluxPokeInternalsReport", "FluxPokePlanByBudget"), "retrain": ("FluxPokeRetrainLayers",)}
 
 
-def untitled(graph: dict[str, Any]) -> dict[str, Any]:
-    return {number: (node["class_type"], node["inputs"]) for number, node in graph.items()}
-
-
 def test_every_workflow_has_an_api_form_and_a_square_thumbnail():
     forms = {path.stem for path in (WORKFLOWS / "api").glob("*.json")}
     assert forms == {*NAMES, *(f"{name}.{group}" for name in NAMES if "all_in_one" in name for group in ONCE)}
     for name in NAMES:
-        width, height = Image.open(WORKFLOWS / f"{name}.jpg").size
+        width, height = Image.open(CANVAS[name].with_suffix(".jpg")).size
         assert width == height == 512, name
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_workflow_opens_without_complaint_and_is_the_one_for_the_api(canvas, workflow, name: str):
-    canvas.drop(WORKFLOWS / f"{name}.json")
-    assert canvas.complaints() == ""
-    assert untitled(canvas.graph()) == untitled(workflow(name))
 
 
 @pytest.mark.parametrize("group", ONCE)
 @pytest.mark.parametrize("name", [name for name in NAMES if "all_in_one" in name])
 def test_all_in_one_with_a_group_switched_on_is_there_for_the_api_too(canvas, workflow, name: str, group: str):
-    canvas.drop(WORKFLOWS / f"{name}.json")
+    canvas.drop(CANVAS[name])
     canvas.set_group(f"Once: {group}", "Always")
     canvas.page.wait_for_function("kind => app.graph.nodes.find(node => node.type === kind).mode === 0", arg=ONCE[group][0])
     assert untitled(canvas.graph()) == untitled(workflow(f"{name}.{group}"))
@@ -68,18 +57,20 @@ def test_run_draws_pictures_and_shows_what_was_recorded(canvas, host):
     canvas.expect_text("FLUX.1: 4,096 neurons in 8 MLPs")
 
     assert canvas.run() == "execution_success"  # with the next seed, which the page has drawn
+    canvas.look_at(RECORD)
     canvas.expect_text("tiny: 2 runs")
     assert Internals.load(host.internals).runs == 2
 
 
 def test_the_sheet_of_all_blocks_takes_the_place_of_the_live_preview(canvas, host):
-    canvas.drop(WORKFLOWS / "see_every_block_tiny.json")
+    canvas.drop(CANVAS["see_every_block_tiny"])
     canvas.write("FluxPokeTapBlocks", "at_steps", "0, 10, 19")
     before = {*(host.output / "flux_poke").glob("*/sheet.png")}
     assert canvas.run() == "execution_success"
     (sheet,) = {*(host.output / "flux_poke").glob("*/sheet.png")} - before
-    assert canvas.pictures("FluxPokeDecodeBlockPreviews") == [list(Image.open(sheet).size)]
     canvas.expect_text("18 block predictions at 3 of 20 steps")
+    assert canvas.pictures("FluxPokeDecodeBlockPreviews") == [list(Image.open(sheet).size)]
+    canvas.look_at("FluxPokeAnimateBlockPreviews")
     canvas.page.wait_for_function(
         "node => node.widgets.some(widget => widget.name.includes('video') || widget.name.includes('animation'))",
         arg=canvas.node("FluxPokeAnimateBlockPreviews"),
@@ -93,19 +84,19 @@ def test_the_server_takes_what_needs_the_large_model_until_it_opens_the_empty_fi
 
 
 def test_retraining_ends_with_the_errors_of_all_layers_in_place_of_the_loss_curve(canvas):
-    canvas.drop(WORKFLOWS / "retrain_layers_tiny.json")
+    canvas.drop(CANVAS["retrain_layers_tiny"])
     assert canvas.run() == "execution_success"
     ((width, height),) = canvas.pictures("FluxPokeRetrainLayers")
     assert (width, height) != (512, 256)  # the curve's
     canvas.expect_text("single-3")
-    canvas.drop(WORKFLOWS / "run_with_replaced_layers_tiny.json")
+    canvas.drop(CANVAS["run_with_replaced_layers_tiny"])
     assert canvas.run() == "execution_success"
     canvas.expect_text("6 layers replaced, neurons cut: img512_txt512_single1024")
     assert canvas.pictures("SaveImage") == 4 * [[256, 256]]
 
 
 def test_all_in_one_does_what_its_note_says(canvas):
-    canvas.drop(WORKFLOWS / "flux_poke_all_in_one_tiny.json")
+    canvas.drop(CANVAS["flux_poke_all_in_one_tiny"])
 
     def draw(use: str) -> str:
         canvas.write("FluxPokeChooseModel", "use", use)
@@ -123,13 +114,15 @@ def test_all_in_one_does_what_its_note_says(canvas):
 
 
 def test_one_run_makes_a_flux_of_the_size_asked_for(canvas, host):
-    canvas.drop(WORKFLOWS / "fit_flux_tiny.json")
+    canvas.drop(CANVAS["fit_flux_tiny"])
     assert canvas.run() == "execution_success"
     canvas.expect_text("60 images drawn in")
+    canvas.look_at("FluxPokePlanByBudget")
     canvas.expect_text("predicted relative velocity error")
     asked = canvas.node("FluxPokePlanByBudget").evaluate("node => node.widgets.find(w => w.name === 'amount').value") * 1e9
     (file,) = (host.base / "models" / "diffusion_models").glob("fitted-tiny.safetensors")
     assert abs(file.stat().st_size - asked) < 0.01 * asked
+    canvas.look_at("FluxPokeCompare")
     canvas.expect_text("fitted: relative MSE")
     assert canvas.pictures("FluxPokeCompare")
     (width, height) = canvas.node("FluxPokeCompare").evaluate("node => [node.imgs[0].naturalWidth, node.imgs[0].naturalHeight]")
@@ -162,12 +155,21 @@ def test_the_templates_list_the_workflows_with_their_thumbnails(canvas):
     canvas.page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     canvas.page.get_by_role("dialog").get_by_text("flux-poke-under-test").first.click()
     for name in NAMES:
-        card = canvas.page.get_by_test_id(f"template-workflow-{name}")
+        card = canvas.page.get_by_test_id(f"template-workflow-{CANVAS[name].stem}")
         card.scroll_into_view_if_needed()  # pictures that nobody sees are not loaded
         image = card.locator("img").first
         image.wait_for()
         assert "default-template" not in image.get_attribute("src")  # ComfyUI's own, where a pack has no picture
         assert image.evaluate("image => image.decode().then(() => image.naturalWidth)") == 512
+
+
+def test_all_workflows_are_found_by_the_name_of_the_pack_and_sorted_by_what_to_try_first(canvas):
+    canvas.page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    dialog = canvas.page.get_by_role("dialog")
+    dialog.get_by_text("flux-poke-under-test").first.click()
+    dialog.get_by_placeholder("Search").first.fill("flux poke")
+    cards = dialog.locator("[data-testid^='template-workflow-Flux Poke']")
+    expect(cards).to_have_count(len(NAMES))
 
 
 def test_a_node_shows_its_help_page(canvas):

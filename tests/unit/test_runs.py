@@ -11,6 +11,7 @@ from flux_poke.headless.queue import marked, recording_names
 from flux_poke.headless.runs import make_runs, parse_setting, prompt_places, read_graph
 from flux_poke.headless.workflow import WORKFLOWS
 from flux_poke.recording.queued import MARK, QueuedRun
+from shipped import CANVAS
 
 #: Workflows that draw different prompts on purpose, or ask for none.
 DIFFERENT = {
@@ -143,7 +144,7 @@ def test_a_file_that_is_no_graph_is_named_with_what_to_do(tmp_path, content, sen
 
 def test_the_canvas_file_of_a_shipped_workflow_is_told_apart(tmp_path):
     with pytest.raises(WrongArguments, match=r"Export \(API\)"):
-        read_graph(WORKFLOWS.parent / "try_it_tiny.json")
+        read_graph(CANVAS["try_it_tiny"])
 
 
 def test_a_graph_as_it_is_sent_is_taken_too(tiny, tmp_path):

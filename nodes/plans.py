@@ -69,8 +69,7 @@ class PlanNode(io.ComfyNode):
             made = on_gpu(lambda device: make_plan(dense, recording, what, device, progress), node_id)
         made.plan.save(path, host.graph_metadata(cls.hidden))
         text, image = "\n".join([*made.notes, made.plan.table()]), host.figure_image(made.figure())
-        shown = "
-".join([*made.plan.facts(), *made.notes, *made.plan.rows()])
+        shown = "\n".join([*made.plan.facts(), *made.notes, *made.plan.rows()])
         return io.NodeOutput(made.plan, text, image, ui=host.shown(cls, shown, image, made.chart()))
 
 

@@ -118,10 +118,6 @@ class Canvas:
         self.page.get_by_test_id("queue-button").click()
         return self.page.evaluate("() => window.ended")
 
-    def look_at(self, kind: str) -> None:
-        """Brings the first node of a class into the middle of the page: what nobody sees is neither drawn nor loaded."""
-        self.node(kind).evaluate("node => app.canvas.centerOnNode(node)")
-
     def pictures(self, kind: str) -> list[list[int]]:
         """Width and height of every picture that the first node of a class shows; looks at it until there are some."""
         node = self.node(kind)

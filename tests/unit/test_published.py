@@ -157,7 +157,10 @@ def workflows_of_the_tiny_flux() -> set[str]:
 def test_comfy_test_runs_every_workflow_that_needs_no_download_after_those_it_loads_from():
     given = tomllib.loads((ROOT / "comfy-test.toml").read_text(encoding="utf-8"))["test"]["workflows"]["run"]
     assert sorted(given) == sorted(workflows_of_the_tiny_flux())
-    assert given.index("retrain_layers_tiny") < given.index("run_with_replaced_layers_tiny")
+    first, then = (
+        next(at for at, name in enumerate(given) if title in name) for title in ("Retrain layers", "Run with replaced layers")
+    )
+    assert first < then
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name)

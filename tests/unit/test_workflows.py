@@ -12,8 +12,7 @@ from shipped import CANVAS, WORKFLOWS
 NAMES = list(CANVAS)
 #: What nodes are called in sentences: without the pack's name, by which a search tells them from others.
 PAGES = {
-    re.match(r"# (.+?)(?: \(Flux Poke\))?
-", path.read_text(encoding="utf-8"))[1]  # type: ignore[index]
+    re.match(r"# (.+?)(?: \(Flux Poke\))?\n", path.read_text(encoding="utf-8"))[1]  # type: ignore[index]
     for path in (WORKFLOWS.parent / "web" / "docs").glob("*.md")
 }
 

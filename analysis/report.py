@@ -134,7 +134,7 @@ def internals_figure(internals: Internals) -> Figure:
 
 def darkened(figure: Figure) -> Figure:
     """The figure with pale letters on the dark ground of sheets, for nodes."""
-    ground, ink, pale = (tuple(part / 255 for part in color) for color in (GROUND, INK, PALE))
+    ground, ink, pale = ("#" + bytes(color).hex() for color in (GROUND, INK, PALE))
     figure.set_facecolor(ground)
     for axes in figure.axes:
         axes.set_facecolor(ground)

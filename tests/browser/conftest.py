@@ -143,6 +143,7 @@ class Canvas:
                 .widgets.find(widget => widget.name === name)?.element.querySelector(selector)""",
             arg=[kind, widget, selector],
         ).as_element()
+        assert found
         found.wait_for_element_state("stable")
         return found
 

@@ -167,8 +167,9 @@ def test_the_map_tells_block_neuron_and_how_often_it_fires(seen, host):
     for down in (0.25, 0.5, 0.75):
         told = point(seen, REPORT, 0.4, down)
         expected = r"([\w-]+) · neuron ([\d,]+) of ([\d,]+) · fires at ([\d.e-]+) % of tokens"
-        assert re.fullmatch(expected, told)
-        name, neuron, of, percent = re.fullmatch(expected, told).groups()
+        found = re.fullmatch(expected, told)
+        assert found
+        name, neuron, of, percent = found.groups()
         rate = recorded.sites[name].rate
         assert int(of) == len(rate)
         assert float(percent) == pytest.approx(100 * rate[int(neuron)].item(), rel=0.01, abs=0.002)
@@ -188,7 +189,7 @@ def test_dragging_the_budget_asks_for_what_the_next_plan_does(seen):
     assert canvas.run() == "execution_success"
     shown = canvas.part(PLAN, VIEW, ".flux-poke-caption")
     canvas.page.wait_for_function("caption => caption.innerText.startsWith('This plan')", arg=shown)
-    cut = [int(re.search(r"neurons cut ([\d,]+)", text)[1].replace(",", "")) for text in (told, caption(seen, PLAN))]
+    cut = [int(re.findall(r"neurons cut ([\d,]+)", text)[0].replace(",", "")) for text in (told, caption(seen, PLAN))]
     assert cut[0] == cut[1]
     assert cut[0] / 4096 == pytest.approx(asked, rel=3e-3)
 

@@ -127,7 +127,7 @@ def test_what_a_blueprint_records_is_planned_cut_saved_and_compared_by_two_other
         """() => {
             app.graph.clear()
             const values = {KSampler: {steps: 4, cfg: 1, seed: 1}, CLIPTextEncode: {text: "a handwritten five"},
-                            EmptySD3LatentImage: {width: 64, height: 64, batch_size: 64}}
+                            EmptySD3LatentImage: {width: 64, height: 64, batch_size: 80}}
             for (const type of ["FluxPokeLoadTinyFlux", "ConditioningZeroOut", ...Object.keys(values)]) {
                 const node = LiteGraph.createNode(type)
                 app.graph.add(node)

@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..files import size_text
 from ..flux.layout import Layout
 from ..progress import Progress, part
+from ..prompts import ENOUGH
 from ..recording.amplification import MODULATION
 from ..recording.recording import Recording
 from .budget import Amounts, BudgetCurve, neuron_parameters, neuron_steps, protected_sites, rank_steps, velocity_error
@@ -32,6 +33,9 @@ from .requests import Planned
 from .rounding_errors import rounding_errors
 from .scores import rank
 from .surgery import shape_of
+
+#: Below so many recorded images, errors on other prompts were up to 35 times those predicted (benchmarks/README.md).
+FEW = 24
 
 #: What the amount of a budget can be, by field of `ByBudget`, in words.
 AMOUNTS = {
@@ -141,6 +145,12 @@ class ByBudget:
                 "An error counts alike wherever it is made, since what it does to the picture was measured of "
                 f"{len(needed) - len(unmeasured)} of {len(needed)} MLPs (not of {unmeasured[0]}, for one): record again with "
                 "probe steps (Record, or `uv run flux-poke record`) for a better plan with a predicted error."
+            )
+        images = len(recording.states().images(layout.sites[0].name)) if touches_neurons else FEW
+        if images < FEW:
+            notes.append(
+                f"The rows are of {images} images: prompts that say anything else may come out far worse than predicted. "
+                f"Record {ENOUGH} images of different prompts."
             )
         return replace(planned, plan=plan, notes=tuple(notes))
 

@@ -167,7 +167,7 @@ function colorSlots() {
 }
 
 app.registerExtension({
-  name: "FluxPoke",
+  name: "fluxpoke.nodes",
 
   setup() {
     api.addEventListener("progress_text", ({ detail }) => {

@@ -29,7 +29,7 @@ def dense(tensors, tmp_path) -> Dense:
 
 @pytest.fixture
 def recording(dense, tmp_path) -> Recording:
-    """100 tokens of every site; neuron j fired j % 50 times; 700 rows of ten images, and what errors do."""
+    """100 tokens of every site; neuron j fired j % 50 times; 700 rows of thirty images, and what errors do."""
     generator = torch.Generator().manual_seed(0)
     recording = Recording.at(tmp_path / "recording")
     sites = {}
@@ -43,7 +43,7 @@ def recording(dense, tmp_path) -> Recording:
         rows[f"{site.name}.x"] = torch.randn(700, 128, generator=generator)
         if site.stream == "single":
             rows[f"{site.name}.attn"] = torch.randn(700, 128, generator=generator)
-        rows[f"{site.name}.image"], rows[f"{site.name}.step"] = torch.arange(700) % 10, torch.zeros(700).long()
+        rows[f"{site.name}.image"], rows[f"{site.name}.step"] = torch.arange(700) % 30, torch.zeros(700).long()
         rows[f"{site.name}.sigma"] = torch.ones(700)
     store.append("rows", rows)
     store.add_amplification({site.name: {1.0: (2.0, 1)} for site in dense.layout.sites})
@@ -180,6 +180,14 @@ def test_a_plan_knows_its_checkpoint_and_its_recording(dense, recording, tensors
         open_dense(plan, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="does not tell what checkpoint"):
         open_dense(replace(plan, checkpoint=""))
+
+
+def test_rows_of_so_few_images_that_predictions_do_not_hold_are_told(dense, recording, monkeypatch):
+    planned = make_plan(dense, recording, ByBudget(neurons=0.5))
+    monkeypatch.setattr("flux_poke.pruning.by_budget.FEW", 31)
+    told = make_plan(dense, recording, ByBudget(neurons=0.5))
+    assert (planned.notes, len(told.notes)) == ((), 1)
+    assert told.notes[0].startswith("The rows are of 30 images: prompts that say anything else may come out far worse")
 
 
 def test_one_unmeasured_mlp_is_said_in_a_note(dense, recording):

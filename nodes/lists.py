@@ -15,6 +15,8 @@ from enum import IntEnum
 from functools import lru_cache
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ..errors import UserError
 from ..flux.checkpoint import open_safetensors
 from ..flux.layout import read_layout
@@ -99,6 +101,13 @@ def _read(path: str, changed: int, size: int) -> tuple[str, Kind] | None:
             return format, Kind.PRUNED
         try:
             read_layout(WhenAsked(file.keys(), lambda key: file.get_slice(key).get_shape()))
-        except UserError:
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            ArithmeticError,
+            OSError,
+            SafetensorError,
+        ):  # lists are there whatever a file holds
             return format, Kind.OTHER
         return format, Kind.DENSE

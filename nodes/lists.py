@@ -101,13 +101,6 @@ def _read(path: str, changed: int, size: int) -> tuple[str, Kind] | None:
             return format, Kind.PRUNED
         try:
             read_layout(WhenAsked(file.keys(), lambda key: file.get_slice(key).get_shape()))
-        except (
-            ValueError,
-            LookupError,
-            TypeError,
-            ArithmeticError,
-            OSError,
-            SafetensorError,
-        ):  # lists are there whatever a file holds
+        except (ValueError, LookupError, TypeError, ArithmeticError, OSError, SafetensorError):
             return format, Kind.OTHER
         return format, Kind.DENSE

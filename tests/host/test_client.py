@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import requests
 from flux_poke.errors import UserError
 from flux_poke.headless.capture import CaptureRequest, capture
 from flux_poke.headless.client import ComfyClient, Interrupted
@@ -113,7 +114,7 @@ def test_a_run_that_waits_is_taken_out_of_the_queue_and_one_that_is_running_is_s
         client.wait(running, stop)
     time.sleep(1)
     assert client.history(waiting) == {}
-    assert client._ask("GET", "queue").json() == {"queue_running": [], "queue_pending": []}
+    assert requests.get(f"http://{client.address}/queue", timeout=30).json() == {"queue_running": [], "queue_pending": []}
 
 
 def test_a_drawing_that_waits_for_its_turn_can_be_given_up(client, tmp_path, monkeypatch):
@@ -127,7 +128,7 @@ def test_a_drawing_that_waits_for_its_turn_can_be_given_up(client, tmp_path, mon
 
     with ComfyClient(client.address) as other, pytest.raises(KeyboardInterrupt):
         capture(other, CaptureRequest("a 7", "tiny"), tmp_path, give_up)
-    queue = client._ask("GET", "queue").json()
+    queue = requests.get(f"http://{client.address}/queue", timeout=30).json()
     assert [entry[1] for entry in queue["queue_running"]] == [running], "the other run goes on"
     assert queue["queue_pending"] == []
     assert said == ["waiting for its turn"]
@@ -148,7 +149,7 @@ def test_a_run_whose_history_was_cleared_is_reported(client):
     prompt_id = client.queue(picture_graph(0x778899))
     with ComfyClient(client.address) as other:
         other.run(picture_graph(0x99AABB))  # after the first
-    client._ask("POST", "history", json={"clear": True})
+    requests.post(f"http://{client.address}/history", json={"clear": True}, timeout=30).raise_for_status()
     with pytest.raises(UserError, match=r"no longer knows the run .* history was cleared"):
         client.wait(prompt_id)
 

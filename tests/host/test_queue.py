@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 import torch
 from flux_poke.cli import app
 from flux_poke.headless.client import ComfyClient, Interrupted
@@ -195,7 +196,7 @@ def test_ctrl_c_interrupts_what_runs_and_resume_goes_on_there(server, client, ho
     assert process.returncode == 1, said
     assert "Error: Stopped, and what ran was interrupted:" in said
     assert "--resume goes on" in said
-    assert client._ask("GET", "queue").json() == {"queue_running": [], "queue_pending": []}
+    assert requests.get(f"http://{client.address}/queue", timeout=30).json() == {"queue_running": [], "queue_pending": []}
     done = len(json.loads((out / "queue.json").read_text())["done"])
     assert f"{done} of {len(TEXTS)} runs done, {len(TEXTS) - done} left" in said
     assert 2 <= done < len(TEXTS)

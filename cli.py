@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shlex
 import sys
 from importlib import metadata
@@ -52,6 +53,8 @@ app.add_typer(lens, name="lens")
 
 def main() -> None:
     """The command line; an error of the user's is one sentence and exit status 1."""
+    # Threads that wait by turning round take the processor from those that they wait for, where anything else runs beside them.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported, which no command is before it is called
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console that lacks a character shows "?" for it
             stream.reconfigure(errors="replace")

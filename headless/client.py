@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Graph = Mapping[str, Mapping[str, Any]]
 
 #: Told which node is at work, its step and its number of steps (0, 0 when it starts); of no node ("") where all is silent.
-OnNode = Callable[[str, int, int], None]
+OnNode = Callable[[str, float, float], None]
 
 #: Seconds without a message after which the history is asked instead.
 SILENCE = 5.0
@@ -131,7 +131,7 @@ class ComfyClient:
                 if on_progress:
                     on_progress(node, 0, 0)
             elif kind == "progress" and on_progress:
-                on_progress(node, *(_count(data.get(name)) for name in ("value", "max")))
+                on_progress(node, *(_number(data.get(name)) for name in ("value", "max")))
             elif kind == "execution_error":
                 said = str(data.get("exception_message", "no reason given")).strip()
                 raise UserError(f"{data.get('node_type', 'A node')} (node {data.get('node_id', '?')}) failed: {said}")
@@ -286,8 +286,9 @@ def _message(message: str | bytes) -> tuple[str, dict[str, Any]] | None:
         return None
 
 
-def _count(value: Any) -> int:
-    return int(value) if isinstance(value, int | float) and abs(value) < 2**53 else 0
+def _number(value: Any) -> float:
+    """A step, or a part of one; 0 where it is none."""
+    return value if isinstance(value, int | float) and abs(value) < 2**53 else 0
 
 
 def _refusal(answer: Mapping[str, Any], graph: Graph) -> str:

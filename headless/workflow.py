@@ -75,7 +75,7 @@ def follow(
     started: dict[str, float] = {}
     state = ("waiting for its turn", 0.0)
 
-    def on_progress(node: str, value: int, total: int) -> None:
+    def on_progress(node: str, value: float, total: float) -> None:
         nonlocal state
         if node:
             started[node] = weight.get(node, 0.0)

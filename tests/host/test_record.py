@@ -125,9 +125,9 @@ def test_an_interrupted_run_adds_nothing_and_leaves_a_model_that_samples(
     content = path.read_bytes()
 
     prompt_id = client.queue(recording("interrupted", seed=4, steps=3000))
-    steps: list[int] = []
+    steps: list[float] = []
 
-    def stop(node: str, step: int, _: int) -> None:
+    def stop(node: str, step: float, _: float) -> None:
         if node == "6" and step >= 5 and not steps:
             steps.append(step)
             client.interrupt(prompt_id)

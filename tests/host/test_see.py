@@ -141,9 +141,9 @@ def test_pictures_are_the_same_with_and_without_taps_and_a_recording_beneath_the
 def test_an_interrupt_while_sampling_and_one_while_decoding_leave_a_graph_that_runs(client: ComfyClient, host, seeing):
     def stopped(graph: dict, at: str, after: int) -> None:
         prompt_id = client.queue(graph)
-        asked: list[int] = []
+        asked: list[float] = []
 
-        def stop(node: str, step: int, _: int) -> None:
+        def stop(node: str, step: float, _: float) -> None:
             if node == at and step >= after and not asked:
                 asked.append(step)
                 client.interrupt(prompt_id)
@@ -275,7 +275,7 @@ def test_each_of_two_samplers_that_draw_with_a_tapped_model_is_decoded_as_its_ow
         ({TAP: {"blocks": "double 0-9"}}, "double blocks 0 to 1"),
         ({TAP: {"at_steps": "often"}}, 'Steps "often" are not understood'),
         ({TAP: {"at_steps": "99"}}, "ran none of the chosen steps"),
-        ({TAP: {"lens": "none"}}, "none.safetensors"),
+        ({TAP: {"lens": "absent"}}, "absent.safetensors"),
         ({DECODE: {"after": ["5", 0]}}, "There are no block predictions"),
         ({DECODE: {"after": ["20", 0]}}, "drew 1 images, and 2 came"),
     ],

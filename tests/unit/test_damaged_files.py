@@ -184,7 +184,7 @@ READERS = [
     Reader("lens", "lens.safetensors", damaged_safetensors, lens),
     Reader("layer", "layers/*.safetensors", damaged_safetensors, layers),
     Reader("layer_stats", "layers/*.yaml", damaged_lines, layers),
-    Reader("repair", "cache/repairs/*/*.safetensors", damaged_safetensors, repairs),
+    Reader("repair", ".cache/repairs/*/*.safetensors", damaged_safetensors, repairs),
     Reader("tiny", "tiny/flux.safetensors", damaged_safetensors, tiny),
     Reader("words", "tiny/words.safetensors", damaged_safetensors, tiny),
     Reader("autoencoder", "tiny/autoencoder.safetensors", damaged_safetensors, tiny),

@@ -54,8 +54,9 @@ app.add_typer(lens, name="lens")
 def main() -> None:
     """The command line; an error of the user's is one sentence and exit status 1."""
     # Threads that wait by turning round keep the processor from those that they wait for, where anything else runs beside them:
-    # the demo took 380 s there. Asleep at once it takes 68 s on two quiet cores, after some turns 39 s, and 143 s beside another.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # both are read when torch is imported, which no command is by now
+    # the demo took 380 s there. After a few turns it takes 143 s there, and 39 s alone on two cores (asleep at once, 68 s).
+    # Both are read when torch is imported, which nothing has done by now.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console that lacks a character shows "?" for it

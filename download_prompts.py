@@ -99,13 +99,13 @@ class RowsServer:
         except (requests.RequestException, HTTPError) as error:
             raise UserError(f"{self.url} cannot be read ({error}): run the same command again to go on.") from error
         try:
-            answer = json.loads(content)
+            answer = from_json(content)
             if not response.ok:
                 raise UserError(f"{self.url} refused rows of {dataset} ({response.status_code}): {answer['error']}")
             return [row["row"][DATASETS[dataset]] or "" for row in answer["rows"]], int(answer["num_rows_total"])
         except UserError:
             raise
-        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{response.url} answered with status {response.status_code} and not with rows that have a column "
                 f"{DATASETS[dataset]!r}: {content[:100]!r}. Run the same command later to go on."

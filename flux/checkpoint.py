@@ -111,6 +111,12 @@ def open_safetensors(path: str | os.PathLike[str]):
         ) from error
 
 
+def read_finite(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """All tensors of a small file, and its header; raises `UserError` where a number is not finite."""
+    with open_safetensors(path) as file:
+        return {key: require_finite(file.get_tensor(key), f"{path}: {key}") for key in file.keys()}, file.metadata()
+
+
 def unreplaced(path: str | os.PathLike[str], read: Callable[[], Read]) -> Read:
     """What `read` gives of a file that nobody replaced meanwhile; it is read again where somebody did.
 

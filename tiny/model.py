@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..flux.autoencoder import Autoencoder, Pixels, load_autoencoder
-from ..flux.checkpoint import Checkpoint, open_safetensors, require_finite
+from ..flux.checkpoint import Checkpoint, read_finite
 from ..flux.integrators import Velocity, euler
 from ..flux.layout import Family
 from ..flux.model import Flux
@@ -168,11 +168,7 @@ def _beside(
     """What `load` makes of the file called `name` beside a checkpoint, or of the one in `shipped` where there is none."""
     path = checkpoint.parent / name
     path = path if path.exists() else shipped / name
-    with open_safetensors(path) as file:
-        tensors, metadata = (
-            {key: require_finite(file.get_tensor(key), f"{path}: {key}") for key in file.keys()},
-            file.metadata(),
-        )
+    tensors, metadata = read_finite(path)
     try:
         return load(tensors, metadata)
     except (KeyError, IndexError, ValueError, RuntimeError, UserError) as error:

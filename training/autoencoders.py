@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..files import write_safetensors
 from ..flux.autoencoder import SIDE, Autoencoder, Block, load_autoencoder
 from ..flux.autoencoder import Pixels as PixelSpace
-from ..flux.checkpoint import open_safetensors
+from ..flux.checkpoint import read_finite
 from ..progress import Progress
 from ..tiny.model import FOLDER
 from .config import AutoencoderTraining, Config
@@ -42,8 +42,7 @@ def trained_autoencoder(
             write_weights(path, made, {} if config.data.side == SIDE and options else {"side": str(config.data.side)})
             (out / "autoencoder.training.safetensors").unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    with open_safetensors(path) as file:
-        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    tensors, metadata = read_finite(path)
     try:
         found = load_autoencoder(tensors, metadata)
     except (KeyError, ValueError, RuntimeError) as error:
@@ -93,10 +92,9 @@ def _train(
 @torch.no_grad()
 def _begin_as_tiny(autoencoder: Autoencoder) -> None:
     """The weights of the tiny FLUX.1's autoencoder that ships, where they fit; what FLUX.2's blocks have more is 0 at first."""
-    with open_safetensors(FOLDER / AUTOENCODER) as file:
-        begun = {key: file.get_tensor(key).float() for key in file.keys()}
+    begun, _ = read_finite(FOLDER / AUTOENCODER)
     own = autoencoder.state_dict()
-    fitting = {key: tensor for key, tensor in begun.items() if key in own and own[key].shape == tensor.shape}
+    fitting = {key: tensor.float() for key, tensor in begun.items() if key in own and own[key].shape == tensor.shape}
     autoencoder.load_state_dict({**own, **fitting})
     autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for block in autoencoder.modules():

@@ -22,11 +22,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .analysis.decoding import read_picture, to_picture
+from .analysis.decoding import read_picture
 from .analysis.generation import SOFTWARE, save_png
 from .analysis.sheets import prompt_grid
 from .errors import UserError
 from .files import check_beginning, check_writable
+from .flux.autoencoder import to_picture
 from .flux.integrators import Name, integrator
 from .flux.model import Flux
 from .flux.sampling import FluxTimer

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..flux.autoencoder import to_picture
 from ..flux.blocks import choose_blocks
 from ..flux.integrators import euler
 from ..parsing import from_json, read_text
 from ..progress import Progress, part, silent
 from ..recording.call import Call
 from ..tiny.model import STEPS, TinyFlux
-from .decoding import Decode, read_picture, to_picture
+from .decoding import Decode, read_picture
 from .generation import Generation, write_generations
 from .lens import Lens
 from .raw import final_layer, read_raw

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
+from ..flux.autoencoder import to_picture
 from ..parsing import read_image
 from .taps import BlockTaps, Tap, View
 
@@ -43,11 +44,6 @@ def decode_taps(taps: BlockTaps, decode: Decode, batch: int = 4, view: View = "x
     while some := list(islice(latents, batch)):
         for image in decode(torch.stack(some)):
             yield Frame(*next(places), to_picture(image))
-
-
-def to_picture(image: Tensor) -> Image.Image:
-    """An image [3, height, width] in 0..1 as a picture."""
-    return Image.fromarray(image.float().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def read_picture(path: Path) -> Image.Image:

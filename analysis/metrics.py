@@ -28,8 +28,9 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import check_text, write_text
+from ..flux.autoencoder import to_picture
 from ..flux.checkpoint import open_safetensors, require_finite
-from .decoding import read_picture, to_picture
+from .decoding import read_picture
 from .sheets import GAP, GROUND, INK, MARGIN, PALE, font, heat_map
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from ..recording.manifest import Kind
     from ..recording.recording import Recording
 
-KINDS: tuple[Kind | Literal["internals"], ...] = ("internals", "rows", "lens", "blocks", "trajectories")
+KINDS: tuple[Kind | Literal["internals", "atlas"], ...] = ("internals", "atlas", "rows", "lens", "blocks", "trajectories")
+#: What is recorded of every step, in a file of one size.
+ALWAYS = {"internals", "atlas"}
 
 
 def record(
@@ -26,15 +28,16 @@ def record(
     what: Annotated[
         str,
         typer.Option(
-            help="What to record, with commas: internals (how often neurons fire), rows (what MLPs read, for plans and "
-            "repair), lens (tokens after every block), blocks (all that enters and leaves them) and trajectories (velocities)."
+            help="What to record, with commas: internals (how often neurons fire), atlas (where each is strongest), rows (what "
+            "MLPs read, for plans and repair), lens (tokens after every block), blocks (all that enters and leaves them) and "
+            "trajectories (velocities)."
         ),
     ] = "internals",
     seed: Annotated[int, seed("Seed of the first image; each image takes the next.", most=2**62)] = 0,
     steps: Annotated[int, whole(help="Euler steps per image.", least=1, most=10_000)] = 20,
     batch: Annotated[int, whole(help="Images drawn at once.", least=1, most=10_000)] = 16,
     keep_steps: Annotated[
-        int | None, whole(help="Not for internals: steps per image to keep (default: 5 %, at least 1).", least=1)
+        int | None, whole(help="Not for internals and atlas: steps per image to keep (default: 5 %, at least 1).", least=1)
     ] = None,
     rows_per_step: Annotated[
         int | None, whole(help="For rows and lens: tokens per image and step (default: 64).", least=1)
@@ -48,7 +51,9 @@ def record(
     ] = None,
     max_gb: Annotated[
         float | None,
-        typer.Option(help="Not for internals: what each kind may take (default: 64); then rows are thinned, others end."),
+        typer.Option(
+            help="Not for internals and atlas: GB that each kind may take (default: 64); then rows are thinned, others end."
+        ),
     ] = None,
 ) -> None:
     """Draw a file of prompts once and record what the model does on the way."""
@@ -67,8 +72,8 @@ def record(
     if not kinds <= {*KINDS}:
         raise UserError(f"--what {what}: expected some of {', '.join(KINDS)}, with commas in between.")
     for option, given, applies in (
-        ("--keep-steps", keep_steps, {*KINDS} - {"internals"}),
-        ("--max-gb", max_gb, {*KINDS} - {"internals"}),
+        ("--keep-steps", keep_steps, {*KINDS} - ALWAYS),
+        ("--max-gb", max_gb, {*KINDS} - ALWAYS),
         ("--rows-per-step", rows_per_step, {"rows", "lens"}),
         ("--blocks", blocks, {"blocks"}),
         ("--storage", storage, {"blocks", "trajectories"}),
@@ -81,6 +86,7 @@ def record(
     choices: dict[str, Any] = {"rows": rows, "lens": rows, "blocks": states, "trajectories": states}
     wanted = Wanted(
         "internals" in kinds,
+        "atlas" in kinds,
         blocks_of_states=blocks or "all",
         limit=Limit(64.0 if max_gb is None else max_gb),
         **{kind: choice for kind, choice in choices.items() if kind in kinds},
@@ -95,7 +101,7 @@ def record(
     _say(to, [kind for kind in KINDS if kind in kinds])
 
 
-def _say(recording: Recording, kinds: Iterable[Kind | Literal["internals"]]) -> None:
+def _say(recording: Recording, kinds: Iterable[Kind | Literal["internals", "atlas"]]) -> None:
     """What the recording holds of these kinds by now."""
     from ..analysis.report import internals_title
 
@@ -103,6 +109,10 @@ def _say(recording: Recording, kinds: Iterable[Kind | Literal["internals"]]) -> 
         if kind == "internals":
             if recording.internals_file.is_file():
                 typer.echo(f"{recording.internals_file}: {internals_title(recording.internals())}")
+            continue
+        if kind == "atlas":
+            if recording.atlas_file.is_file():
+                typer.echo(f"{recording.atlas_file}: {len(recording.atlas().images)} images")
             continue
         states = recording.states()
         size = states.bytes(kind) / 1e9

@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import Conv2d, GroupNorm
 from torch.nn import functional as F
@@ -138,3 +139,8 @@ class Clamp(nn.Module):
 
 def conv(inputs: int, outputs: int, **options) -> Conv2d:
     return Conv2d(inputs, outputs, 3, padding=1, **options)
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """An image [3, height, width] in 0..1 as a picture."""
+    return Image.fromarray(image.float().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy())

@@ -24,9 +24,10 @@ from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
-from ..analysis.decoding import Decode, to_picture
+from ..analysis.decoding import Decode
 from ..analysis.report import darkened, figure_pixels
 from ..errors import UserError
+from ..flux.autoencoder import to_picture
 from ..recording.recording import INTERNALS, STATES
 from ..recording.store import MANIFEST
 

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import write_picture
+from ..flux.autoencoder import to_picture
 from ..flux.blocks import choose_blocks
 from ..flux.checkpoint import Checkpoint
 from ..flux.fingerprint import Fingerprint
@@ -27,13 +29,16 @@ from ..flux.integrators import euler
 from ..flux.layout import Layout
 from ..progress import Progress, part, renamed, silent, whole
 from ..tiny.model import TinyFlux
+from ..tiny.words import words_of
 from .amplification import AmplificationProbe, probed_steps
+from .atlas import Atlas, add_to_atlas
 from .calibration import AskedImage, Effort, batches, drawn_name
 from .call import Call
 from .internals import Internals, add_to_file
 from .lens_rows import LensRecorder, estimated_lens_bytes
 from .manifest import Kind, Limit
 from .neurons import InternalsRecorder
+from .places import PlacesRecorder
 from .recording import Recording
 from .rows import RowChoice, RowRecorder, estimated_bytes
 from .run import Recorder, Run
@@ -47,12 +52,13 @@ PROBED_STEPS = 10
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is recorded: counts of neurons, and each kind that a choice is given for.
+    """What is recorded: counts of neurons, their strongest places (`atlas`), and each kind that a choice is given for.
 
     `blocks_of_states`, as `choose_blocks` takes it, is for `blocks`; `limit` is for each kind by itself.
     """
 
     internals: bool = False
+    atlas: bool = False
     rows: RowChoice | None = None
     lens: RowChoice | None = None
     blocks: StateChoice | None = None
@@ -61,12 +67,14 @@ class Wanted:
     limit: Limit | None = None
 
     def __post_init__(self) -> None:
-        if not self.internals and not self.states:
-            raise UserError("Nothing is to be recorded: choose internals, rows, lens rows, block states or trajectories.")
+        if not (self.internals or self.atlas or self.states):
+            raise UserError(
+                "Nothing is to be recorded: choose internals, atlas, rows, lens rows, block states or trajectories."
+            )
 
     @property
     def states(self) -> bool:
-        """Whether anything but internals is recorded."""
+        """Whether anything is recorded that has a choice."""
         return any((self.rows, self.lens, self.blocks, self.trajectories))
 
     def indices(self, layout: Layout) -> frozenset[int]:
@@ -110,7 +118,7 @@ def record(
     recording.check_writable(fingerprint, str(checkpoint), wanted.internals)
     recorders = _recorders(recording, tiny.flux.layout, fingerprint, wanted)
     parts = [Together(tuple(prompts[start : start + batch]), seed + start) for start in range(0, len(prompts), batch)]
-    return _record(tiny, fingerprint, recording, recorders, wanted.internals, parts, steps, progress)
+    return _record(tiny, fingerprint, recording, recorders, wanted.internals, parts, steps, progress, wanted.atlas)
 
 
 def calibrate(
@@ -150,6 +158,7 @@ def _record(
     parts: Sequence[Together],
     steps: int,
     progress: Progress,
+    atlas: bool = False,
 ) -> tuple[str, ...]:
     layout, store = tiny.flux.layout, next((recorder.store for recorder in recorders if recorder.kind == "rows"), None)
     probe = AmplificationProbe(layout, store.amplification) if store else None
@@ -158,8 +167,9 @@ def _record(
     for images in parts:
         within = renamed(part(progress, done, total, len(images.prompts)), what)
         runs = [recorder.begin() for recorder in recorders]
-        neurons = InternalsRecorder(layout.sites if internals else ())
-        _draw(tiny, images, sigmas, [neurons, *runs], None if done else probe, within)
+        neurons, places = InternalsRecorder(layout.sites if internals else ()), PlacesRecorder(layout, layout.sites, maps=True)
+        watchers = [neurons, *runs, *([places] if atlas else [])]
+        latents = _draw(tiny, images, sigmas, watchers, None if done else probe, within)
         with whole():
             for run in runs:
                 run.finish()
@@ -168,9 +178,14 @@ def _record(
             if found := neurons.results():
                 new = Internals.new(layout.family, fingerprint, found, neurons.calls, padded=neurons.padded)
                 add_to_file(recording.internals_file, new)
-        notes |= dict.fromkeys(filter(None, (neurons.note, *(run.note for run in runs))))
+            if strongest := places.results():
+                known = [replace(image, texts=tuple(words_of(image.prompt or ""))) for image in places.images]
+                add_to_atlas(recording.atlas_file, Atlas.new(layout.family, fingerprint, strongest, known))
+                for image, pixels in zip(known, tiny.autoencoder.decode(latents), strict=True):
+                    write_picture(recording.atlas_picture(image.key), to_picture(pixels))
+        notes |= dict.fromkeys(filter(None, (neurons.note, places.note, *(run.note for run in runs))))
         done += len(images.prompts)
-        if not internals and all(recorder.full for recorder in recorders):
+        if not (internals or atlas) and all(recorder.full for recorder in recorders):
             break
     progress(what, 1, 1)
     return tuple(notes)
@@ -181,11 +196,11 @@ def _draw(
     tiny: TinyFlux,
     images: Together,
     sigmas: Tensor,
-    watchers: Sequence[InternalsRecorder | Run],
+    watchers: Sequence[InternalsRecorder | PlacesRecorder | Run],
     probe: AmplificationProbe | None,
     progress: Progress,
-) -> None:
-    """Draws one batch of images; at some steps of it, `probe` measures before the others look on."""
+) -> Tensor:
+    """Draws one batch of images, whose latents come back; at some steps of it, `probe` measures before the others look on."""
     flux, prompts, steps = tiny.flux, images.prompts, len(sigmas) - 1
     context, vector = tiny.words(prompts)
     probed = probed_steps(steps, PROBED_STEPS) if probe is not None and probe.calls else ()
@@ -206,7 +221,7 @@ def _draw(
                 watching.enter_context(watcher.watching(flux, call))
             return model()
 
-    euler(velocity, tiny.noise(len(prompts), images.seed), sigmas)
+    return euler(velocity, tiny.noise(len(prompts), images.seed), sigmas)
 
 
 def _recorders(recording: Recording, layout: Layout, fingerprint: Fingerprint, wanted: Wanted) -> list[Recorder]:

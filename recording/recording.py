@@ -7,6 +7,7 @@
 
     NAME/internals.safetensors
     NAME/hidden_states/manifest.json, rows-00000.safetensors, ...
+    NAME/atlas.safetensors, NAME/atlas/              # where every neuron was strongest, and the pictures of these images
     NAME/.cache/                                     # rankings and repairs: made again whenever they are missing
 
 A recording is a value that flows from what records it to plans, repair, retraining, lens and reports. It holds nothing in
@@ -23,11 +24,13 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..flux.fingerprint import Fingerprint
+from .atlas import Atlas, atlas_model
 from .internals import Internals, check_file
 from .manifest import MANIFEST, Manifest, nothing_recorded, require_model
 from .store import HiddenStates
 
 INTERNALS, STATES, CACHE = "internals.safetensors", "hidden_states", ".cache"
+ATLAS, PICTURES = "atlas.safetensors", "atlas"
 #: What the cache's folder was called before it was hidden, and the folders in it.
 EARLIER_CACHE, CACHED = "cache", ("rankings", "repairs")
 
@@ -69,6 +72,14 @@ class Recording:
         return self.file or self.folder / INTERNALS
 
     @property
+    def atlas_file(self) -> Path:
+        return self.folder / ATLAS
+
+    def atlas_picture(self, key: str) -> Path:
+        """Of the atlas's image with this key."""
+        return self.folder / PICTURES / f"{key}.png"
+
+    @property
     def states_folder(self) -> Path:
         return self.folder / STATES
 
@@ -81,6 +92,12 @@ class Recording:
                 earlier.rename(hidden)
         return hidden
 
+    def atlas(self) -> Atlas:
+        """Raises `UserError` where there is none."""
+        if not self.atlas_file.is_file():
+            raise nothing_recorded(self.folder, "atlas")
+        return Atlas.load(self.atlas_file)
+
     @property
     def _has_states(self) -> bool:
         return self.file is None and (self.states_folder / MANIFEST).is_file()
@@ -89,6 +106,8 @@ class Recording:
     def kinds(self) -> frozenset[str]:
         """What there is: "internals", and of the states "rows", "lens", "blocks", "trajectories", "amplification"."""
         found = {"internals"} if self.internals_file.is_file() else set()
+        if self.file is None and self.atlas_file.is_file():
+            found.add("atlas")
         if self._has_states:
             manifest = Manifest.load(self.states_folder)
             found |= {shard.kind for shard in manifest.shards}
@@ -143,18 +162,20 @@ class Recording:
         """Of the model that was recorded; None where only the original's counts are there, which do not tell.
 
         Reads the internals whole, so that a damaged file is found before anything is drawn. Raises `UserError` where nothing
-        was recorded, or internals and states are of two models.
+        was recorded, or what was is of two models.
         """
         found: list[Fingerprint | None] = []
         if self.internals_file.is_file():
             found.append(self.internals().fingerprint)
         if self._has_states:
             found.append(self.states().manifest.fingerprint)
+        if self.file is None and self.atlas_file.is_file():
+            found.append(atlas_model(self.atlas_file))
         if not found:
             raise UserError(f"{self.folder} holds no recording: record first.")
         known = [fingerprint for fingerprint in found if fingerprint is not None]
-        if known and not known[0].matches(known[-1]):
+        if other := next((one for one in known if not one.matches(known[0])), None):
             raise UserError(
-                f"{self.folder} holds recordings of two models: {known[0].difference(known[-1])}. Record into another folder."
+                f"{self.folder} holds recordings of two models: {known[0].difference(other)}. Record into another folder."
             )
         return known[-1] if known else None

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..files import write_picture
+from ..flux.autoencoder import to_picture
 from ..tiny.model import TinyFlux
 from .config import Samples
 
@@ -45,7 +46,7 @@ def grid(images: Tensor, prompts: Sequence[str]) -> Image.Image:
     draw = ImageDraw.Draw(found)
     for place, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         y, x = (place // across) * (side + LINE + 4), (place % across) * (side + 4)
-        one = Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+        one = to_picture(image)
         found.paste(one.resize((side, side), Image.Resampling.NEAREST), (x, y))
         said = prompt if draw.textlength(prompt) <= side else f"{prompt[: max(1, int(side / 7))]}..."
         draw.text((x + 2, y + side + 2), said, fill="black")

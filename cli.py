@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import captures, convert, draw, fit, layers, models, plans, queue, recordings, views
+from .commands import atlas, captures, convert, draw, fit, layers, models, plans, queue, recordings, views
 from .errors import UserError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -45,6 +45,11 @@ internals = typer.Typer(help="Look at and add up recordings.", no_args_is_help=T
 internals.command()(recordings.show)
 internals.command()(recordings.merge)
 app.add_typer(internals, name="internals")
+
+atlases = typer.Typer(help="Where every neuron was strongest.", no_args_is_help=True)
+atlases.command()(atlas.show)
+atlases.command()(atlas.merge)
+app.add_typer(atlases, name="atlas")
 
 lens = typer.Typer(help="The tuned lens on what blocks predict.", no_args_is_help=True)
 lens.command()(views.fit)

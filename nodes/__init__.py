@@ -17,6 +17,7 @@ from .prompts import Counter, Prompts
 from .pruned import LoadPrunedCheckpoint, LoadPrunedFlux, LoadPrunedLora, SavePrunedFlux
 from .record import (
     Record,
+    RecordAtlas,
     RecordBlockStates,
     RecordInternals,
     RecordLensRows,
@@ -40,6 +41,7 @@ class FluxPokeExtension(ComfyExtension):
             RecordBlockStates,
             RecordTrajectories,
             RecordLensRows,
+            RecordAtlas,
             Calibrate,
             LoadRecording,
             InternalsReport,

@@ -10,14 +10,16 @@ from comfy_api.latest import io
 from ..errors import UserError
 from ..flux.blocks import choose_blocks
 from ..flux.layout import select_sites
+from ..recording.atlas import BYTES, MAP, PLACES
 from ..recording.lens_rows import LensRecorder
+from ..recording.places import PlacesRecorder
 from ..recording.recording import Recording
 from ..recording.rows import RowChoice, RowRecorder, estimated_bytes
 from ..recording.states import StateChoice, StateKind, StateRecorder, estimated_state_bytes, indices_around
 from ..recording.store import Limit
 from . import host, inputs
 from .models import flux_layout, model_fingerprint
-from .recorders import InternalsRun, Recorded, RowsRun, StoreRun
+from .recorders import AtlasRun, InternalsRun, Recorded, RowsRun, StoreRun
 from .watching import Watch, sampling_clone
 
 RecordOptionsType = io.Custom("RECORD_OPTIONS")
@@ -226,3 +228,34 @@ class RecordLensRows(RecordNode):
         where, choice = cls.target(model, name, recording), RowChoice(rows, steps or None, (sigma_from, sigma_to), sample_seed)
         recorder = LensRecorder(where.layout, where.store(), choice, Limit(max_gb, "stop"))
         return cls.watched(model, where, lambda: [StoreRun(recorder)], "lens rows")
+
+
+class RecordAtlas(RecordNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        maps = "Also keep how strong the neuron was over the whole picture, in 8 by 8 cells: 1 KB more for every neuron."
+        vae = "The model's autoencoder: also keeps every picture, which flux-poke atlas show cuts the places out of."
+        return cls.schema(
+            "Record Atlas",
+            "Keeps where every MLP neuron of a FLUX was strongest: the strongest token of each picture, of the 16 pictures in "
+            "which it was strongest. flux-poke atlas show makes a page of it.",
+            [
+                inputs.text("blocks", "all", "Such as 'double 0-3, single 37'."),
+                inputs.switch("maps", True, maps),
+                io.Vae.Input("vae", optional=True, tooltip=vae),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, name, blocks, maps, recording=None, vae=None) -> io.NodeOutput:
+        where, node_id = cls.target(model, name, recording), cls.hidden.unique_id
+        chosen = {block.path for block in choose_blocks(blocks, where.layout)}
+        sites = [site for site in where.layout.sites if site.block in chosen]
+        size = sum(site.width for site in sites) * PLACES * (BYTES + (MAP**2 if maps else 0))
+        host.say(node_id, f"{sum(site.width for site in sites):,} neurons: {size / 1e9:.3g} GB, however many pictures")
+        decode = None if vae is None else host.decoder(vae)
+
+        def start() -> list:
+            return [AtlasRun(where, PlacesRecorder(where.layout, sites, maps), decode, node_id)]
+
+        return cls.watched(model, where, start, "atlas")

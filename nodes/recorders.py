@@ -7,13 +7,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from ..analysis.decoding import Decode
+from ..files import write_picture
+from ..flux.autoencoder import to_picture
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import Layout
 from ..progress import Progress
 from ..recording.amplification import AmplificationProbe, probed_steps
+from ..recording.atlas import Atlas, add_to_atlas, check_atlas
 from ..recording.internals import Internals, check_file, replace_in_file
 from ..recording.lens_rows import LensRecorder
 from ..recording.neurons import InternalsRecorder
+from ..recording.places import PlacesRecorder
 from ..recording.queued import MARK, QueuedRun, add_run
 from ..recording.recording import Recording
 from ..recording.rows import RowRecorder
@@ -74,6 +79,39 @@ class InternalsRun(SamplingWatcher):
         total = add_run(file, new, QueuedRun.from_json(queued)) if self.append else replace_in_file(file, new)
         text = f"{name}: {total.runs} run{'s' if total.runs > 1 else ''}, {total.steps} model calls"
         return "\n".join(filter(None, [text, self.recorder.note]))
+
+    def abandon(self) -> str:
+        return LEFT_OUT
+
+
+class AtlasRun(SamplingWatcher):
+    """One sampling run whose neurons' strongest places are recorded, with its pictures where there is an autoencoder."""
+
+    def __init__(self, target: Recorded, recorder: PlacesRecorder, decode: Decode | None, node_id: str | None):
+        sites = [site.name for site in recorder.sites]
+        check_atlas(target.recording.atlas_file, target.fingerprint, sites, recorder.maps)  # before the work, not after it
+        self.target, self.recorder, self.decode, self.node_id = target, recorder, decode, node_id
+        self.latents: torch.Tensor | None = None
+
+    def watching(self, model: nn.Module, call: SampledCall):
+        if not self.recorder.images:
+            call = replace(call, prompts=(prompt_below(running_graph(), self.node_id),) * call.count)
+        return self.recorder.watching(model, call.counting(self.target.layout))
+
+    def drew(self, latents: torch.Tensor) -> None:
+        self.latents = latents
+
+    def finish(self) -> str:
+        found, recording = self.recorder.results(), self.target.recording
+        if not found:
+            return self.recorder.note or "The sampler made no step: nothing was recorded."
+        new = Atlas.new(self.target.layout.family, self.target.fingerprint, found, self.recorder.images)
+        if self.decode is not None and self.latents is not None:
+            for image, pixels in zip(self.recorder.images, self.decode(self.latents), strict=True):
+                write_picture(recording.atlas_picture(image.key), to_picture(pixels))
+        total = add_to_atlas(recording.atlas_file, new)
+        size = f"{recording.atlas_file.stat().st_size / 1e9:.3g} GB"
+        return "\n".join(filter(None, [f"{len(total.images)} images, {size}", self.recorder.note]))
 
     def abandon(self) -> str:
         return LEFT_OUT

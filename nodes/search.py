@@ -23,6 +23,7 @@ FOUND: dict[str, tuple[str, tuple[str, ...]]] = {
     "RecordBlockStates": (RECORD, _STATES),
     "RecordTrajectories": (RECORD, (*_STATES, "velocity", "distill")),
     "RecordLensRows": (RECORD, (*_STATES, "tuned lens", "logit lens")),
+    "RecordAtlas": (RECORD, (*_NEURONS, "atlas", "strongest", "top activations", "feature visualization", "max activating")),
     "Calibrate": (RECORD, (*_NEURONS, *_PRUNE, "calibrate", "calibration")),
     "LoadRecording": (RECORD, _NEURONS),
     "InternalsReport": (SEE, (*_NEURONS, "dead neurons", "histogram", "statistics", "chart")),

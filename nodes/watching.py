@@ -88,6 +88,10 @@ class SamplingWatcher:
         """Entered around the model call."""
         raise NotImplementedError
 
+    def drew(self, latents: Tensor) -> None:
+        """Called with what the run ended at, as an autoencoder takes it, before it is finished."""
+        return
+
     def finish(self) -> str:
         """The run ended well; returns what to say of it on the node."""
         raise NotImplementedError
@@ -170,6 +174,7 @@ class _Watched:
             for node_id, watchers in started:
                 said = []
                 while watchers:
+                    watchers[0].drew(result)
                     said.append(watchers[0].finish())
                     del watchers[0]
                 host.say(node_id, "\n".join([*said, *note]))

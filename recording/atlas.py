@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import locked, write_safetensors
+from ..files import check_writable, locked, write_safetensors
 from ..flux.checkpoint import open_safetensors, require_format, unreplaced
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import FAMILY_NAMES, Family
@@ -40,6 +40,8 @@ FORMAT = "flux-poke atlas 1"
 PLACES = 16
 #: Cells along a side of a map.
 MAP = 8
+#: What a place takes on disk, without its map.
+BYTES = 4 + 4 + 4 + 2
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,25 @@ def atlas_model(path: str | os.PathLike[str]) -> Fingerprint:
             return Fingerprint.from_json(metadata["model"])
 
     return unreplaced(path, read)
+
+
+def check_atlas(path: str | os.PathLike[str], fingerprint: Fingerprint, sites: Collection[str], maps: bool) -> None:
+    """Raises `UserError` where what is recorded of these `sites` could not be added to the file at `path`, by its header."""
+    if not Path(path).exists():
+        return
+    check_writable(path)
+
+    def read() -> set[str]:
+        with _opened(path) as (file, metadata):
+            require_model(Fingerprint.from_json(metadata["model"]), fingerprint, path, "this one")
+            return {*file.keys()}
+
+    parts = ("value", "image", "token", "step", *(["map"] if maps else []))
+    if unreplaced(path, read) != {f"{name}.{part}" for name in sites for part in parts}:
+        raise UserError(
+            f"{path} is an atlas of other MLPs, or {'without' if maps else 'with'} maps: record the same ones, or choose "
+            "another name."
+        )
 
 
 def add_to_atlas(path: str | os.PathLike[str], new: Atlas) -> Atlas:

@@ -94,9 +94,13 @@ class Recording:
 
     def atlas(self) -> Atlas:
         """Raises `UserError` where there is none."""
+        self.require_atlas()
+        return Atlas.load(self.atlas_file)
+
+    def require_atlas(self) -> None:
+        """Raises `UserError` where there is none."""
         if not self.atlas_file.is_file():
             raise nothing_recorded(self.folder, "atlas")
-        return Atlas.load(self.atlas_file)
 
     @property
     def _has_states(self) -> bool:

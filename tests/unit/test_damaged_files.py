@@ -35,6 +35,7 @@ from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.repair import Repairs
 from flux_poke.pruning.surgery import Cut
+from flux_poke.recording.atlas import Atlas, AtlasImage, Places
 from flux_poke.recording.block_states import BlockStates
 from flux_poke.recording.internals import Internals, SiteInternals
 from flux_poke.recording.recording import Recording
@@ -74,6 +75,16 @@ def internals(folder: Path) -> Iterator[torch.Tensor]:
     for site in found.sites.values():
         assert 0 <= int(site.fires.min()) <= int(site.fires.max()) <= site.tokens
         yield from (site.sum, site.sum_sq)
+
+
+def atlas(folder: Path) -> Iterator[torch.Tensor]:
+    found = Atlas.load(folder / "atlas.safetensors")
+    for site in found.sites.values():
+        assert -1 <= int(site.image.min()) <= int(site.image.max()) < len(found.images)
+        assert min(int(site.token.min()), int(site.step.min())) >= 0
+        yield site.value
+    merged = found.merge(found)
+    assert merged.images == tuple(sorted(found.images, key=lambda image: image.key))
 
 
 def plan(folder: Path) -> Iterator[torch.Tensor]:
@@ -173,6 +184,7 @@ def captions(path: Path) -> object:
 
 READERS = [
     Reader("internals", "internals.safetensors", damaged_safetensors, internals),
+    Reader("atlas", "atlas.safetensors", damaged_safetensors, atlas),
     Reader("plan", "plan.safetensors", damaged_safetensors, plan),
     Reader("pruned", "pruned.safetensors", damaged_safetensors, pruned),
     Reader("dense", "dense.safetensors", damaged_safetensors, dense),
@@ -215,6 +227,10 @@ def sound(recorded, run, tmp_path_factory) -> Path:
     Internals("flux1", recorded.dense.fingerprint, sites, 1, 4, "", "", {"workflow": "{}"}).save(
         folder / "internals.safetensors"
     )
+    one = torch.ones(6, 3)
+    places = Places(one, torch.arange(3).int().expand(6, -1), one.int(), one.short(), torch.ones(6, 3, 8, 8).byte())
+    images = [AtlasImage(f"{number:016x}", 4, 4, 8, "a 7", number, ("a", "7")) for number in range(3)]
+    Atlas.new("flux1", recorded.dense.fingerprint, {"double-img-0": places}, images).save(folder / "atlas.safetensors")
     repairs = Repairs(recorded.dense, recorded.plan, "affine", Recording.open(folder))
     save_pruned(folder / "pruned.safetensors", Cut(recorded.dense, recorded.plan, repairs))
     options = Options(steps=1, eval_every=1)

@@ -3,8 +3,8 @@
     uv run python benchmarks/record.py [--device cpu] [--dtype bfloat16] [--repeats 15]
 
 Runs one double and one single block (hidden 3072, 1024 image + 256 text tokens, random weights) plainly, recorded,
-and counted as the original pack counted: `(h > 0).sum((0, 1)).cpu()` on every MLP of every block. The three take turns
-(`turns.py`), on a CPU with one thread.
+counted as the original pack counted: `(h > 0).sum((0, 1)).cpu()` on every MLP of every block, and with the strongest places
+kept for the atlas, without and with maps. They take turns (`turns.py`), on a CPU with one thread.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from figures import figure
@@ -20,6 +21,7 @@ from flux_poke.flux.layout import Layout, Site
 from flux_poke.flux.model import DoubleBlock, Flux, SingleBlock
 from flux_poke.recording.call import Call
 from flux_poke.recording.neurons import InternalsRecorder
+from flux_poke.recording.places import PlacesRecorder
 from torch import nn
 from turns import in_turns, ratio
 
@@ -86,7 +88,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     blocks = Blocks(LAYOUT).to(device, dtype).requires_grad_(False)
-    call = Call.at(torch.zeros(1, 1), torch.ones(1), (1.0, 0.0))
+    call = Call.at(torch.zeros(1, 16, 64, 64), torch.ones(1), (1.0, 0.0), context=torch.zeros(1, TEXT, 1))
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, {given.dtype}, torch {torch.__version__}")
     for kind, run in block_calls(blocks, device, dtype).items():
         sites = [site for site in LAYOUT.sites if site.name.startswith(kind)]
@@ -100,10 +102,17 @@ def main() -> None:
             with counted_as_the_original(blocks, sites):
                 run()
 
-        seconds = in_turns({"plain": run, "recorded": recorded, "original's way": counted}, given.repeats, device, warm_up=2)
+        def kept(places: PlacesRecorder, run=run, only=only) -> None:
+            with places.watching(only, call):
+                run()
+
+        ways = {"plain": run, "recorded": recorded, "original's way": counted}
+        for way, maps in (("atlas", False), ("atlas with maps", True)):
+            ways[way] = partial(kept, PlacesRecorder(LAYOUT, sites, maps))
+        seconds = in_turns(ways, given.repeats, device, warm_up=2)
         plain = 1000 * statistics.median(seconds["plain"])
         figure(f"{kind} block: {plain:.1f} ms plain", block=kind, plain_ms=plain)
-        for way in ("recorded", "original's way"):
+        for way in [*ways][1:]:
             added = ratio(seconds[way], seconds["plain"]) - 1
             figure(f"  {way:<15} {added:+7.2%}", block=kind, way=way, added=added)
 

@@ -16,19 +16,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..flux.layout import Layout, Site
 from .atlas import MAP, AtlasImage, Places
 from .call import Call
 from .hooks import left_out, watching_blocks
-from .statistics import TILE
+
+#: Tokens that are looked at together on a CPU.
+TILE = 32
 
 
 @dataclass
 class _Strongest:
     """Of each image of a run and each neuron, all [images, width]: the strongest activation so far, its token and step, and the
-    map of that step [images, width, 8, 8]; whether all numbers were finite, []."""
+    map of that step [images, 64, width]; whether all numbers were finite, []."""
 
     value: Tensor
     token: Tensor
@@ -86,14 +87,19 @@ class PlacesRecorder:
         return hook
 
     def _map(self, site: Site, call: Call, h: Tensor, value: Tensor) -> Tensor:
-        """How strong each neuron is over the image [images, width, 8, 8]; nothing in the text's own MLPs."""
-        image = self.images[0]
+        """How strong each neuron is over the image [images, 64, width], cell by cell; nothing in the text's own MLPs."""
+        image, width = self.images[0], value.shape[1]
         words, size = (image.words if site.stream == "single" else 0), image.rows * image.columns
         if site.stream == "txt" or not size:
-            return torch.zeros(*value.shape, MAP, MAP, dtype=torch.uint8, device=h.device)
-        over = h[:, words : words + size].abs().float().transpose(1, 2).unflatten(2, (image.rows, image.columns))
-        cells = F.adaptive_max_pool2d(over, MAP) / value.abs().clamp(min=torch.finfo(torch.float32).tiny)[..., None, None]
-        return (cells * 255).round().clamp(0, 255).byte()
+            return torch.zeros(len(h), MAP**2, width, dtype=torch.uint8, device=h.device)
+        over = h[:, words : words + size].unflatten(1, (image.rows, image.columns))
+        cells = [
+            over[:, top:bottom, left:right].abs().float().amax((1, 2))
+            for top, bottom in _cells(image.rows)
+            for left, right in _cells(image.columns)
+        ]
+        unit = value.abs().clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        return (torch.stack(cells, 1) / unit * 255).round_().clamp_(0, 255).byte()
 
     def _keep(self, name: str, found: _Strongest, images: Sequence[int]) -> None:
         """Takes what is stronger than before; `images` are those of its rows."""
@@ -109,7 +115,7 @@ class PlacesRecorder:
         for part in ("value", "token", "step"):
             getattr(known, part)[rows] = getattr(found, part).where(better, getattr(known, part)[rows])
         if known.map is not None and found.map is not None:
-            known.map[rows] = found.map.where(better[..., None, None], known.map[rows])
+            known.map[rows] = found.map.where(better[:, None], known.map[rows])
 
     def results(self) -> dict[str, Places]:
         """What was recorded, by site, on the CPU; empty where nothing ran, or not all of it was finite (see `note`)."""
@@ -124,7 +130,7 @@ class PlacesRecorder:
             image=number.masked_fill(value == 0, -1),  # where no token of a text counts
             token=found.token.T.int().cpu(),
             step=found.step.T.short().cpu(),
-            map=None if found.map is None else found.map.transpose(0, 1).cpu(),
+            map=None if found.map is None else found.map.permute(2, 0, 1).unflatten(2, (MAP, MAP)).cpu(),
         )
 
     @property
@@ -145,28 +151,31 @@ def strongest(h: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     `counts` [images, tokens]: which tokens do; the value is 0 where none does. In one pass: tile by tile on a CPU, where a tile
     stays in the cache and the token is looked up in the best one.
     """
-    tokens = h.shape[1]
-    tile = tokens if h.is_cuda else TILE
-    best = h.new_full((len(h), h.shape[2]), -1, dtype=torch.float32)
-    first = torch.zeros_like(best, dtype=torch.int64)
+    images, tokens, width = h.shape
+    tile = tokens if h.is_cuda else min(TILE, tokens)
+    best = torch.full((images, width), -1.0, device=h.device)
+    first = torch.zeros(images, width, dtype=torch.int64, device=h.device)
+    room = torch.empty(images, tile, width, device=h.device)
     for start in range(0, tokens, tile):
-        now = _strength(h[:, start : start + tile], None if counts is None else counts[:, start : start + tile]).amax(1)
+        rows = h[:, start : start + tile]
+        now = room[:, : rows.shape[1]].copy_(rows).abs_()
+        if counts is not None:
+            now.masked_fill_(~counts[:, start : start + tile, None], -1)
+        now = now.amax(1)
         better = ~(now <= best)  # what is not a number is the strongest, to be found
         best = torch.where(better, now, best)
-        first = torch.where(better, start, first)
-    within = (first[:, None] + torch.arange(min(tile, tokens), device=h.device)[None, :, None]).clamp(max=tokens - 1)
-    rows = None if counts is None else counts[..., None].expand_as(h).gather(1, within)
-    token = within.gather(1, _strength(h.gather(1, within), rows).argmax(1, keepdim=True))
-    value = h.gather(1, token).squeeze(1).float()
-    return value.masked_fill(best < 0, 0), token.squeeze(1)
+        first.masked_fill_(better, start)
+    within = (first[:, None] + torch.arange(tile, device=h.device)[None, :, None]).clamp(max=tokens - 1)
+    found = h.gather(1, within).float().abs_()
+    if counts is not None:
+        found.masked_fill_(~counts[..., None].expand_as(h).gather(1, within), -1)
+    token = within.gather(1, found.argmax(1, keepdim=True))
+    return h.gather(1, token).squeeze(1).float().masked_fill(best < 0, 0), token.squeeze(1)
 
 
-def _strength(h: Tensor, counts: Tensor | None) -> Tensor:
-    """|h| in float32, -1 where a token does not count."""
-    found = h.float().abs_() if h.dtype != torch.float32 else h.abs()
-    if counts is None:
-        return found
-    return found.masked_fill_(~(counts if counts.ndim == h.ndim else counts[..., None]), -1)
+def _cells(side: int) -> list[tuple[int, int]]:
+    """From where to where the cells of a map go over so many rows or columns of tokens; those of few tokens share them."""
+    return [(cell * side // MAP, -(-(cell + 1) * side // MAP)) for cell in range(MAP)]
 
 
 def _images(call: Call, patch: int) -> tuple[AtlasImage, ...]:

@@ -48,6 +48,7 @@ app.add_typer(internals, name="internals")
 
 atlases = typer.Typer(help="Where every neuron was strongest.", no_args_is_help=True)
 atlases.command()(atlas.show)
+atlases.command()(atlas.sheet)
 atlases.command()(atlas.merge)
 app.add_typer(atlases, name="atlas")
 

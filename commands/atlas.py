@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .terminal import progress_bar
+from .terminal import progress_bar, whole
 
 
 def show(
@@ -51,3 +51,25 @@ def merge(
             with replacing(picture) as new:
                 shutil.copyfile(drawn, new)
     typer.echo(f"{to.atlas_file}: {len(total.images)} images")
+
+
+def sheet(
+    recording: Annotated[Path, typer.Argument(help="Folder of a recording, as `record --what atlas` makes it.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write.")],
+    neurons: Annotated[
+        str, typer.Option(help='Which ones, such as "double-img-3:1207, single-2:77" (default: the strongest of all).')
+    ] = "",
+    count: Annotated[int, whole(help="How many of the strongest.", least=1, most=100)] = 16,
+    places: Annotated[int, whole(help="Pictures of each.", least=1, most=16)] = 8,
+) -> None:
+    """Draw some neurons as one picture: the places where each was strongest."""
+    from ..analysis.atlas_sheet import named_neurons, neurons_sheet, strongest_neurons
+    from ..files import IMAGES, check_picture, write_picture
+    from ..recording.recording import Recording
+
+    check_picture(out, IMAGES)
+    found = Recording.open(recording)
+    atlas = found.atlas()
+    chosen = named_neurons(neurons, atlas) if neurons else strongest_neurons(atlas, count)
+    write_picture(out, neurons_sheet(found, chosen, places))
+    typer.echo(f"{out}: {len(chosen)} neurons")

@@ -87,7 +87,7 @@ class InternalsRun(SamplingWatcher):
 class AtlasRun(SamplingWatcher):
     """One sampling run whose neurons' strongest places are recorded, with its pictures where there is an autoencoder."""
 
-    def __init__(self, target: Recorded, recorder: PlacesRecorder, decode: Decode | None, node_id: str | None):
+    def __init__(self, target: Recorded, recorder: PlacesRecorder, decode: Decode | None, node_id: str):
         sites = [site.name for site in recorder.sites]
         check_atlas(target.recording.atlas_file, target.fingerprint, sites, recorder.maps)  # before the work, not after it
         self.target, self.recorder, self.decode, self.node_id = target, recorder, decode, node_id

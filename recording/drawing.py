@@ -168,7 +168,7 @@ def _record(
         within = renamed(part(progress, done, total, len(images.prompts)), what)
         runs = [recorder.begin() for recorder in recorders]
         neurons, places = InternalsRecorder(layout.sites if internals else ()), PlacesRecorder(layout, layout.sites, maps=True)
-        watchers = [neurons, *runs, *([places] if atlas else [])]
+        watchers: list[InternalsRecorder | PlacesRecorder | Run] = [neurons, *runs, *([places] if atlas else [])]
         latents = _draw(tiny, images, sigmas, watchers, None if done else probe, within)
         with whole():
             for run in runs:

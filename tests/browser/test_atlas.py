@@ -42,9 +42,9 @@ def shown(page: Page) -> list[int]:
     return [int(name.rpartition(":")[2]) for name in page.locator(".card .name").all_inner_texts()]
 
 
-def loaded(page: Page) -> bool:
-    """Whether all pictures that are in view have arrived."""
-    return page.wait_for_function(
+def wait_for_pictures(page: Page) -> None:
+    """Until those of the first cards have arrived."""
+    page.wait_for_function(
         "() => [...document.querySelectorAll('.card:nth-child(-n+4) img')].every(image => image.complete && image.naturalWidth)"
     )
 
@@ -53,7 +53,7 @@ def test_the_strongest_neurons_come_first_with_their_pictures(page, recording):
     places = recording.atlas().sites["double-img-0"]
     assert shown(page) == places.value[:, 0].abs().argsort(descending=True, stable=True)[:60].tolist()
     assert page.locator(".card:first-child .place").count() == 8
-    loaded(page)
+    wait_for_pictures(page)
     first = page.locator(".card:first-child .place").first
     box, square = first.bounding_box(), first.locator("i").bounding_box()
     token = int(places.token[shown(page)[0], 0])

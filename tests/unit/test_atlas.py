@@ -6,17 +6,22 @@ import itertools
 from contextlib import ExitStack
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from flux_poke.analysis.atlas_sheet import CELL, named_neurons, neurons_sheet, strongest_neurons
+from flux_poke.analysis.sheets import GAP, MARGIN
 from flux_poke.errors import UserError
 from flux_poke.flux.fingerprint import Fingerprint
 from flux_poke.flux.integrators import euler
+from flux_poke.parsing import read_image
 from flux_poke.recording.atlas import MAP, PLACES, Atlas, AtlasImage, Places, add_to_atlas, merge_atlases
 from flux_poke.recording.call import Call
 from flux_poke.recording.drawing import Wanted, record
 from flux_poke.recording.places import PlacesRecorder, strongest
 from flux_poke.recording.recording import Recording
 from flux_poke.tiny.model import SHIPPED, TinyFlux
+from PIL import Image
 
 STEPS = 3
 PROMPTS = [f"{template}{digit}" for template in ("", "a ") for digit in range(10)]
@@ -40,7 +45,8 @@ class Everything:
     """Keeps all activations of all sites: [images, steps, tokens, width]."""
 
     def __init__(self, layout):
-        self.layout, self.kept = layout, {site.name: [] for site in layout.sites}
+        self.layout = layout
+        self.kept: dict[str, list[torch.Tensor]] = {site.name: [] for site in layout.sites}
 
     def watching(self, model, call):
         hooks = ExitStack()
@@ -129,7 +135,7 @@ def test_a_number_that_is_not_finite_is_found(wrong):
 
 def test_a_run_that_is_not_finite_is_left_out():
     tiny = TinyFlux.load()
-    tiny.flux.single_blocks[1].linear1.weight[-1, 0] = float("inf")
+    tiny.flux.get_parameter("single_blocks.1.linear1.weight")[-1, 0] = float("inf")
     recorder = PlacesRecorder(tiny.flux.layout, tiny.flux.layout.sites)
     drawn(tiny, ["a 3"], recorder, seed=1)
     assert recorder.results() == {}
@@ -216,3 +222,35 @@ def test_a_recording_holds_the_atlas_with_pictures(tmp_path):
     assert {path.stem for path in (tmp_path / "digits" / "atlas").iterdir()} == {image.key for image in atlas.images}
     with pytest.raises(UserError, match="recorded on another model"):
         record(SHIPPED["flux2"] / "flux.safetensors", ["a 3"], recording, Wanted(atlas=True), steps=2)
+
+
+def test_a_sheet_shows_the_places_of_neurons(tmp_path):
+    recording, file = Recording.at(tmp_path / "digits"), SHIPPED["flux1"] / "flux.safetensors"
+    record(file, PROMPTS[:6], recording, Wanted(atlas=True), steps=2)
+    atlas = recording.atlas()
+    chosen = named_neurons("double-img-1:7, double-txt-0:400", atlas)
+    assert chosen == [("double-img-1", 7), ("double-txt-0", 400)]
+    sheet = neurons_sheet(recording, chosen, places=4)
+    assert sheet.height == 2 * MARGIN + 2 * (CELL + GAP)
+    for row, (name, neuron) in enumerate(chosen):
+        image = atlas.images[atlas.sites[name].image[neuron, 0]]
+        drawn = read_image(recording.atlas_picture(image.key)).convert("L").resize((CELL, CELL), Image.Resampling.BICUBIC)
+        left = sheet.width - MARGIN - 4 * (CELL + GAP)
+        top = MARGIN + row * (CELL + GAP)
+        cell = sheet.crop((left, top, left + CELL, top + CELL)).convert("L")
+        likeness = np.corrcoef(np.asarray(cell)[: CELL - 20].ravel(), np.asarray(drawn)[: CELL - 20].ravel())[0, 1]
+        assert likeness > 0.7
+    best = strongest_neurons(atlas, 5)
+    means = {name: site.value[:, 0].abs().mean() for name, site in atlas.sites.items()}
+    ranked = sorted(
+        ((site.value[neuron, 0].abs() / means[name]).item(), name, neuron)
+        for name, site in atlas.sites.items()
+        for neuron in range(len(site.value))
+    )
+    assert best == [(name, neuron) for _, name, neuron in ranked[:-6:-1]]
+
+
+@pytest.mark.parametrize("names", ["", "double-img-0", "double-img-0:512", "single-9:1", "double-img-0:x", "-:1"])
+def test_neurons_that_are_not_there_are_refused(names: str):
+    with pytest.raises(UserError, match=r"is no neuron of this atlas|are named"):
+        named_neurons(names, random_atlas(0, range(3), width=512))

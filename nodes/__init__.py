@@ -12,6 +12,7 @@ from .chance import QueueLimit, RandomInt, RandomSize
 from .choose import ChooseModel
 from .compare import Compare
 from .plans import LoadPlan, PlanByBudget, PlanByCount, PlanByThreshold
+from .poking import CombineNeurons, FindNeurons, LoadNeurons, PokeBlocks, PokeNeurons
 from .previews import AnimateBlockPreviews, DecodeBlockPreviews
 from .prompts import Counter, Prompts
 from .pruned import LoadPrunedCheckpoint, LoadPrunedFlux, LoadPrunedLora, SavePrunedFlux
@@ -58,6 +59,11 @@ class FluxPokeExtension(ComfyExtension):
             DecodeBlockPreviews,
             AnimateBlockPreviews,
             Compare,
+            FindNeurons,
+            LoadNeurons,
+            CombineNeurons,
+            PokeNeurons,
+            PokeBlocks,
             FluxTimer,
             Prompts,
             Counter,

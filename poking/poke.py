@@ -80,9 +80,17 @@ class BlockPoke:
     where: Where = field(default_factory=Where)
 
     @classmethod
-    def of(cls, layout: Layout, blocks: str, part: Part = "both", stream: Stream = "both", factor: float = 0.0) -> BlockPoke:
+    def of(
+        cls,
+        layout: Layout,
+        blocks: str,
+        part: Part = "both",
+        stream: Stream = "both",
+        factor: float = 0.0,
+        where: Where | None = None,
+    ) -> BlockPoke:
         """`blocks` as "double 0, single 3-5" names them; raises `UserError` where the model has no such."""
-        return cls(tuple(sorted(choose_blocks(blocks, layout))), part, stream, factor)
+        return cls(tuple(sorted(choose_blocks(blocks, layout))), part, stream, factor, where or Where())
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@
 
 At points of drawings of the concept, u = v(concept's prompt) - v(other prompts) is what the prompt pulls towards. Poked, the
 share of the pull that is left is <v - v(other prompts), u> / <u, u>: 1 is all of it, 0 is none. At points of other drawings, a
-poke costs |v - v(dense)|^2 / |v(dense)|^2. Nothing is decoded, and nobody has to tell what a picture shows: of all choices that
-leave about `LEFT` of the pull, that of the least cost is taken.
+poke costs |v - v(dense)|^2 / |v(dense)|^2. Nothing is decoded, and nobody has to tell what a picture shows. For each choice of
+neurons a factor is worked out that leaves about `LEFT` of the pull, and the choice is taken that leaves and costs the least: a
+cost of `CHANGE` counts as all of the pull.
 
 Only the first steps are looked at: what an image is of is decided at high noise levels.
 """
@@ -28,8 +29,8 @@ from ..tiny.model import TinyFlux
 from .neurons import Neurons
 from .poke import BlockPoke, Poke, poked
 
-#: The share of the pull that may be left, and the factors that are tried, as far as they go.
-LEFT, LOWEST = 0.2, -3.0
+#: The share of the pull that factors aim at, the lowest of them, and the cost that counts as much as all of the pull.
+LEFT, LOWEST, CHANGE = 0.2, -3.0, 0.003
 #: How much the others count, in the choices that are tried.
 SPARES = (2.0, 3.0, 5.0, 8.0, 12.0, 20.0)
 #: Drawings of the concept and of others, other prompts at each point, and at which parts of the steps.
@@ -90,21 +91,16 @@ class Exam:
 
 
 def tune(exam: Exam, find: Callable[[float], Neurons], progress: Progress = silent) -> Neurons:
-    """Of what `find` gives for each of `SPARES`, the neurons that erase the concept at the least cost, with their factor.
-
-    Where none erases it, those that leave the least of its pull.
-    """
-    tried: list[tuple[bool, float, Neurons]] = []
+    """Of what `find` gives for each of `SPARES`, the neurons that erase the concept at the least cost, with their factor."""
+    tried: list[tuple[float, Neurons]] = []
     for done, spare in enumerate(SPARES):
         progress("turning neurons down", done, len(SPARES))
         found = find(spare)
         left = exam.pull([Poke(found, -1.0)])  # falls nearly in a line with the factor, from 1 at 1
         factor = round(max(1 - 2 * (1 - LEFT) / max(1 - left, 1e-3), LOWEST), 2)
         poke = [Poke(found, factor)]
-        left = exam.pull(poke)
-        erased = left <= LEFT + 0.1
-        tried.append((not erased, exam.change(poke) if erased else left, replace(found, factor=factor)))
-    return min(tried, key=lambda one: one[:2])[2]
+        tried.append((max(exam.pull(poke), 0.0) + exam.change(poke) / CHANGE, replace(found, factor=factor)))
+    return min(tried, key=lambda one: one[0])[1]
 
 
 def _points(tiny: TinyFlux, prompts: Sequence[str], seed: int) -> list[Point]:

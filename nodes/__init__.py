@@ -26,6 +26,7 @@ from .record import (
 )
 from .recordings import InternalsReport, LoadRecording
 from .retrain import LoadReplacedFlux, RetrainLayers
+from .sweep import Sweep
 from .taps import TapBlocks
 from .timer import FluxTimer
 from .tiny import LoadTinyFlux
@@ -64,6 +65,7 @@ class FluxPokeExtension(ComfyExtension):
             CombineNeurons,
             PokeNeurons,
             PokeBlocks,
+            Sweep,
             FluxTimer,
             Prompts,
             Counter,

@@ -47,6 +47,7 @@ FOUND: dict[str, tuple[str, tuple[str, ...]]] = {
     "CombineNeurons": (POKE, (*_NEURONS, *_CONCEPT, "join", "subtract", "merge")),
     "PokeNeurons": (POKE, (*_NEURONS, *_CONCEPT, "turn off", "boost", "intervention", "patching")),
     "PokeBlocks": (POKE, (*_BLOCKS, "ablation", "skip layer", "skip block", "scale block")),
+    "Sweep": (POKE, (*_BLOCKS, *_CONCEPT, "XY plot", "grid", "ablation", "sampler", "skip layer")),
     "FluxTimer": (TOOLS, ("scheduler", "sigmas", "shift", "timesteps", "schedule")),
     "Prompts": (TOOLS, ("text file", "prompt list", "wildcard", "random line", "batch")),
     "Counter": (TOOLS, ("count", "index", "increment", "number")),

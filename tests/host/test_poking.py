@@ -1,4 +1,4 @@
-"""Poked MODELs inside ComfyUI: what is turned is what was asked for, on its tokens and noise levels, and nothing is left behind."""
+"""Poked MODELs inside ComfyUI: what is turned is what was asked for, on its tokens and noise levels; nothing is left behind."""
 
 from __future__ import annotations
 

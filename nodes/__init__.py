@@ -12,7 +12,7 @@ from .chance import QueueLimit, RandomInt, RandomSize
 from .choose import ChooseModel
 from .compare import Compare
 from .plans import LoadPlan, PlanByBudget, PlanByCount, PlanByThreshold
-from .poking import CombineNeurons, FindNeurons, LoadNeurons, PokeBlocks, PokeNeurons
+from .poking import FindNeurons, LoadNeurons, PokeBlocks, PokeNeurons
 from .previews import AnimateBlockPreviews, DecodeBlockPreviews
 from .prompts import Counter, Prompts
 from .pruned import LoadPrunedCheckpoint, LoadPrunedFlux, LoadPrunedLora, SavePrunedFlux
@@ -62,7 +62,6 @@ class FluxPokeExtension(ComfyExtension):
             Compare,
             FindNeurons,
             LoadNeurons,
-            CombineNeurons,
             PokeNeurons,
             PokeBlocks,
             Sweep,

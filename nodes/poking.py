@@ -1,12 +1,11 @@
-"""Find Neurons, Load Neurons, Combine Neurons, Poke Neurons and Poke Blocks: the neurons of a concept, and what a FLUX draws
-with them, or with whole blocks, turned down or up."""
+"""Find Neurons, Load Neurons, Poke Neurons and Poke Blocks: the neurons of a concept, and what a FLUX draws with them, or with
+whole blocks, turned down or up."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
@@ -85,6 +84,7 @@ class FindNeurons(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         share = "At most this share of all neurons, in percent."
         spare = "How much more a change of other pictures counts than one of the concept; 0 = not at all. More finds fewer."
+        common = "Neurons that are not to be among them, as of another concept."
         second = "Other pictures without the concept: tells how many neurons chance would give."
         return inputs.schema(
             cls,
@@ -100,10 +100,12 @@ class FindNeurons(io.ComfyNode):
                 inputs.choice("streams", ["all", "img", "txt", "single"], "In which MLPs: image, text, single blocks."),
                 *inputs.advanced(inputs.number("spare_others", SPARE, 0.0, 1000.0, 0.5, spare)),
                 inputs.RecordingType.Input("without_2", optional=True, tooltip=second),
+                NeuronsType.Input("leave_out", optional=True, tooltip=common),
                 inputs.after_sampler("the search"),
             ],
             [
                 NeuronsType.Output(display_name="neurons", tooltip="For Poke Neurons."),
+                inputs.NameType.Output(display_name="file", tooltip="For Load Neurons."),
                 io.String.Output(display_name="text"),
                 io.Image.Output(display_name="image"),
             ],
@@ -112,7 +114,17 @@ class FindNeurons(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, with_it: Recording, without: Recording, save_as, percent, streams, spare_others, without_2=None, after=None
+        cls,
+        model,
+        with_it: Recording,
+        without: Recording,
+        save_as,
+        percent,
+        streams,
+        spare_others,
+        without_2=None,
+        leave_out: Neurons | None = None,
+        after=None,
     ) -> io.NodeOutput:
         path = host.output_path(save_as, ".safetensors")
         check_replaces(path, FORMAT)
@@ -128,8 +140,11 @@ class FindNeurons(io.ComfyNode):
         what = Search(share=percent / 100, sites=sites, spare=spare_others)
         compared = f"{with_it.name} against {' and '.join(one.name for one in recordings[1:])}"
         found = find(MergedWeights(model), layout, recorded[:1], recorded[1:], what, compared)
+        found = found if leave_out is None else found.subtract(leave_out)
         found.save(path, host.graph_metadata(cls.hidden))
-        return shown(cls, found)
+        image = host.figure_image(neurons_figure(found))
+        seen = {**ui.PreviewImage(image, cls=cls).as_dict(), **host.said(cls, found.totals())}
+        return io.NodeOutput(found, host.name_of(path), found.table(), image, ui=seen)
 
 
 class LoadNeurons(io.ComfyNode):
@@ -162,28 +177,6 @@ class LoadNeurons(io.ComfyNode):
         found = Neurons.load(host.output_path(inputs.chosen(file), ".safetensors"))
         host.say(cls.hidden.unique_id, found.totals())
         return io.NodeOutput(found, found.table(), -1.0 if found.factor is None else found.factor)
-
-
-class CombineNeurons(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return inputs.schema(
-            cls,
-            "Combine Neurons",
-            "Neurons of two searches together, or the first without those of the second.",
-            [
-                NeuronsType.Input("neurons", tooltip="From Find Neurons or Load Neurons."),
-                NeuronsType.Input("others", tooltip="Neurons of the same model."),
-                inputs.choice("how", ["join", "subtract"], "join: all of both. subtract: without those of the others."),
-            ],
-            [NeuronsType.Output(display_name="neurons"), io.String.Output(display_name="text")],
-        )
-
-    @classmethod
-    def execute(cls, neurons: Neurons, others: Neurons, how: str) -> io.NodeOutput:
-        found = neurons.join(others) if how == "join" else neurons.subtract(others)
-        host.say(cls.hidden.unique_id, found.totals())
-        return io.NodeOutput(found, found.table())
 
 
 class PokeNeurons(io.ComfyNode):
@@ -262,13 +255,3 @@ def chosen_where(sigma_from: float, sigma_to: float, positive_only: bool, mask: 
     """Of masks of a batch, the first one is used."""
     picture = None if mask is None else mask.reshape(-1, *mask.shape[-2:])[0]
     return Where((sigma_from, sigma_to), picture, positive_only)
-
-
-def shown(node: type[io.ComfyNode], found: Neurons) -> io.NodeOutput:
-    """Neurons, their table and picture, which the node shows too."""
-    image, text = host.figure_image(neurons_figure(found)), found.table()
-    return io.NodeOutput(found, text, image, ui=_ui(node, found, image))
-
-
-def _ui(node: type[io.ComfyNode], found: Neurons, image: Tensor) -> dict[str, Any]:
-    return {**ui.PreviewImage(image, cls=node).as_dict(), **host.said(node, found.totals())}

@@ -44,7 +44,6 @@ FOUND: dict[str, tuple[str, tuple[str, ...]]] = {
     "Compare": (SEE, ("difference", "PSNR", "SSIM", "MSE", "metric", "heat map", "before after")),
     "FindNeurons": (POKE, (*_NEURONS, *_CONCEPT, "difference of means")),
     "LoadNeurons": (POKE, (*_NEURONS, *_CONCEPT)),
-    "CombineNeurons": (POKE, (*_NEURONS, *_CONCEPT, "join", "subtract", "merge")),
     "PokeNeurons": (POKE, (*_NEURONS, *_CONCEPT, "turn off", "boost", "intervention", "patching")),
     "PokeBlocks": (POKE, (*_BLOCKS, "ablation", "skip layer", "skip block", "scale block")),
     "Sweep": (POKE, (*_BLOCKS, *_CONCEPT, "XY plot", "grid", "ablation", "sampler", "skip layer")),

@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..analysis.metrics import compare, comparison_table
+from ..analysis.metrics import Comparison, compare, comparison_table
 from ..analysis.sheets import labelled_grid
 from ..poking.neurons import Neurons
 from ..poking.poke import BlockPoke, Poke
@@ -83,7 +83,7 @@ class Sweep(io.ComfyNode):
         cells = [
             (
                 row.name,
-                f"PSNR {row.psnr:.1f} dB, SSIM {row.ssim:.3f}" if number else "",
+                numbers(row) if number else "",
                 host.to_pictures(image.movedim(1, -1))[0],
             )
             for number, (row, image) in enumerate(zip(rows, images, strict=True))
@@ -101,3 +101,7 @@ def title_of(neurons: Neurons | None, part: str) -> str:
     if neurons is None:
         return "One block at a time, poked" if part == "both" else f"The {part} of one block at a time, poked"
     return f"{neurons.count:,} neurons ({neurons.compared})"
+
+
+def numbers(row: Comparison) -> str:
+    return f"PSNR {row.psnr:.1f} dB, SSIM {row.ssim:.3f}" if row.relative_mse else "the same"

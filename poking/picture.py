@@ -35,7 +35,7 @@ def neurons_figure(neurons: Neurons) -> Figure:
     titles = [f"{name}:{index}" for name, index, _ in strongest]
     colors = ["#d98032" if known.difference.item() > 0 else "#4c5b8c" for _, _, known in strongest]
     by_neuron.barh(titles, [known.effect.item() for _, _, known in strongest], color=colors)
-    by_neuron.set(title="strongest neurons (orange: higher with the concept)", xlabel="|m - m'| |W2[:, j]|")
+    by_neuron.set(title="strongest neurons (orange: higher with it)", xlabel="|m - m'| |W2[:, j]|")
     by_neuron.invert_yaxis()
     by_neuron.tick_params(axis="y", labelsize=8)
     return figure

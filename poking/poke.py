@@ -215,6 +215,21 @@ def poked(flux: Any, pokes: Sequence[Poke | BlockPoke]) -> Iterator[None]:
         yield
 
 
+def read_poke(text: str) -> Poke:
+    """FILE:FACTOR, or a FILE alone at its own factor, else -1; raises `UserError` where that is neither."""
+    path, _, last = text.rpartition(":")
+    try:
+        factor = float(last) if path else None
+    except ValueError:
+        factor = None
+    neurons = Neurons.load(text if factor is None else path)
+    if factor is None:
+        factor = -1.0 if neurons.factor is None else neurons.factor
+    if not abs(factor) <= 100:
+        raise UserError(f"{text}: expected a factor from -100 to 100.")
+    return Poke(neurons, factor)
+
+
 def require_widths(neurons: Neurons, layout: Layout) -> None:
     """Raises `UserError` where an MLP of `layout` has another width than the neurons' model."""
     widths = {site.name: site.width for site in layout.sites}

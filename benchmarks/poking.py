@@ -1,6 +1,6 @@
 """Erasing one digit from a tiny FLUX with at most 2 % of its neurons, every digit in turn, and what the others lose.
 
-    uv run python benchmarks/poking.py [--family flux1] [--digits 0 3 9] [--images 20] [--share 0.02]
+    uv run python benchmarks/poking.py [--family flux1] [--digits 0 3 9] [--images 20] [--share 0.02] [--variants chosen shuffled]
 
 Neurons are found and tuned on one half of the prompts, and measured on the other half with other seeds: a digit's share of
 drawings that a reader takes for it, and the share of the other digits' that it takes for what they are asked to be.
@@ -36,6 +36,9 @@ RECORDED, FIRST, MEASURED = 4, 10_000, 500_000
 def prompts(digit: int, half: int) -> list[str]:
     """One half of a digit's prompts: both use every template, words and numerals, but never the same prompt."""
     return [digit_prompts(digit)[2 * n + (n + half) % 2] for n in range(len(TEMPLATES))]
+
+
+VARIANTS = ("chosen", "difference", "shuffled")
 
 
 class Reader:
@@ -86,6 +89,7 @@ def main() -> None:
     parser.add_argument("--digits", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--images", type=int, default=20, help="drawings of every digit")
     parser.add_argument("--share", type=float, default=0.02)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     given = parser.parse_args()
     torch.set_num_threads(1)
     path = SHIPPED[given.family] / "flux.safetensors"
@@ -94,7 +98,7 @@ def main() -> None:
         record_prompts(tiny, dense.fingerprint, prompts(digit, 0), RECORDED, FIRST + 1000 * digit) for digit in range(10)
     ]
     reader = Reader(tiny, given.images)
-    means: dict[str, list[tuple[float, float, float]]] = {"chosen": [], "difference": [], "shuffled": []}
+    means: dict[str, list[tuple[float, float, float]]] = {name: [] for name in given.variants}
     print(
         "digit   before | chosen: neurons  factor   read  others | difference: read  others | shuffled: neurons   read  others"
     )
@@ -116,13 +120,14 @@ def main() -> None:
         except UserError:  # nothing stands out
             pokes["shuffled"] = []
         before = reader.shares(reader.dense, digit)
-        read = {name: reader.shares(reader.read(some) if some else reader.dense, digit) for name, some in pokes.items()}
+        read = {
+            name: reader.shares(reader.read(pokes[name]) if pokes[name] else reader.dense, digit) for name in given.variants
+        }
         for name, (own, others) in read.items():
             means[name].append((own, others, others - before[1]))
-        told = {name: f"{own:>7.0%}{others - before[1]:>+8.1%}" for name, (own, others) in read.items()}
+        told = "".join(f"{own:>9.0%}{others - before[1]:>+8.1%}" for own, others in read.values())
         figure(
-            f"{digit:>5}{before[0]:>9.0%} |{tuned.count:>16}{factor:>8.2f}{told['chosen']} |{told['difference']:>25} |"
-            f"{number:>18}{told['shuffled']}",
+            f"{digit:>5}{before[0]:>9.0%}{tuned.count:>9}{factor:>8.2f}{number:>10}{told}",
             family=given.family, digit=digit, before=before[0], others_before=before[1], neurons=tuned.count, factor=factor,
             spare=tuned.spare or 0.0, by_chance=number,
             **{f"{name}_read": own for name, (own, _) in read.items()},

@@ -1,6 +1,6 @@
 """Erasing one digit from a tiny FLUX with at most 2 % of its neurons, every digit in turn, and what the others lose.
 
-    uv run python benchmarks/poking.py [--family flux1] [--digits 0 3 9] [--images 20] [--share 0.02] [--variants chosen shuffled]
+    uv run python benchmarks/poking.py [--family flux1] [--digits 0 3 9] [--images 20] [--variants chosen shuffled]
 
 Neurons are found and tuned on one half of the prompts, and measured on the other half with other seeds: a digit's share of
 drawings that a reader takes for it, and the share of the other digits' that it takes for what they are asked to be.
@@ -99,9 +99,8 @@ def main() -> None:
     ]
     reader = Reader(tiny, given.images)
     means: dict[str, list[tuple[float, float, float]]] = {name: [] for name in given.variants}
-    print(
-        "digit   before | chosen: neurons  factor   read  others | difference: read  others | shuffled: neurons   read  others"
-    )
+    columns = "".join(f"{name:>11} others" for name in given.variants)
+    print(f"digit   before  neurons  factor  shuffled{columns}", flush=True)
     for digit in given.digits:
         with_it, without = recorded[digit], [one for other in range(10) if other != digit for one in recorded[other]]
         exam = Exam.of(tiny, prompts(digit, 0), [prompt for n in range(10) if n != digit for prompt in prompts(n, 0)])
@@ -125,7 +124,7 @@ def main() -> None:
         }
         for name, (own, others) in read.items():
             means[name].append((own, others, others - before[1]))
-        told = "".join(f"{own:>9.0%}{others - before[1]:>+8.1%}" for own, others in read.values())
+        told = "".join(f"{own:>11.0%}{others - before[1]:>+7.1%}" for own, others in read.values())
         figure(
             f"{digit:>5}{before[0]:>9.0%}{tuned.count:>9}{factor:>8.2f}{number:>10}{told}",
             family=given.family, digit=digit, before=before[0], others_before=before[1], neurons=tuned.count, factor=factor,

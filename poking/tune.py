@@ -30,7 +30,7 @@ from .neurons import Neurons
 from .poke import BlockPoke, Poke, poked
 
 #: The share of the pull that factors aim at, the lowest of them, and the cost that counts as much as all of the pull.
-LEFT, LOWEST, CHANGE = 0.1, -4.0, 0.004
+LEFT, LOWEST, CHANGE = 0.0, -3.0, 0.005
 #: How much the others count, in the choices that are tried.
 SPARES = (2.0, 3.0, 5.0, 8.0, 12.0, 20.0)
 #: Drawings of the concept and of others, other prompts at each point, and at which parts of the steps.

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import atlas, captures, convert, draw, fit, layers, models, plans, queue, recordings, views
+from .commands import atlas, captures, convert, draw, fit, layers, models, neurons, plans, queue, recordings, views
 from .errors import UserError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -55,6 +55,11 @@ app.add_typer(atlases, name="atlas")
 lens = typer.Typer(help="The tuned lens on what blocks predict.", no_args_is_help=True)
 lens.command()(views.fit)
 app.add_typer(lens, name="lens")
+
+of_concepts = typer.Typer(help="The neurons of a concept.", no_args_is_help=True)
+for command in (neurons.find, neurons.show, neurons.join, neurons.subtract, neurons.cut, neurons.lora):
+    of_concepts.command()(command)
+app.add_typer(of_concepts, name="neurons")
 
 
 def main() -> None:

@@ -108,6 +108,28 @@ def prompt_grid(rows: Mapping[str, Sequence[Image.Image]], largest: int = 256) -
     return whole
 
 
+def labelled_grid(cells: Sequence[tuple[str, str, Image.Image]], title: str = "", side: int = 192) -> Image.Image:
+    """Pictures in rows, as near to a square as they go, each with a label and a line of numbers below it."""
+    label, numbers = font(13), font(10)
+    scale = side / max(max(picture.size) for _, _, picture in cells)
+    most = (round(max(one.width for *_, one in cells) * scale), round(max(one.height for *_, one in cells) * scale))
+    needed = max(max(label.getlength(name), numbers.getlength(said)) for name, said, _ in cells)
+    width, height = max(most[0], round(needed)) + 4 * GAP, most[1] + 40
+    columns = min(len(cells), max(1, round((len(cells) * height / width) ** 0.5 + 0.3)))
+    rows, top = -(-len(cells) // columns), MARGIN + (28 if title else 0)
+    across = max(columns * width, round(font(16).getlength(title)))
+    whole = Image.new("RGB", (across + 2 * MARGIN, top + rows * height + MARGIN), GROUND)
+    draw = ImageDraw.Draw(whole)
+    draw.text((MARGIN, MARGIN), title, INK, font(16))
+    for number, (name, said, picture) in enumerate(cells):
+        x, y = MARGIN + number % columns * width, top + number // columns * height
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        whole.paste(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS), (x, y))
+        draw.text((x, y + most[1] + 3), name, INK, label)
+        draw.text((x, y + most[1] + 20), said, PALE, numbers)
+    return whole
+
+
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib: the same picture on every machine."""

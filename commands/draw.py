@@ -36,6 +36,10 @@ def draw(
     input_image: Annotated[
         list[Path] | None, typer.Option(help="Reference picture, for FLUX.2; may be given more than once.")
     ] = None,
+    poke: Annotated[
+        list[str] | None,
+        typer.Option(help="FILE:FACTOR: neurons of the tiny kind, turned (-1 mirrors, 0 is the others' mean, 2 boosts)."),
+    ] = None,
     batch: Annotated[int, whole(help="Pictures drawn at once, of the tiny kind.", least=1, most=10_000)] = 16,
     clip: Annotated[
         list[str] | None,
@@ -51,6 +55,7 @@ def draw(
     from ..headless.draw import draw_there
     from ..headless.families import Setup
     from ..headless.fit import fit_server
+    from ..poking.poke import poked, read_poke
     from ..prompts import read_prompts
 
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
@@ -62,9 +67,11 @@ def draw(
         if clip or vae:
             raise UserError("--clip and --vae are for ComfyUI: leave them out, or give --server or --comfyui.")
         tiny = open_tiny(checkpoint)
-        with progress_bar() as progress:
+        with progress_bar() as progress, poked(tiny.flux, [read_poke(one) for one in poke or ()]):
             files = write_drawings(out, draw_tiny(tiny, request, batch, progress), request, checkpoint.name)
     else:
+        if poke:
+            raise UserError("--poke is for models of the tiny kind; in ComfyUI, use the node Poke Neurons.")
         with progress_bar() as progress:
             progress("waiting for ComfyUI", 0, 1)
             with fit_server(server, comfyui) as address, ComfyClient(address) as client:

@@ -12,6 +12,7 @@ from .chance import QueueLimit, RandomInt, RandomSize
 from .choose import ChooseModel
 from .compare import Compare
 from .plans import LoadPlan, PlanByBudget, PlanByCount, PlanByThreshold
+from .poking import FindNeurons, LoadNeurons, PokeBlocks, PokeNeurons
 from .previews import AnimateBlockPreviews, DecodeBlockPreviews
 from .prompts import Counter, Prompts
 from .pruned import LoadPrunedCheckpoint, LoadPrunedFlux, LoadPrunedLora, SavePrunedFlux
@@ -26,6 +27,7 @@ from .record import (
 )
 from .recordings import InternalsReport, LoadRecording
 from .retrain import LoadReplacedFlux, RetrainLayers
+from .sweep import Sweep
 from .taps import TapBlocks
 from .timer import FluxTimer
 from .tiny import LoadTinyFlux
@@ -60,6 +62,11 @@ class FluxPokeExtension(ComfyExtension):
             DecodeBlockPreviews,
             AnimateBlockPreviews,
             Compare,
+            FindNeurons,
+            LoadNeurons,
+            PokeNeurons,
+            PokeBlocks,
+            Sweep,
             FluxTimer,
             Prompts,
             Counter,

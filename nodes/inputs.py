@@ -35,12 +35,13 @@ MOST_SEED = 2**31 - 1
 SCHEMA_FIELDS = {field.name for field in fields(io.Schema)}
 #: What lists say where there is nothing to choose yet, in as many letters as a node has room for, and what writes it.
 NO_RECORDING, NO_PLAN = "none yet: run Record", "none yet: run a Plan"
-NO_PREVIEWS, NO_PRUNED = "none yet: run Decode", "none yet: run Save"
+NO_PREVIEWS, NO_PRUNED, NO_NEURONS = "none yet: run Decode", "none yet: run Save", "none yet: run Find"
 WRITTEN_BY = {
     NO_RECORDING: "a Record node",
     NO_PLAN: "a Plan Pruning node",
     NO_PREVIEWS: "Decode Block Previews",
     NO_PRUNED: "Save Pruned FLUX",
+    NO_NEURONS: "Find Neurons",
 }
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-RECORD, PLAN, LOAD, RETRAIN, SEE, TOOLS = (
-    f"flux-poke/{part}" for part in ("Record", "Plan", "Load & save", "Retrain", "See", "Tools")
+RECORD, PLAN, LOAD, RETRAIN, SEE, POKE, TOOLS = (
+    f"flux-poke/{part}" for part in ("Record", "Plan", "Load & save", "Retrain", "See", "Poke", "Tools")
 )
 
 _NEURONS = ("neuron", "neurons", "firing", "activation", "MLP", "interpret", "interpretability", "internals")
@@ -12,6 +12,7 @@ _PRUNE = ("prune", "pruning", "compress", "shrink", "smaller model", "less VRAM"
 _LOADER = ("load model", "unet", "diffusion model")
 _LAYERS = ("retrain", "train", "finetune", "distill", "recover", "repair")
 _BLOCKS = ("block", "layer", "interpret", "interpretability", "logit lens", "intermediate", "x0 preview", "visualize")
+_CONCEPT = ("concept", "erase", "unlearn", "steer", "steering", "ablation", "feature")
 _CHANCE = ("random", "seed")
 
 #: By name of a node's class: its category, and words that people search for.
@@ -42,6 +43,11 @@ FOUND: dict[str, tuple[str, tuple[str, ...]]] = {
     "DecodeBlockPreviews": (SEE, (*_BLOCKS, "sheet", "grid")),
     "AnimateBlockPreviews": (SEE, (*_BLOCKS, "video", "gif", "film")),
     "Compare": (SEE, ("difference", "PSNR", "SSIM", "MSE", "metric", "heat map", "before after")),
+    "FindNeurons": (POKE, (*_NEURONS, *_CONCEPT, "difference of means")),
+    "LoadNeurons": (POKE, (*_NEURONS, *_CONCEPT)),
+    "PokeNeurons": (POKE, (*_NEURONS, *_CONCEPT, "turn off", "boost", "intervention", "patching")),
+    "PokeBlocks": (POKE, (*_BLOCKS, "ablation", "skip layer", "skip block", "scale block")),
+    "Sweep": (POKE, (*_BLOCKS, *_CONCEPT, "XY plot", "grid", "ablation", "sampler", "skip layer")),
     "FluxTimer": (TOOLS, ("scheduler", "sigmas", "shift", "timesteps", "schedule")),
     "Prompts": (TOOLS, ("text file", "prompt list", "wildcard", "random line", "batch")),
     "Counter": (TOOLS, ("count", "index", "increment", "number")),

@@ -19,7 +19,7 @@ FLOORS = (
     {"recording"},
     {"analysis"},
     {"pruning"},
-    {"retrain", "convert"},
+    {"retrain", "convert", "poking"},
     {"nodes", "headless", "commands", "demo", "draw", "fit"},
     {"cli"},
 )

@@ -1,0 +1,190 @@
+"""The neurons of a concept: found, looked at, joined and subtracted, and made into a plan or a LoRA file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ..errors import UserError
+from .terminal import number, picture, progress_bar, seed, typed, whole
+
+if TYPE_CHECKING:
+    from ..poking.neurons import Neurons
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="File to write (.safetensors).")]
+File = Annotated[Path, typer.Argument(help="A file of neurons, from `neurons find` or Find Neurons.")]
+Files = Annotated[list[Path], typer.Argument(help="Files of neurons of one model.")]
+Checkpoint = Annotated[Path, typer.Argument(help="The dense FLUX that they were found in (.safetensors).")]
+
+
+def find(
+    checkpoint: Annotated[Path, typer.Argument(help="The dense FLUX; with prompts, one of the tiny kind (.safetensors).")],
+    with_it: Annotated[
+        list[Path], typer.Option("--with", help="Prompts with the concept (.txt), or a recording; may be given more than once.")
+    ],
+    without: Annotated[
+        list[Path], typer.Option("--without", help="Prompts without it (.txt), or a recording; may be given more than once.")
+    ],
+    out: Out,
+    percent: Annotated[float, number(help="At most so many of all neurons, in percent.", least=0.0001, most=100)] = 2.0,
+    streams: Annotated[Literal["all", "img", "txt", "single"], typer.Option(help="In which MLPs.")] = "all",
+    spare: Annotated[
+        float | None,
+        number(
+            help="How much more a change of others counts than one of the concept. Default: with prompts, what erases the "
+            "concept at the least cost, measured on velocities; with recordings 10.",
+            least=0,
+            most=1000,
+        ),
+    ] = None,
+    images: Annotated[int, whole(help="Of prompts: pictures of each.", least=1, most=10_000)] = 4,
+    steps: Annotated[int, whole(help="Of prompts: Euler steps per picture.", least=2, most=10_000)] = 20,
+    seed: Annotated[int, seed("Of prompts: noise of the first picture; each takes the next.", most=2**62)] = 0,
+    sigma_from: Annotated[float, number(help="Of prompts: only noise levels from here.", least=0, most=1)] = 0.0,
+    sigma_to: Annotated[float, number(help="Of prompts: only noise levels up to here.", least=0, most=1)] = 1.0,
+    picture: Annotated[Path | None, picture("Also draw them (.png, .pdf, .svg).")] = None,
+) -> None:
+    """Find the neurons of a concept: pictures with it against pictures without."""
+    from dataclasses import replace
+
+    from ..files import check_replaces, write_picture
+    from ..flux.layout import select_sites
+    from ..poking.comparing import record_prompts
+    from ..poking.find import SPARE, Search
+    from ..poking.find import find as search
+    from ..poking.neurons import FORMAT
+    from ..poking.picture import neurons_figure
+    from ..poking.tune import Exam, tune
+    from ..progress import part
+    from ..prompts import read_prompts
+    from ..pruning.dense import Dense
+    from ..recording.recording import Recording
+    from ..tiny.model import TinyFlux
+
+    check_replaces(out, FORMAT)
+    dense = Dense.open(checkpoint)
+    sites = None if streams == "all" else select_sites(dense.layout, streams=(streams,))
+    texts = [path.suffix == ".txt" for path in (*with_it, *without)]
+    if any(texts) and not all(texts):
+        raise UserError("--with and --without are both prompts (.txt), or both recordings: one of each cannot be compared.")
+    compared = f"{' and '.join(path.stem for path in with_it)} against {' and '.join(path.stem for path in without)}"
+    sigmas = (sigma_from, sigma_to)
+
+    def looking(spare: float, chance: bool) -> Neurons:
+        what = Search(share=percent / 100, sites=sites, spare=spare, chance=chance, seed=seed)
+        return replace(search(dense.tensors, dense.layout, own, others, what, compared), sigmas=sigmas)
+
+    if all(texts):
+        if not sigma_from < sigma_to:
+            raise UserError(f"Noise levels from {sigma_from:g} to {sigma_to:g} are none: give the lower one first.")
+        prompts = [[text for path in paths for text in read_prompts(path)] for paths in (with_it, without)]
+        tiny = TinyFlux.load(checkpoint)
+        count = len(prompts[0]) + len(prompts[1])
+        with progress_bar() as progress:
+            first, second = (
+                part(progress, done, count + 10, len(some)) for done, some in ((0, prompts[0]), (len(prompts[0]), prompts[1]))
+            )
+            own = record_prompts(tiny, dense.fingerprint, prompts[0], images, seed, steps, sigmas, first)
+            begin = seed + images * len(prompts[0])
+            others = record_prompts(tiny, dense.fingerprint, prompts[1], images, begin, steps, sigmas, second)
+            factor = None
+            if spare is None:
+                exam = Exam.of(tiny, *prompts)
+                tuned = tune(exam, lambda spare: looking(spare, False), part(progress, count, count + 10, 9))
+                spare, factor = tuned.spare or 0.0, tuned.factor
+            found = replace(looking(spare, True), factor=factor)
+    else:
+        if sigmas != (0.0, 1.0):
+            raise UserError("--sigma-from and --sigma-to are for prompts: recordings hold all noise levels together.")
+        own, others = ([Recording.open(path).internals() for path in paths] for paths in (with_it, without))
+        found = looking(SPARE if spare is None else spare, True)
+    found.save(out)
+    if picture:
+        write_picture(picture, neurons_figure(found))
+    typer.echo(found.table())
+    turned = f"{out}:{-1.0 if found.factor is None else found.factor:g}"
+    typer.echo(f"{out}: turn them down with {typed('draw', checkpoint, '--poke', turned, '--prompt', '...', '-o', 'drawings')}")
+
+
+def show(
+    file: File,
+    count: Annotated[int, whole(help="How many neurons are named.", least=1)] = 20,
+    picture: Annotated[Path | None, picture("Also draw them (.png, .pdf, .svg).")] = None,
+) -> None:
+    """Print which neurons a file holds, and how far they are from the others."""
+    from ..files import write_picture
+    from ..poking.neurons import Neurons
+    from ..poking.picture import neurons_figure
+
+    found = Neurons.load(file)
+    typer.echo(found.table(count))
+    if picture:
+        write_picture(picture, neurons_figure(found))
+
+
+def join(files: Files, out: Out) -> None:
+    """Neurons of several files together."""
+    from functools import reduce
+
+    from ..files import check_replaces
+    from ..poking.neurons import FORMAT, Neurons
+
+    check_replaces(out, FORMAT)
+    found = reduce(Neurons.join, map(Neurons.load, files))
+    found.save(out)
+    typer.echo(f"{out}: {found.totals()}")
+
+
+def subtract(file: File, others: Files, out: Out) -> None:
+    """Neurons of a file without those of others."""
+    from functools import reduce
+
+    from ..files import check_replaces
+    from ..poking.neurons import FORMAT, Neurons
+
+    check_replaces(out, FORMAT)
+    found = reduce(Neurons.subtract, map(Neurons.load, others), Neurons.load(file))
+    found.save(out)
+    typer.echo(f"{out}: {found.totals()}")
+
+
+def cut(file: File, checkpoint: Checkpoint, out: Out) -> None:
+    """Make a pruning plan that cuts them."""
+    from ..files import check_replaces
+    from ..poking.neurons import Neurons
+    from ..pruning.dense import Dense
+    from ..pruning.plan import FORMAT
+
+    check_replaces(out, FORMAT)
+    plan = Neurons.load(file).plan(Dense.open(checkpoint))
+    plan.save(out)
+    typer.echo(f"{plan.table()}\n{out}: cut with {typed('prune', out, '--repair', 'none', '-o', 'pruned.safetensors')}")
+
+
+def lora(
+    file: File,
+    checkpoint: Checkpoint,
+    out: Out,
+    factor: Annotated[
+        float | None,
+        number(
+            help="0 = the mean of the others, -1 mirrored, 2 boosted. Default: the file's own, else -1.", least=-100, most=100
+        ),
+    ] = None,
+    about: Annotated[
+        Literal["mean", "zero"], typer.Option(help="Turned about the mean of the others, or scaled (zero; 0 cuts them).")
+    ] = "mean",
+) -> None:
+    """Write a LoRA that turns them, for any ComfyUI, exact at strength 1."""
+    from ..poking.export import save_lora
+    from ..poking.neurons import Neurons
+    from ..poking.poke import Poke
+    from ..pruning.dense import Dense
+
+    neurons, dense = Neurons.load(file), Dense.open(checkpoint)
+    neurons.require(dense.fingerprint, f"{checkpoint}")
+    chosen = (-1.0 if neurons.factor is None else neurons.factor) if factor is None else factor
+    rank = save_lora(out, dense.tensors, dense.layout, [Poke(neurons, chosen, None if about == "mean" else 0.0)])
+    typer.echo(f"{out}: rank {rank}, factor {chosen:g}; load it at strength 1")

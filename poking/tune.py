@@ -1,0 +1,124 @@
+"""How much the others have to count, and by which factor to turn, for a concept to be gone: measured on velocities alone.
+
+    exam = Exam.of(tiny, with_prompts, without_prompts)
+    tuned = tune(exam, lambda spare: find(tensors, layout, with_it, without, Search(spare=spare)))
+    tuned.factor                                     # to poke with
+    exam.pull([Poke(tuned, tuned.factor)]), exam.change([...])
+
+At points of drawings of the concept, u = v(concept's prompt) - v(other prompts) is what the prompt pulls towards. Poked, the
+share of the pull that is left is <v - v(other prompts), u> / <u, u>: 1 is all of it, 0 is none. At points of other drawings, a
+poke costs |v - v(dense)|^2 / |v(dense)|^2. Nothing is decoded, and nobody has to tell what a picture shows. For each choice of
+neurons a factor is worked out that leaves about `LEFT` of the pull, and the choice is taken that leaves and costs the least: a
+cost of `CHANGE` counts as all of the pull.
+
+Only the first steps are looked at: what an image is of is decided at high noise levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..flux.integrators import euler
+from ..progress import Progress, silent
+from ..tiny.model import TinyFlux
+from .neurons import Neurons
+from .poke import BlockPoke, Poke, poked
+
+#: The share of the pull that factors aim at, the lowest of them, and the cost that counts as much as all of the pull.
+LEFT, LOWEST, CHANGE = 0.0, -3.0, 0.005
+#: How much the others count, in the choices that are tried.
+SPARES = (2.0, 3.0, 5.0, 8.0, 12.0, 20.0)
+#: Drawings of the concept and of others, other prompts at each point, and at which parts of the steps.
+CONCEPT, OTHERS, PROMPTS, STEPS = 6, 24, 6, (0.0, 0.15, 0.3)
+#: The seed of the first of those drawings.
+SEED = 700_000
+
+
+@dataclass(frozen=True)
+class Point:
+    """One step of some drawings: latents x, noise level, text, and the dense model's velocities."""
+
+    x: Tensor
+    sigma: Tensor
+    texts: tuple[Tensor, Tensor | None]
+    dense: Tensor
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Points of drawings with the concept, the mean velocity there of other prompts, and points of others."""
+
+    tiny: TinyFlux
+    concept: Sequence[Point]
+    neutral: Sequence[Tensor]
+    others: Sequence[Point]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, tiny: TinyFlux, with_it: Sequence[str], without: Sequence[str], seed: int = SEED) -> Exam:
+        """Draws with the prompts `with_it` and `without`, as many as are needed, in turns."""
+        if not with_it or not without:
+            raise UserError("There are no prompts with the concept, or none without it: at least one of each is needed.")
+        concept = _points(tiny, _some(with_it, CONCEPT), seed)
+        others = _points(tiny, _some(without, OTHERS), seed + CONCEPT)
+        texts = [tiny.words([prompt] * CONCEPT) for prompt in _some(without, min(PROMPTS, len(without)))]
+        neutral = [sum(tiny.flux(at.x, at.sigma, *text) for text in texts) / len(texts) for at in concept]
+        return cls(tiny, concept, neutral, others)  # type: ignore[arg-type]
+
+    def pull(self, pokes: Sequence[Poke | BlockPoke]) -> float:
+        """The share of the concept's pull that is left."""
+        left = []
+        for at, neutral, velocity in zip(self.concept, self.neutral, self._velocities(self.concept, pokes), strict=True):
+            pull = (at.dense - neutral).flatten(1)
+            left.append(((velocity - neutral).flatten(1) * pull).sum(1) / pull.square().sum(1))
+        return torch.stack(left).mean().item()
+
+    def change(self, pokes: Sequence[Poke | BlockPoke]) -> float:
+        """The squared change of the others' velocity, relative to its square."""
+        pairs = zip(self.others, self._velocities(self.others, pokes), strict=True)
+        found = [(velocity - at.dense).square().sum() / at.dense.square().sum() for at, velocity in pairs]
+        return torch.stack(found).mean().item()
+
+    @torch.no_grad()
+    def _velocities(self, points: Sequence[Point], pokes: Sequence[Poke | BlockPoke]) -> list[Tensor]:
+        with poked(self.tiny.flux, pokes):
+            return [self.tiny.flux(at.x, at.sigma, *at.texts) for at in points]
+
+
+def tune(exam: Exam, find: Callable[[float], Neurons], progress: Progress = silent) -> Neurons:
+    """Of what `find` gives for each of `SPARES`, the neurons that erase the concept at the least cost, with their factor."""
+    tried: list[tuple[float, Neurons]] = []
+    for done, spare in enumerate(SPARES):
+        progress("turning neurons down", done, len(SPARES))
+        found = find(spare)
+        left = exam.pull([Poke(found, -1.0)])  # falls nearly in a line with the factor, from 1 at 1
+        factor = round(max(1 - 2 * (1 - LEFT) / max(1 - left, 1e-3), LOWEST), 2)
+        poke = [Poke(found, factor)]
+        tried.append((max(exam.pull(poke), 0.0) + exam.change(poke) / CHANGE, replace(found, factor=factor)))
+    return min(tried, key=lambda one: one[0])[1]
+
+
+def _points(tiny: TinyFlux, prompts: Sequence[str], seed: int) -> list[Point]:
+    """Points of the drawings of `prompts`, number n from `seed` + n, at `STEPS`."""
+    sigmas, found, texts = tiny.sigmas(), [], tiny.words(prompts)
+    steps = {round(part * (len(sigmas) - 1)) for part in STEPS}
+    last = max(steps)
+
+    def keep(step: int, x: Tensor, velocity: Tensor) -> None:
+        if step in steps:
+            found.append(Point(x, sigmas[step].expand(len(x)), texts, velocity))
+
+    euler(lambda x, sigma: tiny.flux(x, sigma, *texts), tiny.noise(len(prompts), seed), sigmas[: last + 2], keep)
+    return found
+
+
+def _some(prompts: Sequence[str], count: int) -> list[str]:
+    """`count` of them, spread over all, again from the first where there are fewer."""
+    if len(prompts) < count:
+        return [prompts[n % len(prompts)] for n in range(count)]
+    return [prompts[n * len(prompts) // count] for n in range(count)]

@@ -1,0 +1,78 @@
+"""`flux-poke neurons`: found from two lists of prompts, looked at, joined, cut, drawn with, and written as a LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from flux_poke.errors import UserError
+from flux_poke.poking.neurons import Neurons
+from flux_poke.pruning.plan import PruningPlan
+from flux_poke.tiny.model import FOLDER
+from PIL import Image, ImageChops
+from safetensors.torch import load_file
+
+CHECKPOINT = FOLDER / "flux.safetensors"
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> tuple[Path, Path]:
+    (tmp_path / "threes.txt").write_text("a three\na 3\n")
+    (tmp_path / "others.txt").write_text("a one\na 7\nnumber four\na 0\n")
+    return tmp_path / "threes.txt", tmp_path / "others.txt"
+
+
+def test_from_two_lists_of_prompts_to_a_picture_without_the_concept(run, prompts, tmp_path: Path):
+    with_it, without = prompts
+    found, picture = tmp_path / "three.safetensors", tmp_path / "three.png"
+    said = run(
+        "neurons", "find", CHECKPOINT, "--with", with_it, "--without", without, "-o", found, "--images", 1, "--steps", 4,
+        "--picture", picture,
+    )  # fmt: skip
+    neurons = Neurons.load(found)
+    assert neurons.factor is not None
+    assert neurons.factor < 1
+    assert 0 < neurons.count <= 81
+    assert neurons.chance is not None
+    assert neurons.table() in said
+    assert "threes against others" in said
+    assert f"--poke {found}:{neurons.factor:g}" in said
+    assert Image.open(picture).width > 500
+    assert run("neurons", "show", found, "--count", 3).count(":") >= 3
+
+    pictures = []
+    for folder, poke in (("as_it_is", ()), ("poked", ("--poke", f"{found}:-3")), ("one", ("--poke", f"{found}:1"))):
+        run("draw", CHECKPOINT, "-o", tmp_path / folder, "--prompt", "a three", "--steps", 6, *poke)
+        pictures.append(Image.open(tmp_path / folder / "a-three_0.png"))
+    assert ImageChops.difference(pictures[0], pictures[1]).getbbox() is not None
+    assert ImageChops.difference(pictures[0], pictures[2]).getbbox() is None
+
+    run("neurons", "join", found, found, "-o", tmp_path / "both.safetensors")
+    assert Neurons.load(tmp_path / "both.safetensors").count == neurons.count
+    run("neurons", "subtract", found, found, "-o", tmp_path / "none.safetensors")
+    assert Neurons.load(tmp_path / "none.safetensors").count == 0
+    run("neurons", "cut", found, CHECKPOINT, "-o", tmp_path / "plan.safetensors")
+    assert sum(PruningPlan.load(tmp_path / "plan.safetensors").cut.values()) == neurons.count
+    assert "load it at strength 1" in run("neurons", "lora", found, CHECKPOINT, "-o", tmp_path / "lora.safetensors")
+    lora = load_file(tmp_path / "lora.safetensors")
+    assert sum(len(tensor) for key, tensor in lora.items() if key.endswith("lora_down.weight")) == neurons.count
+
+
+def test_recordings_are_compared_too(run, prompts, tmp_path: Path):
+    folders = [tmp_path / name for name in ("with", "without", "again")]
+    for number, (folder, some) in enumerate(zip(folders, (prompts[0], prompts[1], prompts[1]), strict=True)):
+        run("record", CHECKPOINT, folder, "--prompts", some, "--steps", 2, "--seed", 100 * number)
+    given = "neurons", "find", CHECKPOINT, "--with", folders[0], "-o", tmp_path / "n.safetensors"
+    run(*given, "--without", folders[1], "--without", folders[2], "--percent", 1, "--streams", "txt", "--spare", 2)
+    found = Neurons.load(tmp_path / "n.safetensors")
+    assert 0 < found.count <= 40
+    assert all("txt" in name for name in found.sites)
+    assert found.chance is not None
+    assert found.spare == 2
+    assert found.factor is None
+    for wrong, sentence in (
+        (("--without", prompts[1]), "one of each cannot be compared"),
+        (("--without", folders[1], "--sigma-from", 0.5), "are for prompts"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            run(*given, *wrong)

@@ -68,8 +68,7 @@ class Comparison:
         return " · ".join(self.measures)
 
     def result(self, reference: Known, variant: Known) -> str:
-        """What was gained and what it cost, in one line: "fitted: 22.1 -> 17.8 GB in memory, PSNR 38.2 dB, 1.9 -> 1.6 s a
-        step".
+        """What was gained and what it cost, in one line: "22.1 -> 17.8 GB in memory, PSNR 38.2 dB, 1.9 -> 1.6 s a step".
 
         What is not known of the variant is left out, and so is the half that is not known of the reference.
         """
@@ -82,7 +81,7 @@ class Comparison:
         if new_seconds is not None:
             before = "" if seconds is None else f"{seconds:.2g} -> "
             parts.append(f"{before}{new_seconds:.2g} s a step")
-        return f"{self.name}: {', '.join(parts)}"
+        return ", ".join(parts)
 
 
 #: Of a written table.

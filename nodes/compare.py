@@ -59,7 +59,10 @@ class Compare(io.ComfyNode):
         seconds = stopwatch.step_seconds(cls.hidden.prompt)
         models = {"reference": reference_model, "variant": variant_model}
         known = [cls.known_of(name, models, seconds) for name in ("reference", *given)]
-        results = [row.result(known[0], of_variant) for row, of_variant in zip(rows, known[1:], strict=True) if any(of_variant)]
+        results = []
+        for row, of_variant in zip(rows, known[1:], strict=True):
+            if any(of_variant):
+                results.append(f"{row.name}: " * (len(rows) > 1) + row.result(known[0], of_variant))
         text = "\n".join([*results, *(f"{row.name}: {row.text}" for row in rows)])
         image = host.to_images([side_by_side(rows, list(given.values()), goal)])
         view = {

@@ -443,7 +443,7 @@ def test_compare_knows_the_times_of_what_is_drawn_and_of_what_was_drawn_before(c
     models = {"reference_model": ["1", 0], "variant_model": ["1", 0]}
     compare = {"reference": ["7", 0], "variant": ["70", 0], "names": "other", "file": "", **models}
     graph["8"] = {"class_type": "FluxPokeCompare", "inputs": compare}
-    line = r"^other: ([\d.]+) -> ([\d.]+) MB in memory, PSNR [\d.]+ dB, ([\d.e-]+) -> ([\d.e-]+) s a step"
+    line = r"^([\d.]+) -> ([\d.]+) MB in memory, PSNR [\d.]+ dB, ([\d.e-]+) -> ([\d.e-]+) s a step"
     size = 4 * sum(tensor.numel() for tensor in load_file(SHIPPED["flux1"] / "flux.safetensors").values()) / 1e6
 
     def run() -> dict[str, float]:

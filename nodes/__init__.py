@@ -9,7 +9,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .calibrate import Calibrate
 from .chance import QueueLimit, RandomInt, RandomSize
-from .choose import ChooseModel
+from .choose import ChooseModel, OnOff
 from .compare import Compare
 from .plans import LoadPlan, PlanByBudget, PlanByCount, PlanByThreshold
 from .poking import FindNeurons, LoadNeurons, PokeBlocks, PokeNeurons
@@ -58,6 +58,7 @@ class FluxPokeExtension(ComfyExtension):
             RetrainLayers,
             LoadReplacedFlux,
             ChooseModel,
+            OnOff,
             TapBlocks,
             DecodeBlockPreviews,
             AnimateBlockPreviews,

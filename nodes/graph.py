@@ -71,6 +71,14 @@ def _sources(graph: Mapping[str, Any], number: str) -> dict[str, str]:
     return {name: value[0] for name, value in inputs.items() if isinstance(value, list)}
 
 
+def above(graph: Mapping[str, Any], number: str) -> dict[str, Any]:
+    """A node and all above it: their classes and inputs. Where these are the same in two graphs, so is what the node gives."""
+    waiting = [number]
+    for number in waiting:  # grows on the way
+        waiting += [source for source in dict.fromkeys(_sources(graph, number).values()) if source not in waiting]
+    return {number: (graph.get(number, {}).get("class_type"), inputs_of(graph, number)) for number in waiting}
+
+
 def nearest_above(graph: Mapping[str, Any], number: str, name: str, wanted: Collection[str]) -> set[str]:
     """Which of the `wanted` nodes are nearest above the input `name` of a node; several where they are equally near."""
     source = _sources(graph, number).get(name)

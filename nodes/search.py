@@ -39,6 +39,7 @@ FOUND: dict[str, tuple[str, tuple[str, ...]]] = {
     "RetrainLayers": (RETRAIN, _LAYERS),
     "LoadReplacedFlux": (RETRAIN, (*_LAYERS, *_LOADER, "replace")),
     "ChooseModel": (LOAD, ("switch", "select", "model", "compare")),
+    "OnOff": (TOOLS, ("switch", "toggle", "gate", "bypass", "mute", "boolean", "run once")),
     "TapBlocks": (SEE, _BLOCKS),
     "DecodeBlockPreviews": (SEE, (*_BLOCKS, "sheet", "grid")),
     "AnimateBlockPreviews": (SEE, (*_BLOCKS, "video", "gif", "film")),

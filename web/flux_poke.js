@@ -8,6 +8,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { followAll, followValues } from "./applies.js";
 import { bars, lines, map } from "./charts.js";
 import { comparison } from "./comparison.js";
 import { html } from "./dom.js";
@@ -184,10 +185,14 @@ app.registerExtension({
     colorSlots();
   },
 
-  afterConfigureGraph: colorSlots,
+  afterConfigureGraph() {
+    colorSlots();
+    followAll(app.rootGraph ?? app.graph);
+  },
 
   nodeCreated(node) {
     if (!ours(node)) return;
+    followValues(node);
     const before = node.onExecuted;
     node.onExecuted = function (output) {
       before?.call(this, output);

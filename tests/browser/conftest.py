@@ -91,22 +91,6 @@ class Canvas:
             "(node, [name, value]) => { node.widgets.find(w => w.name === name).value = value }", [widget, value]
         )
 
-    def set_group(self, title: str, mode: str) -> None:
-        """Chooses "Set Group Nodes to `mode`" from the menu of the group called `title`."""
-        place = self.page.evaluate(
-            """title => {
-                const group = app.graph.groups.find(group => group.title === title)
-                const box = app.canvas.canvas.getBoundingClientRect()
-                app.canvas.ds.scale = 1
-                app.canvas.ds.offset = [200 - group.pos[0], 200 - group.pos[1]]
-                app.canvas.draw(true, true)
-                return [box.x + 230, box.y + 215]
-            }""",
-            title,
-        )
-        self.page.mouse.click(*place, button="right")
-        self.page.get_by_role("menuitem", name=f"Set Group Nodes to {mode}").click()
-
     def run(self) -> str:
         """Presses Run and waits for the end; the name of ComfyUI's message of it."""
         self.page.evaluate(

@@ -9,10 +9,14 @@ import itertools
 from typing import Any
 
 import pytest
+from playwright.sync_api import expect
 from shipped import CANVAS, untitled
 
 #: The screen that a workflow is opened on, and the one that it is looked at then; by whether nodes are Nodes 2.0.
 SCREENS = {False: ((1600, 1000), (1280, 800)), True: ((1280, 800), (1600, 1000))}
+
+#: Milliseconds that the page may take to draw what was changed.
+PATIENCE = 60_000
 
 #: What covers the canvas, in pixels: the sidebar on the left, tabs and the name of the graph at the top.
 SIDEBAR, TOP = 58, 90
@@ -97,3 +101,33 @@ def test_nodes_stay_apart_and_in_their_groups_when_they_show_what_came_of_a_run(
     layout = seen(page, nodes2)
     assert overlapping(layout) == []
     assert out_of_groups(layout) == []
+
+
+def test_inputs_without_effect_are_out_of_sight_and_keep_their_values(page, nodes2, workflow):
+    page.drop(CANVAS["flux_timer_tiny"])
+    page.look_at("FluxPokeFluxTimer")
+    node = page.node("FluxPokeFluxTimer")
+
+    def choose(shift: str, asked: set[str]) -> None:
+        """Of all that may be without effect, `asked` is in sight then."""
+        node.evaluate(
+            "(node, shift) => { const widget = node.widgets.find(w => w.name === 'shift');"
+            " widget.value = shift; widget.callback(shift) }",
+            shift,
+        )
+        for name in ("static_shift", "width", "height"):
+            if nodes2:
+                element = page.page.locator(f"[data-node-id='{node.evaluate('node => node.id')}']")
+                label = element.get_by_text(name.replace("_", " "), exact=True)
+                expect(label).to_have_count(int(name in asked), timeout=PATIENCE)
+            else:
+                shown = "(node, name) => node.isWidgetVisible(node.widgets.find(widget => widget.name === name))"
+                assert node.evaluate(shown, name) == (name in asked)
+
+    choose("static", {"static_shift"})  # its latent is linked, and says the size
+    assert untitled(page.graph()) == untitled(workflow("flux_timer_tiny"))
+    choose("FLUX.1 (by size)", set())
+    (timer,) = (entry["inputs"] for entry in page.graph().values() if entry["inputs"].get("shift") == "FLUX.1 (by size)")
+    assert {"static_shift", "width", "height"} <= timer.keys()
+    node.evaluate("node => node.disconnectInput(node.findInputSlot('latent'))")
+    choose("FLUX.2 (by size and steps)", {"width", "height"})

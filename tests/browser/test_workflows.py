@@ -10,31 +10,19 @@ from flux_poke.errors import UserError
 from flux_poke.recording.internals import Internals
 from PIL import Image
 from playwright.sync_api import expect
-from shipped import CANVAS, WORKFLOWS, untitled
+from shipped import CANVAS, WORKFLOWS
 
 NAMES = list(CANVAS)
 TRY_IT = CANVAS["try_it_tiny"]
 RECORD = "FluxPokeRecordInternals"
 
-#: Groups of the all-in-one workflows that are off until they are needed, and the nodes in them.
-ONCE = {"plan": ("FluxPokeInternalsReport", "FluxPokePlanByBudget"), "retrain": ("FluxPokeRetrainLayers",)}
-
 
 def test_every_workflow_has_an_api_form_and_a_square_thumbnail():
     forms = {path.stem for path in (WORKFLOWS / "api").glob("*.json")}
-    assert forms == {*NAMES, *(f"{name}.{group}" for name in NAMES if "all_in_one" in name for group in ONCE)}
+    assert forms == {*NAMES}
     for name in NAMES:
         width, height = Image.open(CANVAS[name].with_suffix(".jpg")).size
         assert width == height == 512, name
-
-
-@pytest.mark.parametrize("group", ONCE)
-@pytest.mark.parametrize("name", [name for name in NAMES if "all_in_one" in name])
-def test_all_in_one_with_a_group_switched_on_is_there_for_the_api_too(canvas, workflow, name: str, group: str):
-    canvas.drop(CANVAS[name])
-    canvas.set_group(f"Once: {group}", "Always")
-    canvas.page.wait_for_function("kind => app.graph.nodes.find(node => node.type === kind).mode === 0", arg=ONCE[group][0])
-    assert untitled(canvas.graph()) == untitled(workflow(f"{name}.{group}"))
 
 
 def test_a_node_that_is_missing_is_complained_about(canvas, tmp_path: Path):
@@ -105,10 +93,14 @@ def test_all_in_one_does_what_its_note_says(canvas):
     assert draw("normal") == "execution_success"
     assert draw("pruned") == "execution_error"  # nothing is planned yet
     assert draw("analysis") == "execution_success"
-    for group, use in (("Once: plan", "pruned"), ("Once: retrain", "replaced")):
-        canvas.set_group(group, "Always")
-        assert canvas.run() == "execution_success"
-        canvas.set_group(group, "Never")
+    switch = """([title, on]) => { app.graph.nodes.find(node => node.title === title).widgets[0].value = on }"""
+    for title, kind, use in (("Plan?", "PlanByBudget", "pruned"), ("Retrain?", "RetrainLayers", "replaced")):
+        shows = f"() => app.graph.nodes.find(node => node.type === 'FluxPoke{kind}').imgs?.length > 0"
+        assert not canvas.page.evaluate(shows)
+        canvas.page.evaluate(switch, [title, True])
+        assert draw("normal") == "execution_success"
+        canvas.page.wait_for_function(shows)
+        canvas.page.evaluate(switch, [title, False])
         assert draw(use) == "execution_success"
     assert canvas.pictures("SaveImage") == 9 * [[256, 256]]
 

@@ -60,6 +60,8 @@ def test_klein_prune_and_compare_cuts_a_quarter_of_the_neurons(client, host, wor
     assert "30 images drawn" in result.texts[of_kind(graph, "FluxPokeCalibrate")]
     told = result.texts[of_kind(graph, "FluxPokeCompare")]
     assert float(re.findall(r"PSNR ([\d.]+) dB", told)[0]) > 20
+    dense, pruned = re.findall(r"([\d.]+) -> ([\d.]+) MB in memory, PSNR .* s a step", told)[0]
+    assert float(pruned) < float(dense)
     planned = re.findall(r"([\d,]+) of ([\d,]+) neurons kept", result.texts[of_kind(graph, "FluxPokePlanByBudget")])
     kept, neurons = (int(number.replace(",", "")) for number in planned[0])
     assert kept == 0.75 * neurons

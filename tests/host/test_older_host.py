@@ -135,6 +135,21 @@ def test_an_older_host_runs_the_chosen_model_alone(older, use, sentence):
         client.run({"1": {"class_type": "FluxPokeLoadTinyFlux", "inputs": {}}, "2": choose, "3": show})
 
 
+def test_an_older_host_leaves_out_what_is_off(older):
+    nodes = {
+        "1": {"class_type": "FluxPokeLoadTinyFlux", "inputs": {}},
+        "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}},
+    }
+    with ComfyClient(older.address) as client:
+
+        def run(on: bool) -> tuple[str, ...]:
+            return client.run(nodes | {"2": {"class_type": "FluxPokeOnOff", "inputs": {"value": ["1", 0], "on": on}}}).executed
+
+        assert "1" not in run(on=False)
+        with pytest.raises(UserError, match="Update ComfyUI"):
+            run(on=True)
+
+
 def run_there(script: str, comfyui: Path, folder: Path) -> None:
     """Runs a script in a process of its own, with this ComfyUI."""
     command = [sys.executable, "-c", FULL_WIDTH + script, str(comfyui), str(folder)]

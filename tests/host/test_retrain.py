@@ -338,7 +338,7 @@ def test_one_workflow_retrains_in_one_go_and_another_runs_with_its_layers(server
         assert len(again.files("images", "12")) == 4
 
 
-def test_all_in_one_runs_what_is_chosen_and_nothing_else(server, workflow):
+def test_all_in_one_runs_what_is_chosen_and_nothing_else(server, host, workflow):
     """Each choice draws what the nodes behind it draw by themselves."""
     # under names of its own, since the browser may have made a plan under the workflow's
     graph = json.loads(json.dumps(workflow("flux_poke_all_in_one_tiny")).replace("all_in_one_tiny", "chosen_tiny"))
@@ -363,10 +363,15 @@ def test_all_in_one_runs_what_is_chosen_and_nothing_else(server, workflow):
         assert ran & others == {"FluxPokeRecord"}
         assert np.array_equal(analysed, normal)
 
-        for group in ("plan", "retrain"):
-            client.run(
-                json.loads(json.dumps(workflow(f"flux_poke_all_in_one_tiny.{group}")).replace("all_in_one_tiny", "chosen_tiny"))
-            )
+        plan = host.output / "flux_poke" / "chosen_tiny_plan.safetensors"
+        assert not plan.exists()  # the switches are off
+        for title, needed in (("Plan?", set()), ("Retrain?", {"FluxPokeLoadPlan"})):
+            (switch,) = (entry["inputs"] for entry in graph.values() if entry["_meta"]["title"] == title)
+            switch["on"] = True
+            ran, _ = draw("normal")
+            assert ran & {*others, "FluxPokeLoadPlan"} == needed  # Record has run
+            assert plan.exists()
+            switch["on"] = False
         ran, pruned = draw("pruned")
         assert ran & others == {"FluxPokeLoadPrunedFlux"}
         ran, replaced_layers = draw("replaced")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
+import time
 
 import av
 import numpy as np
@@ -23,6 +25,7 @@ from flux_poke.tiny.model import SHIPPED, TinyFlux
 from PIL import Image, ImageSequence
 from PIL.ExifTags import IFD, Base
 from safetensors import safe_open
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 PROMPT = "a handwritten three"
@@ -429,6 +432,35 @@ def test_compare_says_how_far_images_and_latents_are_apart(client: ComfyClient, 
         },
     }  # fmt: skip
     assert "variant: relative MSE 0.01 " in client.run(graph).texts["4"]
+
+
+def test_compare_knows_the_times_of_what_is_drawn_and_of_what_was_drawn_before(client: ComfyClient, workflow):
+    graph = {number: node for number, node in workflow("try_it_tiny").items() if number in "134567"}
+    graph["6"]["inputs"] |= {"model": ["1", 0], "steps": 4, "seed": 77}
+    graph |= {other: json.loads(json.dumps(graph[number])) for other, number in (("60", "6"), ("70", "7"))}
+    graph["60"]["inputs"]["seed"] = 78
+    graph["70"]["inputs"]["samples"] = ["60", 0]
+    models = {"reference_model": ["1", 0], "variant_model": ["1", 0]}
+    compare = {"reference": ["7", 0], "variant": ["70", 0], "names": "other", "file": "", **models}
+    graph["8"] = {"class_type": "FluxPokeCompare", "inputs": compare}
+    line = r"^([\d.]+) -> ([\d.]+) MB in memory, PSNR [\d.]+ dB, ([\d.e-]+) -> ([\d.e-]+) s a step"
+    size = 4 * sum(tensor.numel() for tensor in load_file(SHIPPED["flux1"] / "flux.safetensors").values()) / 1e6
+
+    def run() -> dict[str, float]:
+        begun = time.perf_counter()
+        result = client.run(graph)
+        (seconds,) = result.outputs["8"]["flux_poke_step_seconds"]
+        assert 0 < 3 * seconds["60"] < time.perf_counter() - begun
+        before, after, *times = map(float, re.findall(line, result.texts["8"].splitlines()[0])[0])
+        assert (before, after) == pytest.approx((size, size), rel=1e-3)
+        assert times == pytest.approx([seconds["6"], seconds["60"]], rel=0.06)
+        return seconds
+
+    first = run()
+    graph["60"]["inputs"]["seed"] = 79
+    second = run()
+    assert second["6"] == first["6"]  # it did not run again
+    assert second["60"] != first["60"]
 
 
 def test_raw_states_from_the_server_are_under_the_id_that_was_said_first_and_decode_there_and_here(server, host, tmp_path):

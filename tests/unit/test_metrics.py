@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from flux_poke.analysis.metrics import compare, comparison_table, read_images, side_by_side, write_comparisons
+from flux_poke.analysis.metrics import Comparison, compare, comparison_table, read_images, side_by_side, write_comparisons
 from flux_poke.errors import UserError
 from PIL import Image
 from safetensors.torch import save_file
@@ -87,6 +87,14 @@ def test_several_variants_are_written_as_csv_and_json(tmp_path):
     assert (lines[0]["psnr"], float(lines[1]["ssim"])) == ("", rows[1].ssim)
     with pytest.raises(UserError, match=r"ends in \.txt"):
         write_comparisons(tmp_path / "rows.txt", rows)
+
+
+def test_the_result_is_one_line_of_what_is_known():
+    row = Comparison("fitted", 0.001, 38.234, 0.99)
+    assert row.result((22.1e9, 1.94), (17.8e9, 1.61)) == "22.1 -> 17.8 GB in memory, PSNR 38.2 dB, 1.9 -> 1.6 s a step"
+    assert row.result((120e6, None), (90e6, None)) == "0.12 GB -> 90 MB in memory, PSNR 38.2 dB"
+    assert row.result((None, None), (90e6, 0.5)) == "90 MB in memory, PSNR 38.2 dB, 0.5 s a step"
+    assert row.result((120e6, 1.0), (None, None)) == "PSNR 38.2 dB"
 
 
 def test_the_table_has_one_line_a_variant():

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: Most pixels of a picture, which take four bytes each.
-MOST_PIXELS = 100_000_000
+#: Most pixels of a picture, which take four bytes each, and what it may be: Pillow has others read by programs of their own.
+MOST_PIXELS, PICTURES = 100_000_000, ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 #: Most bytes of a text, and most brackets within brackets. A graph of ComfyUI's is nested less than 20 deep.
 MOST_BYTES, DEEPEST = 256_000_000, 100
 
@@ -34,15 +34,18 @@ def read_text(path: str | os.PathLike[str]) -> str:
     return data.decode("utf-8-sig")
 
 
-def from_json(text: str | bytes) -> Any:
-    """What JSON says; raises `ValueError` where it is none, or says what no program should go on with."""
+def from_json(text: str | bytes, halves: bool = False) -> Any:
+    """What JSON says; raises `ValueError` where it is none, or says what no program should go on with.
+
+    With `halves`, texts may hold half characters, which UTF-8 cannot write.
+    """
     try:
         found = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except RecursionError:
         raise ValueError(f"it is nested more than {DEEPEST} deep") from None
     if max(_depths(found)) > DEEPEST:
         raise ValueError(f"it is nested more than {DEEPEST} deep")
-    if (b"\\u" in text if isinstance(text, bytes) else "\\u" in text) and _halves(found):
+    if not halves and (b"\\u" in text if isinstance(text, bytes) else "\\u" in text) and _halves(found):
         raise ValueError("it holds half a character")
     return found
 
@@ -69,7 +72,7 @@ def read_image(source: str | os.PathLike[str] | bytes, mode: str = "RGB") -> Ima
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=PICTURES) as picture:
             if picture.width * picture.height > MOST_PIXELS:
                 raise ValueError(f"it has {picture.width} x {picture.height} pixels, more than {MOST_PIXELS:,}")
             return picture.convert(mode)

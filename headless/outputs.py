@@ -68,13 +68,13 @@ def _saved(result: Result) -> Iterator[tuple[str, dict[str, str]]]:
     entries = result.files()
     generations = [entry for entry in entries if "generation_id" in entry]
     for entry in generations:  # of Decode Block Previews
-        generation_id, files = generation_files(entry)
-        for name, reference in files.items():
+        generation_id, references = generation_files(entry)
+        for name, reference in references.items():
             yield f"{generation_id}/{name}", reference
     folders = [entry["subfolder"] for entry in generations]
-    files = [entry for entry in entries if "filename" in entry and entry.get("subfolder", "") not in folders]
-    saved = [entry for entry in files if entry.get("type", "output") == "output"]
-    for entry in saved or ([] if generations else files):
+    pictures = [entry for entry in entries if "filename" in entry and entry.get("subfolder", "") not in folders]
+    saved = [entry for entry in pictures if entry.get("type", "output") == "output"]
+    for entry in saved or ([] if generations else pictures):
         name = PurePosixPath(f"{entry['filename']}".replace("\\", "/")).name
         if not _is_name(name):
             raise UserError(f"The server calls a file {entry['filename']!r}, which is no name.")

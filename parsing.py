@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,13 @@ def from_yaml(text: str) -> Any:
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from error
+
+
+def finite(value: object, name: str, least: float = 0.0) -> float:
+    """A number that JSON said; raises `ValueError` where it is none, not finite, or less than `least`."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= sys.float_info.max:
+        raise ValueError(f"it says {value!r:.100} of {name}, expected a finite number from {least:g} on")
+    return float(value)
 
 
 def read_image(source: str | os.PathLike[str] | bytes, mode: str = "RGB") -> Image:

@@ -31,7 +31,8 @@ from flux_poke.flux.model import Flux
 from flux_poke.headless.journal import Journal
 from flux_poke.headless.runs import read_graph
 from flux_poke.prompts import read_prompts
-from flux_poke.pruning.checkpoint import Pruned, save_pruned
+from flux_poke.pruning.certificate import facts
+from flux_poke.pruning.checkpoint import Pruned, inspect, save_pruned
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.repair import Repairs
@@ -87,6 +88,8 @@ def plan(folder: Path) -> Iterator[torch.Tensor]:
 
 def pruned(folder: Path) -> Iterator[torch.Tensor]:
     found = Pruned.open(folder / "pruned.safetensors")
+    assert inspect(found.path)
+    assert facts(found.plan, found.report, found.certificate)
     yield from Flux.load(found.tensors).parameters()
 
 

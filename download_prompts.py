@@ -27,6 +27,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -55,8 +56,20 @@ PATIENCE = 5.0
 TIMEOUT = (10, 30)
 #: Most that an answer may hold, and may take.
 MOST_BYTES, MOST_SECONDS = 64_000_000, 120.0
+#: Most seconds that are waited because a server asks for it.
+LONGEST_WAIT = 300.0
+
+
+class Patience(Retry):
+    """Retries that wait as long as a server asks for with Retry-After, and no longer than `LONGEST_WAIT`."""
+
+    def get_retry_after(self, response: Any) -> float | None:
+        asked = super().get_retry_after(response)
+        return None if asked is None else min(asked, LONGEST_WAIT)
+
+
 #: Waits 0, 2, 4 ... 120 s between attempts, or what the server's Retry-After asks for; gives up sooner without a network.
-RETRIES = Retry(total=8, connect=3, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False)
+RETRIES = Patience(total=8, connect=3, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False)
 
 
 @dataclass
@@ -99,13 +112,15 @@ class RowsServer:
         except (requests.RequestException, HTTPError) as error:
             raise UserError(f"{self.url} cannot be read ({error}): run the same command again to go on.") from error
         try:
-            answer = from_json(content)
+            answer = from_json(content, halves=True)
             if not response.ok:
                 raise UserError(f"{self.url} refused rows of {dataset} ({response.status_code}): {answer['error']}")
-            return [row["row"][DATASETS[dataset]] or "" for row in answer["rows"]], int(answer["num_rows_total"])
+            rows = [row["row"][DATASETS[dataset]] or "" for row in answer["rows"]]
+            # a few prompts hold half of an emoji
+            return [row.encode("utf-8", "replace").decode() for row in rows], int(answer["num_rows_total"])
         except UserError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{response.url} answered with status {response.status_code} and not with rows that have a column "
                 f"{DATASETS[dataset]!r}: {content[:100]!r}. Run the same command later to go on."
@@ -183,9 +198,13 @@ def _resumed(saved: Path, partial: Path, datasets: Sequence[str], contains: str)
         return fresh
     try:
         state = Downloaded(**from_json(read_text(saved)))
-        if partial.stat().st_size < state.size:
+        counts = [*state.rows.values(), *state.totals.values(), state.size]
+        if not all(isinstance(count, int) and count >= 0 for count in counts):
+            raise ValueError("a count is no whole number from 0 on")
+        kept = partial.read_bytes()[: state.size]
+        if len(kept) < state.size or not kept.decode().endswith("\n" if kept else ""):
             raise ValueError("lines are missing")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{saved} does not belong to {partial} ({error}): delete both to start over.") from error
     if (state.contains, list(state.rows)) != (contains, list(datasets)):
         raise UserError(

@@ -13,14 +13,15 @@ import io
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: Most pixels of a picture, which take four bytes each.
-MOST_PIXELS = 100_000_000
+#: Most pixels of a picture, which take four bytes each, and what it may be: Pillow has others read by programs of their own.
+MOST_PIXELS, PICTURES = 100_000_000, ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 #: Most bytes of a text, and most brackets within brackets. A graph of ComfyUI's is nested less than 20 deep.
 MOST_BYTES, DEEPEST = 256_000_000, 100
 
@@ -34,15 +35,18 @@ def read_text(path: str | os.PathLike[str]) -> str:
     return data.decode("utf-8-sig")
 
 
-def from_json(text: str | bytes) -> Any:
-    """What JSON says; raises `ValueError` where it is none, or says what no program should go on with."""
+def from_json(text: str | bytes, halves: bool = False) -> Any:
+    """What JSON says; raises `ValueError` where it is none, or says what no program should go on with.
+
+    With `halves`, texts may hold half characters, which UTF-8 cannot write.
+    """
     try:
         found = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except RecursionError:
         raise ValueError(f"it is nested more than {DEEPEST} deep") from None
     if max(_depths(found)) > DEEPEST:
         raise ValueError(f"it is nested more than {DEEPEST} deep")
-    if (b"\\u" in text if isinstance(text, bytes) else "\\u" in text) and _halves(found):
+    if not halves and (b"\\u" in text if isinstance(text, bytes) else "\\u" in text) and _halves(found):
         raise ValueError("it holds half a character")
     return found
 
@@ -64,12 +68,19 @@ def from_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
 
 
+def finite(value: object, name: str, least: float = 0.0) -> float:
+    """A number that JSON said; raises `ValueError` where it is none, not finite, or less than `least`."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= sys.float_info.max:
+        raise ValueError(f"it says {value!r:.100} of {name}, expected a finite number from {least:g} on")
+    return float(value)
+
+
 def read_image(source: str | os.PathLike[str] | bytes, mode: str = "RGB") -> Image:
     """A picture, read whole; raises `OSError`, or `ValueError` where it is none, damaged or too large."""
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=PICTURES) as picture:
             if picture.width * picture.height > MOST_PIXELS:
                 raise ValueError(f"it has {picture.width} x {picture.height} pixels, more than {MOST_PIXELS:,}")
             return picture.convert(mode)

@@ -73,7 +73,7 @@ def _matching(prompts: Sequence[str], pattern: str) -> list[str]:
     if pattern == re.escape(pattern):  # plain words
         return [prompt for prompt in prompts if pattern in prompt]
     try:
-        search = subprocess.run(
+        search = subprocess.run(  # nosec B603 # Python itself; what users write goes in by stdin
             [sys.executable, "-I", "-S", "-c", _SEARCH],
             input=json.dumps([pattern, prompts]).encode(),
             capture_output=True,

@@ -140,8 +140,13 @@ def write_comparisons(path: str | os.PathLike[str], rows: Sequence[Comparison]) 
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(table)
+    writer.writerows({**row, "name": _no_formula(str(row["name"]))} for row in table)
     write_text(path, text.getvalue())
+
+
+def _no_formula(name: str) -> str:
+    """The name of a variant as spreadsheets show it: what begins with one of these signs is worked out by them."""
+    return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
 
 
 def side_by_side(

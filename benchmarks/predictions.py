@@ -1,11 +1,13 @@
 """What plans by budget predict, against what is measured: `python benchmarks/predictions.py [CHECKPOINT]`.
 
     python benchmarks/predictions.py                           # the tiny FLUX that ships
+    python benchmarks/predictions.py tiny/flux2/flux.safetensors
     python benchmarks/predictions.py wide/flux.safetensors     # another of the tiny kind (`flux-poke train wide --out wide`)
 
 Records 200 prompts, and makes plans by budget with affine repair: of 25, 50 and 75 % of all neurons, beside as many cut by
-count with the same score; of 25, 50 and 60 % of all parameters, neurons and ranks of modulation layers; of the latter alone,
-to an average rank of about 8; and half of all parameters after a short retraining. Velocity errors are measured on other
+count with the same score; where blocks have modulation layers of their own, of 25, 50 and 75 % of what these hold, of these to
+an average rank of about 8, of 25, 50 and 60 % of all parameters, neurons and ranks (60 % are nearly all that may go), and half
+of all parameters after a short retraining. Velocity errors are measured on other
 prompts and seeds, at the dense model's x_t; beside them, the error of the final latents of free runs, and how many digits are
 read right.
 """
@@ -21,7 +23,6 @@ from pathlib import Path
 import torch
 from figures import figure
 from flux_poke.flux.model import Flux
-from flux_poke.flux.sampling import FluxTimer
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.planning import ByBudget, ByCount, Request, make_plan
 from flux_poke.pruning.repair import Repairs
@@ -71,7 +72,7 @@ def measure(checkpoint: Path, recording: Recording, multiple: int, seed: int) ->
     """Prints a line for every plan."""
     tiny, dense = TinyFlux.load(checkpoint), Dense.open(checkpoint)
     texts = tiny.words([prompt(number, 1) for number in range(MEASURED)])
-    noise, sigmas = tiny.noise(MEASURED, 500_000 + 1_000 * seed), FluxTimer(20).sigmas()
+    noise, sigmas = tiny.noise(MEASURED, 500_000 + 1_000 * seed), tiny.sigmas(20)
     points, latents = trajectory(tiny.flux, noise, sigmas, *texts)
 
     def line(name: str, tensors: Mapping[str, Tensor], predicted: float | None) -> None:
@@ -98,9 +99,13 @@ def measure(checkpoint: Path, recording: Recording, multiple: int, seed: int) ->
         planned(f"{share:.0%} of the neurons", ByBudget(neurons=share, multiple=multiple))
         each = round(share * dense.layout.sites[0].width)
         planned("as many by count", ByCount(each, each, each, "obs"))
+    if not dense.layout.modulated:
+        return
     outputs, hidden = shape_of(dense.tensors, f"{dense.layout.sites[0].modulation}.weight")
     whole = sum(dense.tensors[f"{site.modulation}.weight"].numel() for site in dense.layout.modulated)
     parameters = sum(tensor.numel() for tensor in dense.tensors.values())
+    for share in SHARES:
+        planned(f"{share:.0%} of modulation", ByBudget(share=share * whole / parameters, touch="modulation", multiple=8))
     low = whole * (1 - 8 * (outputs + hidden) / (outputs * hidden)) / parameters  # at rank 8 in all layers
     planned("modulation to rank 8 on average", ByBudget(share=low, touch="modulation", multiple=8))
     for share in (0.25, 0.6, 0.5):

@@ -20,10 +20,9 @@ from ..errors import UserError
 from ..files import check_not_read, check_replaces, check_writable, replacing_folder, size_text, stream_safetensors
 from ..flux.checkpoint import open_safetensors
 from ..flux.layout import FAMILY_NAMES
-from ..parsing import from_json
 from ..progress import Progress, silent
 from ..pruning import checkpoint
-from ..pruning.certificate import certificate_text
+from ..pruning.certificate import certificate_text, read_certificate
 from ..pruning.dense import KEPT, PRUNED_FORMAT
 from ..pruning.plan import PruningPlan
 from . import diffusers, gguf, orbax
@@ -170,7 +169,7 @@ def describe(path: str | os.PathLike[str]) -> str:
     if pruned:
         kept = {key.removeprefix(KEPT): source.read(key) for key in source.kinds if key.startswith(KEPT)}
         try:
-            said += [certificate_text(from_json(found)) for found in [source.metadata.get("certificate")] if found]
+            said += [certificate_text(read_certificate(found)) for found in [source.metadata.get("certificate")] if found]
             said.append(PruningPlan.from_header(source.metadata, kept).table())
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path} has a damaged plan ({error}): convert it again.") from error

@@ -20,8 +20,8 @@ Told = TypeVar("Told")
 
 #: Seconds without an answer after which there is none, and most that one may take in all.
 TIMEOUT, PATIENCE = 30.0, 600.0
-#: Most bytes of an answer, and of a file.
-MOST_ANSWER, MOST_FILE = 256_000_000, 64_000_000_000
+#: Most bytes of an answer, and of a file: those of a run are of tens of MB.
+MOST_ANSWER, MOST_FILE = 256_000_000, 4_000_000_000
 #: What comes of walking through JSON that is not as expected.
 _ODD = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 

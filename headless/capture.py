@@ -12,14 +12,13 @@ needs no ComfyUI.
 from __future__ import annotations
 
 import random
-import re
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
 from typing import Any
@@ -34,15 +33,13 @@ from ..progress import Progress, silent
 from .client import ComfyClient
 from .draw import memory_explained_there
 from .families import Setup, node
+from .outputs import Fetch, generation_files
 from .server import DEFAULT_SERVER, ComfyServer, start_options
 from .workflow import Graph, follow
 
 #: Steps of FLUX.1 where none are asked for, as its documentation has it; other models take their usual ones.
 STEPS = 50
 TAP = "FluxPokeTapBlocks"
-
-#: What the nodes call a generation's folder.
-GENERATION_ID = re.compile(r"[0-9a-f]{8}")
 
 
 class Stopped(Exception):
@@ -106,29 +103,25 @@ def capture(client: ComfyClient, request: CaptureRequest, out: Path, progress: P
             client, graph, progress, f"The drawing of {request.prompt!r}", {"SamplerCustomAdvanced": 10.0}, extra=extra
         )
     found = result.files("flux_poke")
+    if not found:
+        raise UserError(f"ComfyUI at {client.address} does not say what it drew: update this pack in its custom_nodes.")
     bring(found, out, client.fetch)
-    generation_id = found[0]["generation_id"]
+    generation_id, _ = generation_files(found[0])
     return Captured(request, generation_id, out / generation_id)
 
 
-def bring(found: Sequence[Mapping[str, Any]], out: Path, fetch: Callable[[Mapping[str, str]], bytes]) -> None:
+def bring(found: Sequence[Mapping[str, Any]], out: Path, fetch: Fetch) -> None:
     """Writes the files that the server `found` to new folders `out/{generation_id}`; `fetch` gives what is in one.
 
     Raises `UserError`, before anything is fetched, where a folder is there already, or a name leads out of it.
     """
     files: dict[Path, dict[str, str]] = {}
     for written in found:  # by Decode Block Previews, and by whatever adds to its folder
-        generation_id = f"{written['generation_id']}"
+        generation_id, references = generation_files(written)
         folder = out / generation_id
-        if not GENERATION_ID.fullmatch(generation_id):
-            raise UserError(f"The server calls a generation {generation_id!r}: expected 8 hexadecimal digits.")
         if folder.exists() or folder.is_symlink():
             raise UserError(f"{folder} is there already: move it, or choose another folder with --output-dir.")
-        for name in written["files"]:
-            path, where = folder / name, PurePosixPath(written["subfolder"], name)
-            if folder.resolve() not in path.resolve().parents:
-                raise UserError(f"The server names a file outside of its generation's folder: {name}.")
-            files[path] = {"filename": where.name, "subfolder": where.parent.as_posix(), "type": "output"}
+        files |= {folder / name: reference for name, reference in references.items()}
     for path, file in files.items():
         content = fetch(file)
         with replacing(path) as new:

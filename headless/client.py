@@ -55,11 +55,12 @@ class Result:
     texts: Mapping[str, str] = field(default_factory=dict)
     executed: tuple[str, ...] = ()
 
-    def files(self, kind: str, node: str | None = None) -> list[dict[str, str]]:
-        """References to the files of one kind ("images", ...), of one node or all, for `ComfyClient.fetch`."""
+    def files(self, kind: str | None = None, node: str | None = None) -> list[dict[str, Any]]:
+        """References to the files of one kind ("images", ...) or all, of one node or all, for `ComfyClient.fetch`."""
         nodes = self.outputs.values() if node is None else [self.outputs.get(node, {})]
-        found = [file for output in nodes if isinstance(output, dict) for file in output.get(kind) or []]
-        return [file for file in found if isinstance(file, dict)]
+        outputs = [output for output in nodes if isinstance(output, dict)]
+        lists = [files for output in outputs for files in (output.values() if kind is None else [output.get(kind)])]
+        return [file for files in lists if isinstance(files, list) for file in files if isinstance(file, dict)]
 
 
 class ComfyClient:
@@ -142,7 +143,8 @@ class ComfyClient:
         while not (found := self.history(prompt_id)):  # written a moment after the last message
             self._past_messages(prompt_id)
             time.sleep(0.05)
-        return Result(prompt_id, found.get("outputs") or {}, texts, tuple(executed))
+        outputs = found.get("outputs")
+        return Result(prompt_id, outputs if isinstance(outputs, dict) else {}, texts, tuple(executed))
 
     def history(self, prompt_id: str) -> dict[str, Any]:
         """The server's record of a finished run; empty while it has none."""

@@ -50,7 +50,7 @@ class ComfyServer:
 
     def __enter__(self) -> ComfyServer:
         self._output = open(self.log, "ab") if self.log else None
-        self._process = process = subprocess.Popen(
+        self._process = process = subprocess.Popen(  # nosec B603 # the ComfyUI that --comfyui names, without a shell
             self._command,
             cwd=self.folder,
             env=self._environment,

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import check_replaces, size_text
 from ..flux.layout import Layout
+from ..pruning.certificate import certificate, facts
 from ..pruning.checkpoint import LOADED_BY, Pruned, save_pruned, save_weights
 from ..pruning.dense import PRUNED_FORMAT
 from ..pruning.lora import convert_lora
@@ -84,9 +85,10 @@ class LoadPrunedFlux(io.ComfyNode):
         dense = repairs.dense
         cut = Cut(dense, plan, repairs)
         model = loading.load_flux(cut, weight_dtype, dense.metadata)
-        attached = PrunedModel(dense.layout, plan, FoldsWhenAsked(repairs), repairs.reports(), cut.vectors, cut)
-        model.set_attachments(PRUNED, attached)
-        host.say(cls.hidden.unique_id, "\n".join(plan.facts()) + space_taken(repairs))
+        report = repairs.reports()
+        model.set_attachments(PRUNED, PrunedModel(dense.layout, plan, FoldsWhenAsked(repairs), report, cut.vectors, cut))
+        said = facts(plan, report, certificate(cut, report, "stored"))
+        host.say(cls.hidden.unique_id, "\n".join(said) + space_taken(repairs))
         return io.NodeOutput(model, plan.masked_count)
 
 
@@ -186,9 +188,9 @@ class SavePrunedFlux(io.ComfyNode):
             pruned = pruned_model(plan_or_model)
             plan = pruned.plan
             save_weights(path, MergedWeights(plan_or_model), plan, pruned.report, NodeProgress(node_id), graph)
-        name = path.relative_to(folder).as_posix()
-        facts = [f"{name}: {before}{size_text(path.stat().st_size)}", *plan.facts(), LOADED_BY]
-        host.say(node_id, "\n".join(facts) + space)
+        name, saved = path.relative_to(folder).as_posix(), Pruned.open(path)
+        known = facts(saved.plan, saved.report, saved.certificate)
+        host.say(node_id, "\n".join([f"{name}: {before}{size_text(path.stat().st_size)}", *known, LOADED_BY]) + space)
         return io.NodeOutput(name)
 
 
@@ -220,7 +222,7 @@ class LoadPrunedCheckpoint(io.ComfyNode):
         model = loading.load_pruned(pruned, weight_dtype)
         attached = PrunedModel(pruned.layout, pruned.plan, pruned.folds, pruned.report, pruned.vectors, pruned.tensors)
         model.set_attachments(PRUNED, attached)
-        host.say(cls.hidden.unique_id, "\n".join(pruned.plan.facts()))
+        host.say(cls.hidden.unique_id, "\n".join(facts(pruned.plan, pruned.report, pruned.certificate)))
         return io.NodeOutput(model, pruned.plan.masked_count)
 
 

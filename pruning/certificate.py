@@ -2,6 +2,7 @@
 
     found = certificate(changed, report, "fp8")      # once everything is worked out
     certificate_text(found)
+    facts(plan, report, found)                       # what a node says: predicted, and measured after the cut
 
 The held-out error is made of the errors that repairs, truncated modulation and rounding leave on held-out images, each times
 the amplification that was measured where it is made.
@@ -14,15 +15,20 @@ from typing import Any
 
 import torch
 
+from ..parsing import finite, from_json
 from ..recording.amplification import MODULATION
 from ..recording.recording import Recording
 from .budget import velocity_error
 from .curves import Ranking
 from .modulation import modulation_errors
+from .plan import PruningPlan
 from .refit import RepairReport
 from .rounded import Rounded
 from .rounding_errors import velocity_errors
 from .surgery import Changed
+
+#: What held-out rows were of.
+_MEASURED_ON = ("prompts", "rows", "scarcest")
 
 
 def certificate(changed: Changed, report: Mapping[str, RepairReport], precision: str) -> dict[str, Any]:
@@ -75,6 +81,25 @@ def _by_cuts(changed: Changed, report: Mapping[str, RepairReport], recording: Re
     return total
 
 
+def read_certificate(text: str) -> dict[str, Any]:
+    """The certificate in a file's header, empty where it has none; raises `ValueError` where it is damaged."""
+    told = from_json(text)
+    if told == {}:
+        return told
+    if not isinstance(told, dict):
+        raise ValueError("its certificate is no object")
+    measured = told.get("held_out") is not None or not told.keys().isdisjoint(_MEASURED_ON)
+    for name in ("precision", *(("scarcest",) if measured else ())):
+        if not isinstance(told.get(name), str):
+            raise ValueError(f"it says {told.get(name)!r:.100} of {name}, expected a text")
+    for name in ("predicted", "held_out", "rounding"):
+        if told.get(name) is not None:
+            finite(told[name], name, -1.0)
+    for name in ("prompts", "rows") if measured else ():
+        finite(told.get(name), name)
+    return told
+
+
 def certificate_text(found: Mapping[str, Any]) -> str:
     """In one line."""
     said = [f"saved in precision {found.get('precision')}"]
@@ -85,3 +110,14 @@ def certificate_text(found: Mapping[str, Any]) -> str:
     if found.get("prompts"):
         text += f", from {found['prompts']:,} prompts and {found['rows']:,} rows of {found['scarcest']}"
     return text
+
+
+def facts(plan: PruningPlan, report: Mapping[str, RepairReport], found: Mapping[str, Any]) -> list[str]:
+    """What a plan says of itself, with the error that was measured after the cut under the one that was predicted."""
+    said = plan.facts()
+    if found.get("held_out") is not None:
+        images = f"the fifth of {found['prompts']:,} images that repair did not see"
+        said.append(f"measured relative velocity error {found['held_out']:.3g}, after the cut, by the rows of {images}")
+    elif plan.velocity_error is not None and any(site.after is None for site in report.values()):
+        said.append("The prediction is for affine repair: without it, the error is larger")
+    return said

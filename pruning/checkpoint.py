@@ -33,7 +33,7 @@ from ..flux.layout import FAMILY_NAMES, Layout, canonical_key, read_layout
 from ..flux.weights import stored_like
 from ..parsing import from_json
 from ..progress import Progress, part, silent
-from .certificate import certificate, certificate_text
+from .certificate import certificate, certificate_text, read_certificate
 from .dense import KEPT, PRUNED_FORMAT, Dense
 from .modulation import Vectors
 from .plan import PruningPlan
@@ -81,8 +81,8 @@ class Pruned:
             try:
                 kept = {key.removeprefix(KEPT): file.get_tensor(key) for key in file.keys() if key.startswith(KEPT)}
                 plan = PruningPlan.from_header(header, kept)
-                report = {name: RepairReport(**site) for name, site in from_json(header["repair"]).items()}
-                certified = dict(from_json(header.get("certificate", "{}")))
+                report = {name: RepairReport.from_header(site) for name, site in from_json(header["repair"]).items()}
+                certified = read_certificate(header.get("certificate", "{}"))
             except (KeyError, ValueError, TypeError, AttributeError) as error:
                 raise UserError(f"{path} is a damaged pruned checkpoint ({error}): copy it again or make it again.") from error
         checkpoint = Checkpoint(path)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -30,7 +29,7 @@ from ..errors import UserError
 from ..files import size_text, write_safetensors
 from ..flux.checkpoint import open_safetensors, require_format
 from ..flux.fingerprint import Fingerprint
-from ..parsing import from_json
+from ..parsing import finite, from_json
 from ..recording.amplification import MODULATION
 from ..recording.internals import site_order
 from .curves import Ranking
@@ -221,8 +220,8 @@ class PruningPlan:
                 widths={name: _whole(width, name) for name, width in facts["widths"].items()},
                 score=str(facts["score"]),
                 made=str(facts["made"]),
-                predicted={name: _finite(error, name) for name, error in facts["predicted"].items()},
-                velocity_error=None if velocity is None else _finite(velocity, "the velocity error"),
+                predicted={name: finite(error, name) for name, error in facts["predicted"].items()},
+                velocity_error=None if velocity is None else finite(velocity, "the velocity error"),
                 unknown={name: _whole(count, name) for name, count in facts.get("unknown", {}).items()},
                 checkpoint=str(facts.get("checkpoint", "")),
                 recording=str(facts.get("recording", "")),
@@ -296,9 +295,3 @@ def _whole(value: object, name: str, least: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"it says {value!r} of {name}, expected a whole number from {least} on")
     return value
-
-
-def _finite(value: object, name: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
-        raise ValueError(f"it says {value!r} of {name}, expected a finite number from 0 on")
-    return float(value)

@@ -19,13 +19,15 @@ Where one only has to compare, an MLP is seen through `SKETCH` random directions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..flux.weights import SiteWeights
+from ..parsing import finite
 from ..progress import Progress, silent
 from .moments import Moments
 from .symmetric import BLOCK, exact_products, quadratic, select
@@ -55,6 +57,14 @@ class RepairReport:
     after: float | None = None
     predicted: float | None = None
     energy: float | None = None
+
+    @classmethod
+    def from_header(cls, told: Mapping[str, Any]) -> RepairReport:
+        """As a file's header tells it; raises `ValueError`, `KeyError` or `TypeError` where it is none."""
+        numbers = {
+            name: None if value is None else finite(value, name, -1e-6) for name, value in told.items() if name != "method"
+        }
+        return cls(str(told.get("method")), **numbers)
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ class Repairs(Mapping[str, Repaired]):
         assert self.folder is not None
         header = cached_header(self.folder / f"{name}.safetensors", FORMAT, {})
         try:
-            report = RepairReport(**from_json((header or {})["report"]))
+            report = RepairReport.from_header(from_json((header or {})["report"]))
         except (KeyError, ValueError, TypeError):
             return None
         path, shapes = self._file(self.sites[name], report.method, OWN)

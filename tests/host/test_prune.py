@@ -365,6 +365,29 @@ def test_loaders_show_a_fact_a_line(client: ComfyClient, recorded: Path):
     assert len(read.outputs["text"]["text"][0].splitlines()) == 8 + 2
 
 
+def test_what_a_plan_predicted_stands_beside_what_was_measured_after_the_cut(client: ComfyClient, recorded: Path):
+    """The measured error is that of a file's header, in a node that cut and in one that reads the file."""
+    plan = by_budget(0.45, budget="share of all parameters", save_as="measured")
+    graph = {"plan": plan, "load": load(), "save pruned": save("measured"), "show": node("PreviewAny", source=["load", 1])}
+    neurons = {"neurons": by_budget(save_as="neurons"), "bare": load("neurons", repair="none")}
+    bare = {**neurons, "shown": node("PreviewAny", source=["bare", 1])}
+    alone = {
+        "alone": node("FluxPokeLoadPrunedCheckpoint", unet_name="measured.safetensors", weight_dtype="default"),
+        "shown": node("PreviewAny", source=["alone", 1]),
+    }
+    texts = {**client.run(recording() | graph | bare).texts, **client.run(alone).texts}
+    predicted = re.search(r"^predicted relative velocity error (\S+)$", texts["plan"], re.MULTILINE)
+    assert predicted
+    for name in ("load", "save pruned", "alone"):
+        assert predicted[0] in texts[name].splitlines()
+        measured = re.search(
+            r"^measured relative velocity error (\S+), after the cut, by the rows of", texts[name], re.MULTILINE
+        )
+        assert measured
+        assert 1 / 2 < float(measured[1]) / float(predicted[1]) < 2
+    assert "The prediction is for affine repair: without it, the error is larger" in texts["bare"].splitlines()
+
+
 def test_a_pruned_model_is_saved_as_it_is_with_its_lora_and_draws_the_same(client: ComfyClient, host, recorded: Path):
     lora = {}
     for name, outputs in {"double_blocks.1.img_mlp.0": 512, "double_blocks.1.img_mod.lin": 768}.items():

@@ -10,7 +10,7 @@ import json
 import resource
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +24,15 @@ from flux_poke.analysis.lens import Lens
 from flux_poke.analysis.metrics import read_images
 from flux_poke.analysis.raw import final_layer, read_raw
 from flux_poke.convert.convert import open_source
+from flux_poke.download_prompts import DATASETS, Downloaded, _resumed
 from flux_poke.errors import UserError
 from flux_poke.flux.blocks import blocks_of
 from flux_poke.flux.model import Flux
 from flux_poke.headless.journal import Journal
 from flux_poke.headless.runs import read_graph
 from flux_poke.prompts import read_prompts
-from flux_poke.pruning.checkpoint import Pruned, save_pruned
+from flux_poke.pruning.certificate import facts
+from flux_poke.pruning.checkpoint import Pruned, inspect, save_pruned
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.repair import Repairs
@@ -97,6 +99,8 @@ def plan(folder: Path) -> Iterator[torch.Tensor]:
 
 def pruned(folder: Path) -> Iterator[torch.Tensor]:
     found = Pruned.open(folder / "pruned.safetensors")
+    assert inspect(found.path)
+    assert facts(found.plan, found.report, found.certificate)
     yield from Flux.load(found.tensors).parameters()
 
 
@@ -174,6 +178,12 @@ def only(read: Callable[[Path], object], pattern: str) -> Callable[[Path], Itera
     return called
 
 
+def download(saved: Path) -> None:
+    state = _resumed(saved, saved.with_suffix(".partial"), tuple(DATASETS), "")
+    assert state.next() in (None, *DATASETS)
+    assert 0 <= state.size <= 6
+
+
 def arrays(path: Path) -> object:
     return load_examples(Data(kind="arrays", path=str(path)))
 
@@ -209,9 +219,11 @@ READERS = [
     Reader("journal", "queue.json", damaged_json, only(lambda path: Journal.at(path.parent, resume=True), "queue.json")),
     Reader("config", "config.yaml", damaged_lines, only(read_config, "config.yaml")),
     Reader("prompts", "prompts.txt", damaged_lines, only(read_prompts, "prompts.txt")),
+    Reader("download", "prompts.txt.progress", damaged_json, only(download, "prompts.txt.progress")),
     Reader("arrays", "arrays.npz", damaged_bytes, only(arrays, "arrays.npz")),
     Reader("captions", "pictures/metadata.jsonl", damaged_lines, only(captions, "pictures/metadata.jsonl")),
     Reader("images", "pictures/*.png", damaged_bytes, lambda folder: iter([read_images(folder / "pictures")])),
+    Reader("scans", "scans/*.tif", damaged_bytes, lambda folder: iter([read_images(folder / "scans")])),
 ]
 
 
@@ -256,13 +268,19 @@ def sound(recorded, run, tmp_path_factory) -> Path:
     journal.begin("127.0.0.1:8188", "b", "2")
     (folder / "config.yaml").write_text((Path(training.__file__).parent / "configs" / "tiny.yaml").read_text())
     (folder / "prompts.txt").write_text("a 3\nthe digit 4\n")
+    (folder / "prompts.txt.partial").write_text("a fox\n")
+    state = Downloaded("", dict.fromkeys(DATASETS, 100), dict.fromkeys(DATASETS, 200), 6)
+    (folder / "prompts.txt.progress").write_text(json.dumps(asdict(state)))
     np.savez(folder / "arrays.npz", images=np.zeros((3, 8, 8), np.uint8), labels=np.arange(3))
     (folder / "pictures").mkdir()
     Image.new("RGB", (16, 16)).save(folder / "pictures" / "a.png")
+    (folder / "scans").mkdir()
+    Image.new("RGB", (16, 16)).save(folder / "scans" / "a.tif", compression="tiff_lzw")
     (folder / "pictures" / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": ["black", "dark"]}))
     return folder
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)
 def test_what_something_happened_to_is_read_rightly_or_refused_in_a_sentence(reader, sound, tmp_path_factory):
     for tensor in reader.read(sound):

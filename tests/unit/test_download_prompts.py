@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, urlparse
 
 import flux_poke.download_prompts as module
 import pytest
-from flux_poke.download_prompts import DATASETS, RETRIES, RowsServer, download_prompts
+from flux_poke.download_prompts import DATASETS, LONGEST_WAIT, RETRIES, RowsServer, download_prompts
 from flux_poke.errors import UserError
 from flux_poke.files import locked
 from flux_poke.prompts import SHIPPED
@@ -70,10 +70,16 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(1)
         if fault == "busy":
             status, body, headers = 429, b"{}", {"Retry-After": "1"}
+        if fault == "busy for years":
+            status, body, headers = 429, b"{}", {"Retry-After": "100000000"}
         if fault == "broken":
             status, body = 502, b"<html>Bad gateway</html>"
         if fault == "gone":
             status, body = 404, b'{"error": "The dataset does not exist."}'
+        if fault == "half a character":
+            body = body.replace(b"a fox", b"a \\ud83d fox")
+        if fault == "no text":
+            body = b'{"rows": [{"row": {"Prompt": 17}}], "num_rows_total": 1050}'
         if fault == "nonsense":
             body = b'{"rows": [{"row": {"caption": "a fox"}}], "num_rows_total": 1}'
         self.send_response(status)
@@ -152,6 +158,27 @@ def test_retry_after_is_respected(server, tmp_path):
     assert server.times[1] - server.times[0] >= 1
 
 
+def test_a_server_that_is_busy_for_years_is_asked_again_before(server, tmp_path, monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    server.fault = lambda number: "busy for years" if number == 0 else ""
+    download_prompts(tmp_path / "prompts.txt", [SHORT], server=patient(server))
+    assert max(waits) == LONGEST_WAIT
+
+
+def test_half_a_character_costs_itself_alone(server, tmp_path):
+    server.fault = lambda number: "half a character" if number == 0 else ""
+    download_prompts(tmp_path / "prompts.txt", limit=0, server=patient(server))
+    found = (tmp_path / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert {"a ? fox, number 1", "a fox, number 101"} <= {*found}
+
+
+def test_an_answer_without_an_end_is_given_up(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("flux_poke.download_prompts.MOST_BYTES", 1000)
+    with pytest.raises(UserError, match="answer is larger than"):
+        download_prompts(tmp_path / "prompts.txt", server=patient(server))
+
+
 @pytest.mark.parametrize(
     ("fault", "sentence"),
     [
@@ -160,6 +187,7 @@ def test_retry_after_is_respected(server, tmp_path):
         ("broken", "status 502"),
         ("gone", r"refused .* \(404\): The dataset does not exist"),
         ("nonsense", "column 'Prompt'"),
+        ("no text", "column 'Prompt'"),
     ],
 )
 def test_a_server_that_stays_broken_ends_in_one_sentence_and_nothing_is_lost(server, tmp_path, fault, sentence):

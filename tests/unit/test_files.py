@@ -91,10 +91,15 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_the_old_file(tmp_path):
     code = """
 import resource, signal, sys, torch
 from flux_poke.errors import UserError
-from flux_poke.files import write_safetensors, write_text
+from flux_poke.files import write_picture, write_safetensors, write_text
+from PIL import Image
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-writers = {"text.txt": (write_text, ["x" * 10_000]), "new.safetensors": (write_safetensors, [{"x": torch.zeros(10_000)}, {}])}
+writers = {
+    "text.txt": (write_text, ["x" * 10_000]),
+    "new.safetensors": (write_safetensors, [{"x": torch.zeros(10_000)}, {}]),
+    "new.png": (write_picture, [Image.effect_noise((300, 300), 50)]),
+}
 for name, (write, content) in writers.items():
     try:
         write(f"{sys.argv[1]}/{name}", *content)
@@ -105,8 +110,8 @@ for name, (write, content) in writers.items():
     path.write_text("old")
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     said = run.stdout.splitlines()
-    assert len(said) == 2, run.stderr
-    for name, line in zip(("text.txt", "new.safetensors"), said, strict=True):
+    assert len(said) == 3, run.stderr
+    for name, line in zip(("text.txt", "new.safetensors", "new.png"), said, strict=True):
         assert line.startswith(f"{tmp_path / name} cannot be written ("), line
         assert "File too large" in line
     assert (path.read_text(), names(tmp_path)) == ("old", ["text.txt"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import struct
 
 import numpy as np
 import pytest
@@ -97,6 +98,15 @@ def test_the_result_is_one_line_of_what_is_known():
     assert row.result((120e6, 1.0), (None, None)) == "PSNR 38.2 dB"
 
 
+def test_a_name_in_a_table_is_no_formula_for_a_spreadsheet(tmp_path):
+    b = images()
+    names = ['=HYPERLINK("http://127.0.0.1";"half")', "+1", "-1", "@a", "\ta", "a = b"]
+    write_comparisons(tmp_path / "rows.csv", [compare(b, b, name) for name in names])
+    with open(tmp_path / "rows.csv", newline="") as file:
+        found = [line["name"] for line in csv.DictReader(file)]
+    assert found == [*(f"'{name}" for name in names[:-1]), names[-1]]
+
+
 def test_the_table_has_one_line_a_variant():
     b = images()
     lines = comparison_table([compare(noisy(b, s), b, name) for name, s in (("a", 0.1), ("a longer name", 0.2))]).splitlines()
@@ -137,6 +147,21 @@ def test_images_folders_and_latents_are_read(tmp_path):
     latent = torch.randn(1, 16, 8, 8)
     save_file({"latent_tensor": latent, "latent_format_version_0": torch.tensor([])}, tmp_path / "a.latent")
     assert torch.equal(read_images(tmp_path / "a.latent"), latent)
+
+
+def test_a_picture_that_would_fill_memory_or_start_a_program_is_not_opened(tmp_path):
+    """A few bytes that announce 200,000 x 200,000 pixels, and a PostScript file, which Pillow gives to Ghostscript."""
+    long, short = 4, 3
+    size = [(256, long, 1, 200_000), (257, long, 1, 200_000)]
+    tags = [*size, (258, short, 1, 8), (262, short, 1, 1), (273, long, 1, 8), (279, long, 1, 1)]
+    (tmp_path / "bomb.tif").write_bytes(
+        struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    )
+    Image.new("RGB", (8, 8)).save(tmp_path / "program.eps")
+    (tmp_path / "program.eps").rename(tmp_path / "program.png")
+    for name, why in (("bomb.tif", "Image size"), ("program.png", "cannot identify")):
+        with pytest.raises(UserError, match=rf"{name} cannot be read as an image \(.*{why}"):
+            read_images(tmp_path / name)
 
 
 def test_what_is_no_image_is_refused(tmp_path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -35,9 +38,10 @@ CALLS: dict[str, tuple[Callable[[ComfyClient, Any], object], Any]] = {
 
 
 class Anything(ThreadingHTTPServer):
-    """Answers everything with `status` and `content`."""
+    """Answers everything with `status` and `content`; a byte every `pause` seconds, where there is one."""
 
-    status, content = 200, b"{}"
+    status, content, pause = 200, b"{}", 0.0
+    headers: Mapping[str, object] = {}
 
     def __init__(self) -> None:
         class Handler(BaseHTTPRequestHandler):
@@ -46,9 +50,16 @@ class Anything(ThreadingHTTPServer):
                 self.rfile.read(length)
                 server: Any = self.server
                 self.send_response(server.status)
-                self.send_header("Content-Length", str(len(server.content)))
+                for name, value in (server.headers or {"Content-Length": len(server.content)}).items():
+                    self.send_header(name, f"{value}")
                 self.end_headers()
-                self.wfile.write(server.content)
+                if not server.pause:
+                    self.wfile.write(server.content)
+                with suppress(ConnectionError):
+                    for byte in server.content if server.pause else b"":
+                        self.wfile.write(bytes([byte]))
+                        self.wfile.flush()
+                        time.sleep(server.pause)
 
             do_POST = do_GET
 
@@ -68,7 +79,7 @@ def anything() -> Iterator[Anything]:
 
 @pytest.fixture
 def client(anything) -> Iterator[ComfyClient]:
-    anything.status, anything.content = 200, b"{}"
+    anything.status, anything.content, anything.pause, anything.headers = 200, b"{}", 0.0, {}
     with ComfyClient(f"127.0.0.1:{anything.server_address[1]}") as connected:
         yield connected
 
@@ -112,3 +123,31 @@ def test_an_answer_without_an_end_is_given_up(client, anything):
     anything.content = b" " * 3_000_000
     with pytest.raises(UserError, match=r"its answer is larger than 2 MB"):
         client._server.ask("GET", "queue", most=2_000_000)
+
+
+def test_an_answer_that_drips_is_given_up(client, anything, monkeypatch):
+    monkeypatch.setattr("flux_poke.headless.asking.PATIENCE", 0.5)
+    anything.content, anything.pause = b" " * 200, 0.1
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"its answer has not ended after 0 s"):
+        client._server.ask("GET", "queue")
+    assert time.monotonic() - began < 10, "the whole of it takes 20 s"
+
+
+@pytest.mark.parametrize("how", ["Content-Length", "Content-Encoding", "Transfer-Encoding"])
+def test_an_answer_comes_whole_however_it_is_sent_and_has_its_limit_unpacked(client, anything, how):
+    whole = b"12345678" * 40_000
+    packed = gzip.compress(whole)
+    pieces = [whole[at : at + 7_000] for at in range(0, len(whole), 7_000)]
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in [*pieces, b""])
+    anything.content, anything.headers = {
+        "Content-Length": (whole, {"Content-Length": len(whole)}),
+        "Content-Encoding": (packed, {"Content-Length": len(packed), "Content-Encoding": "gzip"}),
+        "Transfer-Encoding": (chunks, {"Transfer-Encoding": "chunked"}),
+    }[how]
+    assert client._server.ask("GET", "queue") == whole
+    with pytest.raises(UserError, match=r"its answer is larger than 0 MB"):
+        client._server.ask("GET", "queue", most=len(whole) - 1)
+    anything.content = anything.content[: len(anything.content) // 2]
+    with pytest.raises(UserError):
+        client._server.ask("GET", "queue")

@@ -11,12 +11,14 @@ from flux_poke.errors import UserError
 from flux_poke.flux.model import Flux
 from flux_poke.flux.sampling import FluxTimer
 from flux_poke.flux.weights import Plain, full_precision
+from flux_poke.pruning.certificate import certificate_text, read_certificate
 from flux_poke.pruning.checkpoint import Pruned, save_changed, save_pruned
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.planning import ByBudget, make_plan
 from flux_poke.pruning.precision import dense_bytes, rank_multiple
-from flux_poke.pruning.repair import Repairs
+from flux_poke.pruning.refit import RepairReport
+from flux_poke.pruning.repair import Repairs, report_table
 from flux_poke.pruning.rounding import compensated, plain, scale_of
 from flux_poke.pruning.surgery import Cut
 from flux_poke.recording.drawing import Wanted, record
@@ -226,3 +228,35 @@ def test_headers_of_files_in_16_bits_name_no_quantised_layers(tmp_path, tensors)
             assert ("_quantization_metadata" in file.metadata()) == (precision == "fp8")
     expected = 2 * state[key].float()
     assert torch.equal(load_file(tmp_path / "bf16.safetensors")[key].float(), expected)
+
+
+SOUND = {
+    "precision": "bf16",
+    "predicted": 0.1,
+    "held_out": 0.1,
+    "rounding": 0.0,
+    "prompts": 60,
+    "rows": 900,
+    "scarcest": "single-3",
+}
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        [], 3, None, {"precision": 3}, *({**SOUND, name: "x"} for name in SOUND if name not in ("precision", "scarcest")),
+        *({key: value for key, value in SOUND.items() if key != name} for name in ("prompts", "rows", "scarcest")),
+        SOUND | {"rows": None}, SOUND | {"predicted": 10**400},
+    ],
+)  # fmt: skip
+def test_a_certificate_that_cannot_be_told_is_damage(told):
+    assert certificate_text(read_certificate(json.dumps(SOUND)))
+    with pytest.raises(ValueError, match=r"it says|no object"):
+        read_certificate(json.dumps(told))
+
+
+@pytest.mark.parametrize("told", [{"after": "x"}, {"energy": []}, {"before": 10**400}, {"more": 1.0}])
+def test_a_report_that_cannot_be_told_is_damage(told):
+    assert report_table({"single-3": RepairReport.from_header({"method": "affine", "after": None})})
+    with pytest.raises((ValueError, TypeError)):
+        RepairReport.from_header({"method": "affine", **told})

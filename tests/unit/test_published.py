@@ -29,6 +29,8 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 SHOWN = ("workflows", "example_workflows", "subgraphs", "web", "locales")
 #: Nobody who installs the pack needs these.
 UNWANTED = ("tests", "benchmarks", ".ci", ".github")
+#: Endings of the files that are meant; LICENSE has none.
+KINDS = {"", ".cff", ".jpg", ".js", ".json", ".md", ".py", ".safetensors", ".toml", ".txt", ".yaml"}
 
 
 def listed(*options: str) -> list[str]:
@@ -122,6 +124,7 @@ def test_the_registrys_archive_holds_the_pack_and_its_guides_alone(registry, tmp
     assert {"__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md", "docs/queue.md"} <= set(registry)
     assert not [name for name in registry if name.startswith((*UNWANTED, "."))]
     assert not [name for name in registry if name.startswith("docs/") and not name.endswith(".md")]
+    assert {Path(name).suffix for name in registry} == KINDS
 
 
 def test_the_registrys_archive_stays_under_25_megabytes(registry, tmp_path):

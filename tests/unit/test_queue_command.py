@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,7 +109,41 @@ def test_no_file_leaves_the_folder(tmp_path, name):
     out = tmp_path / "out"
     bring_outputs(lambda reference: b"\x89PNG\r\n\x1a\n", outputs(a=[file(name)]), out, "0000")
     assert [path.relative_to(out) for path in out.iterdir()] == [Path("0000_x.png")]
-    written = {"generation_id": "../..", "subfolder": "flux_poke/x", "files": ["../../../away.jpg"]}
-    with pytest.raises(UserError, match="outside of its folder"):
-        bring_outputs(lambda reference: b"", Result("id", {"1": {"flux_poke": [written]}}), out, "0000")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+PICTURE = file("a.png")
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"generation_id": "../..", "subfolder": "x", "files": ["a.jpg"]}, "calls a generation '../..'"),
+        ({"generation_id": "a/../.git/hooks", "subfolder": "x", "files": ["pre-commit"]}, "8 hexadecimal digits"),
+        ({"generation_id": "0123abcd", "subfolder": "x", "files": ["../.git/hooks/pre-commit"]}, "outside of its generation"),
+        ({"generation_id": "0123abcd", "subfolder": "x", "files": ["a/../../notes.txt"]}, "outside of its generation"),
+        ({"generation_id": "0123abcd", "subfolder": "x", "files": ["C:\\a.jpg"]}, "outside of its generation"),
+        ({"generation_id": "0123abcd", "subfolder": "x", "files": ["a\ud800"]}, "outside of its generation"),
+        ({"generation_id": "0123abcd", "subfolder": "x", "files": [None, 3, {}], "more": 1}, ""),
+        ({"generation_id": "0123abcd", "subfolder": "x", "files": 7}, "which files the generation 0123abcd has"),
+        ({"generation_id": "0123abcd", "files": ["a.jpg"]}, "which files the generation 0123abcd has"),
+        ({"generation_id": ["0123abcd"], "subfolder": [], "files": {}}, "8 hexadecimal digits"),
+        ({"generation_id": None}, "8 hexadecimal digits"),
+        (PICTURE | {"filename": ".."}, "calls a file '..', which is no name"),
+        (PICTURE | {"filename": ""}, "which is no name"),
+        (PICTURE | {"filename": "a\0.png"}, "which is no name"),
+        (PICTURE | {"filename": None, "subfolder": {}}, ""),
+    ],
+)
+def test_what_a_server_tells_of_its_files_cannot_lead_out_of_their_folder(tmp_path, entry, said):
+    """Or is fetched under a name as plain as any, where it says something that is no name at all."""
+    out = tmp_path / "out"
+    (out / ".git" / "hooks").mkdir(parents=True)
+    result = Result("id", {"1": {"flux_poke": [entry], "text": 3}, "2": None})  # type: ignore[dict-item]
+    if said:
+        with pytest.raises(UserError, match=re.escape(said)):
+            bring_outputs(lambda reference: pytest.fail("nothing is fetched"), result, out, "0000")
+    else:
+        names = bring_outputs(lambda reference: b"", result, out, "0000")
+        assert all((out / name).is_file() and name.startswith("0000_") for name in names)
+    assert [*(out / ".git").rglob("*")] == [out / ".git" / "hooks"]

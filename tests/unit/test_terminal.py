@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Annotated, get_args, get_origin
 
+import flux_poke.cli
 import pytest
 import typer
 from flux_poke.commands.terminal import number, progress_bar, seed, whole
@@ -55,3 +58,26 @@ def test_numbers_out_of_range_and_what_is_no_number_are_refused(option, value):
 def test_numbers_within_range_are_taken():
     result = CliRunner().invoke(app, ["--steps", "3", "--max-gb", "0.5", "--first", str(2**63 - 1), "--share", "1"])
     assert result.output.split() == ["3", "0.5", str(2**63 - 1), "1.0"]
+
+
+def commands(of: typer.Typer) -> Iterator[Callable[..., object]]:
+    for command in of.registered_commands:
+        assert command.callback is not None
+        yield command.callback
+    for group in of.registered_groups:
+        assert group.typer_instance is not None
+        yield from commands(group.typer_instance)
+
+
+def test_every_number_of_every_command_has_a_range():
+    """Or is a plan's, a fit's or a recording's own, which say what they take themselves."""
+    without = set()
+    for command in commands(flux_poke.cli.app):
+        for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+            if get_origin(parameter.annotation) is not Annotated:
+                continue
+            kind, option, *_ = get_args(parameter.annotation)
+            if {int, float} & {kind, *get_args(kind)} and None in (option.min, option.max):
+                without.add(name)
+    cuts = {f"{stream}_{how}" for stream in ("img", "txt", "single") for how in ("cut", "threshold")}
+    assert without == {"size", "saved", "share", "neurons", "multiple", "max_gb"} | cuts

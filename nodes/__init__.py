@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .atlas import ShowNeurons
 from .calibrate import Calibrate
 from .chance import QueueLimit, RandomInt, RandomSize
 from .choose import ChooseModel, OnOff
@@ -47,6 +48,7 @@ class FluxPokeExtension(ComfyExtension):
             Calibrate,
             LoadRecording,
             InternalsReport,
+            ShowNeurons,
             PlanByCount,
             PlanByThreshold,
             PlanByBudget,

@@ -13,6 +13,7 @@ _LOADER = ("load model", "unet", "diffusion model")
 _LAYERS = ("retrain", "train", "finetune", "distill", "recover", "repair")
 _BLOCKS = ("block", "layer", "interpret", "interpretability", "logit lens", "intermediate", "x0 preview", "visualize")
 _CONCEPT = ("concept", "erase", "unlearn", "steer", "steering", "ablation", "feature")
+_ATLAS = ("atlas", "strongest", "top activations", "feature visualization", "max activating")
 _CHANCE = ("random", "seed")
 
 #: By name of a node's class: its category, and words that people search for.
@@ -24,7 +25,7 @@ FOUND: dict[str, tuple[str, tuple[str, ...]]] = {
     "RecordBlockStates": (RECORD, _STATES),
     "RecordTrajectories": (RECORD, (*_STATES, "velocity", "distill")),
     "RecordLensRows": (RECORD, (*_STATES, "tuned lens", "logit lens")),
-    "RecordAtlas": (RECORD, (*_NEURONS, "atlas", "strongest", "top activations", "feature visualization", "max activating")),
+    "RecordAtlas": (RECORD, (*_NEURONS, *_ATLAS)),
     "Calibrate": (RECORD, (*_NEURONS, *_PRUNE, "calibrate", "calibration")),
     "LoadRecording": (RECORD, _NEURONS),
     "InternalsReport": (SEE, (*_NEURONS, "dead neurons", "histogram", "statistics", "chart")),
@@ -44,6 +45,7 @@ FOUND: dict[str, tuple[str, tuple[str, ...]]] = {
     "DecodeBlockPreviews": (SEE, (*_BLOCKS, "sheet", "grid")),
     "AnimateBlockPreviews": (SEE, (*_BLOCKS, "video", "gif", "film")),
     "Compare": (SEE, ("difference", "PSNR", "SSIM", "MSE", "metric", "heat map", "before after")),
+    "ShowNeurons": (SEE, (*_NEURONS, *_ATLAS)),
     "FindNeurons": (POKE, (*_NEURONS, *_CONCEPT, "difference of means")),
     "LoadNeurons": (POKE, (*_NEURONS, *_CONCEPT)),
     "PokeNeurons": (POKE, (*_NEURONS, *_CONCEPT, "turn off", "boost", "intervention", "patching")),

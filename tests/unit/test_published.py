@@ -30,7 +30,7 @@ SHOWN = ("workflows", "example_workflows", "subgraphs", "web", "locales")
 #: Nobody who installs the pack needs these.
 UNWANTED = ("tests", "benchmarks", ".ci", ".github")
 #: Endings of the files that are meant; LICENSE has none.
-KINDS = {"", ".cff", ".jpg", ".js", ".json", ".md", ".py", ".safetensors", ".toml", ".txt", ".yaml"}
+KINDS = {"", ".cff", ".html", ".jpg", ".js", ".json", ".md", ".py", ".safetensors", ".toml", ".txt", ".yaml"}
 
 
 def listed(*options: str) -> list[str]:

@@ -91,9 +91,9 @@ class Sweep(io.ComfyNode):
         grid = host.to_images([labelled_grid(cells, title_of(neurons, part))])
         table = comparison_table(rows[1:])
         everything = [picture for image in images for picture in image.movedim(1, -1)]
-        strongest = sorted(rows[1:], key=lambda row: -row.relative_mse)[:3]
-        said = "Changes most: " + ", ".join(f"{row.name} ({row.psnr:.1f} dB)" for row in strongest)
-        shown = {**ui.PreviewImage(grid, cls=cls).as_dict(), **host.said(cls, said)}
+        changed = sorted((row for row in rows[1:] if row.relative_mse), key=lambda row: -row.relative_mse)
+        said = "Changes most: " + ", ".join(f"{row.name} ({row.psnr:.1f} dB)" for row in changed[:3])
+        shown = {**ui.PreviewImage(grid, cls=cls).as_dict(), **host.said(cls, said if changed else "Nothing changed.")}
         return io.NodeOutput(grid, torch.stack(everything), table, ui=shown)
 
 

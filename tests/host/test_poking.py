@@ -221,3 +221,31 @@ def layout_of(model):
     from flux_poke.nodes.models import flux_layout
 
     return flux_layout(model)
+
+
+def test_the_shipped_graph_finds_neurons_draws_them_at_every_factor_and_turns_them_down(client, host, workflow):
+    """In small: fewer pictures and steps than as it ships."""
+    graph = workflow("find_and_poke_tiny")
+    for number, name, count in (("4", "poke_threes", 12), ("5", "poke_others", 12), ("6", "poke_others_again", 12)):
+        graph[number]["inputs"] |= {"name": name, "number": count, "steps": 6}
+    graph["7"]["inputs"]["save_as"] = "poked-threes.safetensors"
+    graph["12"]["inputs"] |= {"factors": "-2, 1", "steps": 6}
+    graph["15"]["inputs"]["steps"] = 6
+    result = client.run(graph)
+    found = Neurons.load(host.output / "flux_poke" / "poked-threes.safetensors")
+    assert 0 < found.count <= 81
+    assert found.compared == "poke_threes against poke_others and poke_others_again"
+    assert found.chance is not None
+    assert "prompt" in found.workflow
+    assert result.texts["7"] == result.texts["13"] == found.totals()
+    assert result.texts["12"].startswith("Changes most: factor -2 (")
+    assert "factor 1" not in result.texts["12"]  # it changes nothing, to the bit
+
+
+def test_the_shipped_sweep_leaves_out_every_block_in_turn(client, workflow):
+    graph = workflow("which_block_does_what_tiny")
+    graph["8"]["inputs"]["steps"] = graph["10"]["inputs"]["steps"] = 4
+    assert "Changes most: without " in client.run(graph).texts["8"]
+    graph["8"]["inputs"]["factors"] = "a lot"
+    with pytest.raises(UserError, match="names no factors"):
+        client.run(graph)

@@ -6,7 +6,7 @@
  */
 
 import { app } from "../../scripts/app.js";
-import { COLORS, html, place, short, svg } from "./dom.js";
+import { COLORS, html, place, short, style, svg } from "./dom.js";
 
 const LEFT = 52;
 const RIGHT = 12;
@@ -19,7 +19,7 @@ function chart(element, view, draw, resting) {
   const caption = html("div", { class: "flux-poke-caption" });
   const rest = () => caption.replaceChildren(...resting());
   element.fluxPokeWatch?.disconnect();
-  element.replaceChildren(drawing, caption);
+  element.replaceChildren(drawing, caption, style());
   rest();
   let react = {};
   const redraw = () => {

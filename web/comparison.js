@@ -6,7 +6,7 @@
  * of each variant.
  */
 
-import { html, place } from "./dom.js";
+import { html, place, style } from "./dom.js";
 
 export function comparison(element, view, { node, picture, addressOf }) {
   // what was chosen stays chosen over runs
@@ -43,19 +43,23 @@ export function comparison(element, view, { node, picture, addressOf }) {
       const before = html("img", { src: addressOf(view.a_images[state.image]), alt: view.reference, draggable: false });
       const after = html("img", { src: addressOf(view.b_images[state.variant][state.image]), alt: view.names[state.variant], draggable: false });
       const edge = html("hr");
-      const cut = (share) => {
+      let share = 50;
+      const cut = () => {
         const [high, wide] = [before.naturalHeight, before.naturalWidth];
         edge.style.height = high ? `${Math.min(stage.clientHeight, (stage.clientWidth * high) / wide)}px` : "100%";
         before.style.clipPath = `inset(0 ${100 - share}% 0 0)`;
         edge.style.left = `${share}%`;
       };
-      cut(50);
-      stage.onpointermove = (event) => cut(Math.max(0, Math.min(100, (100 * place(event, stage)[0]) / stage.clientWidth)));
-      before.onload = () => cut(50);
+      cut();
+      stage.onpointermove = (event) => {
+        share = Math.max(0, Math.min(100, (100 * place(event, stage)[0]) / stage.clientWidth));
+        cut();
+      };
+      before.onload = cut; // it has a height then
       stage.append(after, before, edge);
       caption.textContent = `left: ${view.reference} · right: ${view.names[state.variant]}: ${view.measures[state.variant]}`;
     }
-    element.replaceChildren(bar, stage, caption);
+    element.replaceChildren(bar, stage, caption, style());
   }
   draw();
 }

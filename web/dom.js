@@ -33,34 +33,31 @@ export function place(event, element) {
   ];
 }
 
-document.head.append(
-  html(
-    "style",
-    {},
-    `
-    .flux-poke-words { box-sizing: border-box; overflow: auto; color: var(--fg-color, #ddd); font: 11px/15px ui-monospace, monospace;
-      padding: 2px 4px; scrollbar-width: thin; user-select: text; cursor: text; }
-    .flux-poke-words div { white-space: pre-wrap; overflow-wrap: break-word; }
-    .flux-poke-words table { border-spacing: 0; white-space: nowrap; }
-    .flux-poke-words td { padding: 0 10px 0 0; }
-    .flux-poke-words td:not(:first-child) { text-align: right; }
-    .flux-poke-view { box-sizing: border-box; display: flex; flex-direction: column; overflow: hidden; color: var(--fg-color, #ddd);
-      font: 11px/15px Inter, sans-serif; user-select: none; min-height: 160px; }
-    .flux-poke-view svg, .flux-poke-view .flux-poke-stage { flex: 1 1 0; min-height: 0; width: 100%; display: block; }
-    .flux-poke-view svg { touch-action: none; }
-    .flux-poke-view text { fill: var(--fg-color, #ddd); font: 10px Inter, sans-serif; }
-    .flux-poke-view .flux-poke-faint { stroke: var(--fg-color, #ddd); stroke-opacity: 0.18; }
-    .flux-poke-caption { flex: none; height: 30px; padding: 0 4px; overflow: hidden; color: var(--descrip-text, #999); }
-    .flux-poke-key { display: inline-block; width: 8px; height: 8px; margin: 0 4px 0 8px; border-radius: 2px; }
-    .flux-poke-stage { position: relative; overflow: hidden; }
-    .flux-poke-stage img { position: absolute; inset: 0; width: 100%; height: 100%; object-fit: contain;
-      object-position: top; pointer-events: none; }
-    .flux-poke-stage hr { position: absolute; top: 0; width: 0; margin: 0; border: 0; border-left: 1px solid #fffa;
-      pointer-events: none; }
-    .flux-poke-bar { flex: none; display: flex; gap: 4px; padding: 0 4px 4px; align-items: center; }
-    .flux-poke-bar button { font: inherit; color: inherit; background: var(--comfy-input-bg, #222); border: 1px solid
-      var(--border-color, #4e4e4e); border-radius: 4px; padding: 0 8px; cursor: pointer; }
-    .flux-poke-bar button[aria-pressed=true] { color: var(--fg-color, #fff); border-color: var(--fg-color, #fff); }
-    `,
-  ),
-);
+/** How all of it looks; an element of ours holds it beside what it shows. */
+export const style = () => html("style", {}, STYLE);
+
+const STYLE = `
+  .flux-poke-words { box-sizing: border-box; overflow: auto; color: var(--fg-color, #ddd); font: 11px/15px ui-monospace, monospace;
+    padding: 2px 4px; scrollbar-width: thin; user-select: text; cursor: text; }
+  .flux-poke-words div { white-space: pre-wrap; overflow-wrap: break-word; }
+  .flux-poke-words table { border-spacing: 0; white-space: nowrap; }
+  .flux-poke-words td { padding: 0 10px 0 0; }
+  .flux-poke-words td:not(:first-child) { text-align: right; }
+  .flux-poke-view { box-sizing: border-box; display: flex; flex-direction: column; overflow: hidden; color: var(--fg-color, #ddd);
+    font: 11px/15px Inter, sans-serif; user-select: none; min-height: 160px; }
+  .flux-poke-view svg, .flux-poke-view .flux-poke-stage { flex: 1 1 0; min-height: 0; width: 100%; display: block; }
+  .flux-poke-view svg { touch-action: none; }
+  .flux-poke-view text { fill: var(--fg-color, #ddd); font: 10px Inter, sans-serif; }
+  .flux-poke-view .flux-poke-faint { stroke: var(--fg-color, #ddd); stroke-opacity: 0.18; }
+  .flux-poke-caption { flex: none; height: 30px; padding: 0 4px; overflow: hidden; color: var(--descrip-text, #999); }
+  .flux-poke-key { display: inline-block; width: 8px; height: 8px; margin: 0 4px 0 8px; border-radius: 2px; }
+  .flux-poke-stage { position: relative; overflow: hidden; }
+  .flux-poke-stage img { position: absolute; inset: 0; width: 100%; height: 100%; object-fit: contain;
+    object-position: top; pointer-events: none; }
+  .flux-poke-stage hr { position: absolute; top: 0; width: 0; margin: 0; border: 0; border-left: 1px solid #fffa;
+    pointer-events: none; }
+  .flux-poke-bar { flex: none; display: flex; gap: 4px; padding: 0 4px 4px; align-items: center; }
+  .flux-poke-bar button { font: inherit; color: inherit; background: var(--comfy-input-bg, #222); border: 1px solid
+    var(--border-color, #4e4e4e); border-radius: 4px; padding: 0 8px; cursor: pointer; }
+  .flux-poke-bar button[aria-pressed=true] { color: var(--fg-color, #fff); border-color: var(--fg-color, #fff); }
+`;

@@ -11,7 +11,6 @@ import { app } from "../../scripts/app.js";
 import { followAll, followValues } from "./applies.js";
 import { bars, lines, map } from "./charts.js";
 import { comparison } from "./comparison.js";
-import { html } from "./dom.js";
 import { graphOf } from "./jpeg.js";
 import { wordsElement, write } from "./words.js";
 
@@ -161,10 +160,15 @@ function addressOf(file) {
   return api.apiURL(`/view?${new URLSearchParams(file)}&rand=${Math.random()}`);
 }
 
-/** Where the canvas draws nodes; a theme that is chosen forgets the types it does not know, until the next graph is opened. */
+/** Of our own types, where nobody has given them any. A theme that is chosen forgets them until the next graph is opened. */
 function colorSlots() {
-  Object.assign(app.canvas.default_connection_color_byType, SLOTS);
-  Object.assign(app.canvas.constructor.link_type_colors, SLOTS);
+  const { default_connection_color_byType: slots, constructor } = app.canvas;
+  const page = document.documentElement.style; // Nodes 2.0
+  for (const [type, color] of Object.entries(SLOTS)) {
+    slots[type] ||= color;
+    constructor.link_type_colors[type] ||= color;
+    page.setProperty(`--color-datatype-${type}`, slots[type]);
+  }
 }
 
 app.registerExtension({
@@ -180,8 +184,6 @@ app.registerExtension({
       if (ours(node)) delete node.onDrawBackground; // what is at work is shown while it is
     });
     readPictures();
-    const rules = Object.entries(SLOTS).map(([type, color]) => `--color-datatype-${type}: ${color};`);
-    document.head.append(html("style", {}, `:root { ${rules.join(" ")} }`)); // Nodes 2.0
     colorSlots();
   },
 
@@ -210,14 +212,29 @@ app.registerExtension({
   },
 });
 
-/** Graphs of JPEGs, which the page itself does not look for. */
+/** Graphs of JPEGs, which the page itself does not look for: in those that are dropped on the canvas, or opened from the menu. */
 function readPictures() {
-  const before = app.handleFile;
-  app.handleFile = async function (file, ...more) {
-    const { workflow, prompt } = await graphOf(file);
-    const name = file.name.replace(/\.\w+$/, "");
-    if (workflow) return this.loadGraphData(workflow, true, true, name);
-    if (prompt) return this.loadApiJson(prompt, name);
-    return before.call(this, file, ...more);
+  app.canvas.canvas.addEventListener("drop", (event) => {
+    const [file, another] = event.dataTransfer?.files ?? [];
+    if (file?.type !== "image/jpeg" || another || app.dragOverNode) return;
+    event.preventDefault(); // the page leaves alone what somebody has taken
+    openPicture(file, "file_drop");
+  });
+  const input = document.getElementById("comfy-file-input");
+  const change = (event) => {
+    const [file] = input.files;
+    if (file?.type !== "image/jpeg") return;
+    event.stopImmediatePropagation();
+    openPicture(file, "file_button");
+    input.value = "";
   };
+  input?.addEventListener("change", change, { capture: true });
+}
+
+async function openPicture(file, source) {
+  const { workflow, prompt } = await graphOf(file);
+  const name = file.name.replace(/\.\w+$/, "");
+  if (workflow) await app.loadGraphData(workflow, true, true, name);
+  else if (prompt) await app.loadApiJson(prompt, name);
+  else await app.handleFile(file, source);
 }

@@ -5,7 +5,7 @@
  * columns each, at least two of them, are a table here.
  */
 
-import { html } from "./dom.js";
+import { html, style } from "./dom.js";
 
 const COLUMN = " · ";
 
@@ -28,5 +28,5 @@ export function write(element, text) {
     }
     at = end;
   }
-  element.replaceChildren(...parts);
+  element.replaceChildren(...parts, style());
 }

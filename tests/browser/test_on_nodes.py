@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Iterator
@@ -210,4 +211,20 @@ def test_before_and_after_are_parted_where_the_pointer_is(seen):
 @pytest.mark.parametrize("name", ["img_0.jpg", "blocks.mp4"])
 def test_files_that_were_written_bring_their_graph_back(seen, name: str):
     seen.canvas.drop(seen.folder / name)
+    assert seen.canvas.graph() == seen.made_with
+
+
+def test_a_picture_dropped_on_the_canvas_brings_its_graph_back(seen):
+    page = seen.canvas.page
+    page.evaluate("() => app.graph.clear()")
+    page.evaluate(
+        """base64 => {
+            const bytes = Uint8Array.from(atob(base64), letter => letter.charCodeAt(0)), transfer = new DataTransfer()
+            transfer.items.add(new File([bytes], "img_0.jpg", {type: "image/jpeg"}))
+            const options = {dataTransfer: transfer, bubbles: true, cancelable: true, clientX: 600, clientY: 500}
+            app.canvas.canvas.dispatchEvent(new DragEvent("drop", options))
+        }""",
+        base64.b64encode((seen.folder / "img_0.jpg").read_bytes()).decode(),
+    )
+    page.wait_for_function("count => app.graph.nodes.length === count", arg=len(seen.made_with))
     assert seen.canvas.graph() == seen.made_with

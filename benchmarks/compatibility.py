@@ -137,9 +137,9 @@ def document(results: list[dict[str, Any]]) -> str:
     lines = [
         "# What it runs on",
         "",
-        "Tried on Linux, without a GPU, by `benchmarks/compatibility.py`, each in an environment of its own: unit tests of what",
-        "computes, and on a server of that ComfyUI a recording that is compared with an independent computation, and the workflow",
-        "that plans, cuts, loads and compares. `compatibility.json` is the same as data.",
+        "Tried on Linux, without a GPU, by `benchmarks/compatibility.py`, each in an environment of its own: unit tests of",
+        "what computes, and on a server of that ComfyUI a recording that is compared with an independent computation, and the",
+        "workflow that plans, cuts, loads and compares. `compatibility.json` is the same as data.",
         "",
         "| ComfyUI | torch | Python | unit tests | on the server | tried |",
         "|---|---|---|---|---|---|",

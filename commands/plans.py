@@ -177,7 +177,7 @@ def prune(
         raise UserError(f"--fold stores what affine repair leaves, and the repair is {method}: leave it out.")
     dense = open_dense(loaded, checkpoint)
     check_not_read(out, [dense.path])
-    recorded = None if method == "none" else open_recording(loaded, recording)
+    recorded = None if method == "none" and not loaded.ranks else open_recording(loaded, recording)
     cut = Cut(dense, loaded, Repairs(dense, loaded, method, recorded, device))
     with progress_bar() as progress:
         save_pruned(out, cut, fold, progress, saved_as)

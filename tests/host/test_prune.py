@@ -369,8 +369,7 @@ def test_what_a_plan_predicted_stands_beside_what_was_measured_after_the_cut(cli
     """The measured error is that of a file's header, in a node that cut and in one that reads the file."""
     plan = by_budget(0.45, budget="share of all parameters", save_as="measured")
     graph = {"plan": plan, "load": load(), "save pruned": save("measured"), "show": node("PreviewAny", source=["load", 1])}
-    neurons = {"neurons": by_budget(save_as="neurons"), "bare": load("neurons", repair="none")}
-    bare = {**neurons, "shown": node("PreviewAny", source=["bare", 1])}
+    bare = {"bare": load(repair="none"), "shown": node("PreviewAny", source=["bare", 1])}
     alone = {
         "alone": node("FluxPokeLoadPrunedCheckpoint", unet_name="measured.safetensors", weight_dtype="default"),
         "shown": node("PreviewAny", source=["alone", 1]),

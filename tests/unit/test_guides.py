@@ -83,3 +83,14 @@ def test_every_snippet_about_files_reads_what_the_commands_before_it_leave(follo
     assert len(rows) == sum(site.width for site in layout.sites)
     rate = tensors["single-3"][7].item() / tensors["single-3.tokens"].item()
     assert float(rows["single-3", 7]["rate"]) == pytest.approx(rate)
+
+
+def test_tests_that_a_document_names_are_there():
+    """`test_files::test_a`, and `::test_b` of the same file."""
+    named, last, text = 0, "", (ROOT / "docs" / "trust.md").read_text("utf-8")
+    for file, test in re.findall(r"`(?:[\w/]*?(test_\w+)(?:\.py)?)?(?:::(test_\w+))?(?:\[\w+\])?`", text):
+        last = file or last
+        (path,) = (ROOT / "tests").glob(f"*/{last}.py")
+        assert not test or f"def {test}(" in path.read_text("utf-8")
+        named += 1
+    assert named > 60

@@ -160,14 +160,14 @@ def _record(
         runs = [recorder.begin() for recorder in recorders]
         neurons = InternalsRecorder(layout.sites if internals else ())
         _draw(tiny, images, sigmas, [neurons, *runs], None if done else probe, within)
-        with whole():
-            for run in runs:
-                run.finish()
+        with whole():  # rows come last: by them it is known that these images are there
+            if found := neurons.results():
+                new = Internals.new(layout.family, fingerprint, found, neurons.calls, padded=neurons.padded, drawn=images.name)
+                add_to_file(recording.internals_file, new)
             if not done and store and probe is not None:
                 store.add_amplification(probe.results())
-            if found := neurons.results():
-                new = Internals.new(layout.family, fingerprint, found, neurons.calls, padded=neurons.padded)
-                add_to_file(recording.internals_file, new)
+            for run in runs:
+                run.finish()
         notes |= dict.fromkeys(filter(None, (neurons.note, *(run.note for run in runs))))
         done += len(images.prompts)
         if not internals and all(recorder.full for recorder in recorders):

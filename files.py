@@ -58,7 +58,7 @@ IMAGES = (".png", ".jpg", ".webp")
 
 #: Names of the folders that hold a file while it is written, and of all that stands in them.
 _UNFINISHED = re.compile(r"\.flux-poke-[a-z0-9_]{8}\.unfinished")
-_LOCK, _SAMPLE, _NEW = "lock", "as usual", ".new"
+_LOCK, _SAMPLE, _NEW, _OLD = "lock", "as usual", ".new", ".old.new"
 _OURS = re.compile(rf"{_LOCK}|{_SAMPLE}|.*\{_NEW}|\.tmp.*", re.DOTALL)  # safetensors writes to a ".tmp..." first
 #: As much of a text as is read to see whose it is.
 _MOST_TEXT = 10_000_000
@@ -116,7 +116,7 @@ def replacing_folder(path: str | os.PathLike[str], foreign: Callable[[Path], str
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path.parent)
         folder, lock = _claimed_folder(path)
-    new, old = folder / f"{path.name}{_NEW}", folder / f"{path.name}.old{_NEW}"
+    new, old = folder / f"{path.name}{_NEW}", folder / f"{path.name}{_OLD}"
     try:
         with _explained(given):
             new.mkdir()
@@ -179,10 +179,19 @@ def _remove_abandoned(folder: Path) -> None:
             lock.acquire(blocking=False)
         except (OSError, NotImplementedError):  # somebody is writing there
             continue
+        _put_back(abandoned)
         shutil.rmtree(abandoned, ignore_errors=True)
         lock.release()
         if os.name == "nt":  # where the lock could not be removed as long as it was held
             shutil.rmtree(abandoned, ignore_errors=True)
+
+
+def _put_back(abandoned: Path) -> None:
+    """Puts a folder that was about to be replaced back into its place, where a kill came before the new one took it."""
+    for old in abandoned.glob(f"*{_OLD}"):
+        place = abandoned.parent / old.name.removesuffix(_OLD)
+        if old.is_dir() and not place.exists():
+            os.replace(old, place)
 
 
 def check_beginning(path: str | os.PathLike[str]) -> None:

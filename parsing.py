@@ -1,8 +1,9 @@
-"""JSON, YAML and pictures that anybody may have written: what they say, or a `ValueError` that says why not.
+"""JSON, YAML, pictures and numbers that anybody may have given: what they say, or a `ValueError` that says why not.
 
     found = from_json(header["plan"])
     found = from_yaml(read_text(path))
     picture = read_image(path, "RGB")
+    steps = number(given, least=1, most=1000, whole=True)
 
 No text is taken that holds numbers that are not finite, half characters, or what is nested too deep to walk through.
 """
@@ -15,6 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -88,6 +90,24 @@ def read_image(source: str | os.PathLike[str] | bytes, mode: str = "RGB") -> Ima
         raise
     except Exception as error:  # what decoders raise on damaged files is of any kind
         raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def number(given: object, least: float = -math.inf, most: float = math.inf, whole: bool = False) -> float:
+    """A finite number from `least` to `most`, and where it is to be `whole`, an int; raises `ValueError` where it is none."""
+    # NaN is within every range: it is neither below the least nor above the most
+    finite = isinstance(given, Integral) or (isinstance(given, Real) and math.isfinite(given))
+    if not finite or (whole and given != int(given)) or not least <= given <= most:  # type: ignore[call-overload, operator]
+        kind = "a whole number" if whole else "a finite number"
+        raise ValueError(f"expected {kind} from {least} to {most}, found {_short(given)}")
+    return int(given) if whole else given  # type: ignore[call-overload, return-value]
+
+
+def _short(value: object) -> str:
+    try:
+        shown = repr(value)
+    except ValueError:  # of more digits than Python writes
+        return "one of more than 4,300 digits"
+    return shown if len(shown) <= 40 else f"{shown[:30]}... ({len(shown)} characters)"
 
 
 def _finite(number: str) -> float:

@@ -31,7 +31,7 @@ from ..files import check_text, size_text, write_text
 from ..flux.autoencoder import to_picture
 from ..flux.checkpoint import open_safetensors, require_finite
 from .decoding import read_picture
-from .sheets import GAP, GROUND, INK, MARGIN, PALE, font, heat_map
+from .sheets import GAP, GROUND, INK, MARGIN, PALE, font, heat_map, one_line
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 LATENT_ENDINGS = (".latent", ".safetensors")
@@ -43,6 +43,8 @@ Known = tuple[float | None, float | None]
 SSIM_WINDOW = 11
 #: Rows of a side-by-side picture, the longest side of one image in it, and about the width of all of it.
 MOST_ROWS, LONGEST, WIDEST = 8, 512, 2304
+#: Letters of a name above it.
+LONGEST_TITLE = 60
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,8 @@ def side_by_side(
     most = max(float(np.quantile(difference, 0.995)) for difference in differences) or 1.0
     columns: list[tuple[tuple[str, ...], list[Image.Image]]] = [((heading,), pictures(reference))]
     for row, variant, difference in zip(rows, variants, differences, strict=True):
-        columns.append(((row.name or "variant", *row.measures), pictures(variant)))
+        name = one_line(row.name, LONGEST_TITLE) or "variant"
+        columns.append(((name, *row.measures), pictures(variant)))
         columns.append((("difference", f"white = {most:.3g}"), [heat_map(image / most) for image in difference]))
 
     height, width = reference.shape[-2:]
@@ -231,4 +234,4 @@ def _size(images: Tensor) -> str:
 
 
 def _numeric(path: Path) -> list[int | str]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]

@@ -33,7 +33,7 @@ def contact_sheet(
     final: Image.Image | None = None,
 ) -> Image.Image:
     """All predictions as one picture: steps (and their noise levels) across, blocks down, the final image on the right."""
-    return _grid(_small(images), title, sigmas, final)
+    return _grid(_small(images), one_line(title), sigmas, final)
 
 
 def difference_sheet(
@@ -46,6 +46,7 @@ def difference_sheet(
     most = max(float(np.quantile(difference, 0.99)) for difference in differences.values()) or 1.0
     heat = {tap: heat_map(difference / most) for tap, difference in differences.items()}
     note = f"difference to the final image: black 0, white {most:.2f} of full scale"
+    title = one_line(title)
     return _grid(heat, f"{title} · {note}" if title else note, sigmas, final)
 
 
@@ -134,6 +135,12 @@ def labelled_grid(cells: Sequence[tuple[str, str, Image.Image]], title: str = ""
 def font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib: the same picture on every machine."""
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
+def one_line(text: str, most: int = 160) -> str:
+    """A text as a title: without line breaks, which have no length that can be measured, and of at most so many letters."""
+    words = " ".join(text.split())
+    return words if len(words) <= most else f"{words[: most - 3]}..."
 
 
 def cell_size(columns: int, rows: int, image: Image.Image) -> tuple[int, int]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import os
 import shlex
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .. import parsing
 from ..files import FIGURES, check_picture
 from ..progress import Progress
 
@@ -99,15 +99,16 @@ def progress_bars() -> Iterator[Callable[[str], Progress]]:
         yield named
 
 
-def _finite(value: float | None) -> float | None:
-    if value is not None and not math.isfinite(value):  # nan is within every range
-        raise typer.BadParameter(f"{value} is not a finite number.")
-    return value
-
-
 def number(*names: str, help: str, least: float, most: float) -> Any:
     """An option (or with `names`, such as "--rate", one of that name) that takes a finite number from `least` to `most`."""
-    return typer.Option(*names, min=least, max=most, callback=_finite, help=help)
+
+    def check(value: float | None) -> float | None:
+        try:
+            return None if value is None else parsing.number(value, least, most)  # nan passes min and max
+        except ValueError as error:
+            raise typer.BadParameter(f"{error}.") from error
+
+    return typer.Option(*names, min=least, max=most, callback=check, help=help)
 
 
 def whole(*names: str, help: str, least: int, most: int = MOST) -> Any:
@@ -117,7 +118,7 @@ def whole(*names: str, help: str, least: int, most: int = MOST) -> Any:
 
 def seed(help: str = "Seed.", most: int = MOST_SEED) -> Any:
     """An option that takes a seed."""
-    return typer.Option(min=0, max=most, help=help)
+    return whole(help=help, least=0, most=most)
 
 
 def say_written(checkpoint: Path, dense: Path) -> None:

@@ -69,7 +69,7 @@ def choose_blocks(text: str, layout: Layout) -> tuple[Block, ...]:
         return blocks_of(layout)
     chosen: set[Block] = set()
     for part in map(str.strip, text.lower().split(",")):
-        match = re.fullmatch(r"(double|single)?(?:(?(1)[ -])(\d+)(?:\s*-\s*(\d+))?)?", part)
+        match = re.fullmatch(r"(double|single)?(?:(?(1)[ -])(\d{1,18})(?:\s*-\s*(\d{1,18}))?)?", part)
         if match is None or not part:
             raise UserError(
                 f'Blocks "{text}": {part!r} is not understood. Write "all", a list such as "double, single 0, single 30-37", '

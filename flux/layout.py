@@ -283,4 +283,4 @@ def _find_prefix(shapes: Mapping[str, object], source: str) -> str:
 
 
 def _count(keys: Iterable[str], kind: str) -> int:
-    return 1 + max((int(match[1]) for key in keys if (match := re.match(rf"{kind}\.(\d+)\.", key))), default=-1)
+    return 1 + max((int(match[1]) for key in keys if (match := re.match(rf"{kind}\.(\d{{1,9}})\.", key))), default=-1)

@@ -10,6 +10,7 @@ from comfy_api.latest import ComfyExtension, io
 from .atlas import ShowNeurons
 from .calibrate import Calibrate
 from .chance import QueueLimit, RandomInt, RandomSize
+from .checking import checking
 from .choose import ChooseModel, OnOff
 from .compare import Compare
 from .plans import LoadPlan, PlanByBudget, PlanByCount, PlanByThreshold
@@ -36,7 +37,7 @@ from .tiny import LoadTinyFlux
 
 class FluxPokeExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [
+        nodes: list[type[io.ComfyNode]] = [
             LoadTinyFlux,
             Record,
             RecordOptions,
@@ -77,3 +78,4 @@ class FluxPokeExtension(ComfyExtension):
             RandomSize,
             QueueLimit,
         ]
+        return [checking(node) for node in nodes]

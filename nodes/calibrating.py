@@ -135,8 +135,10 @@ def calibrate(
     meter = Meter(node_id, draw, effort, calls)
     meter.say_effort(len(asked))
 
-    def start() -> list:
-        return [ImageRun(recorder, where.layout, meter, enough, levels), InternalsRun(where, graph)]
+    def start() -> list:  # rows come last: by them it is known that an image is there
+        assert meter.image is not None
+        counting = InternalsRun(where, graph, drawn=meter.image.name)
+        return [counting, ImageRun(recorder, where.layout, meter, enough, levels)]
 
     records = frozenset((where.recording.folder, kind) for kind in ("internals", "rows"))
     watched = sampling_clone(draw.model, Watch(None, start, records))

@@ -53,8 +53,10 @@ def all_in_one_names() -> list[str]:
 
 
 def checkpoint_path(name: str) -> str:
-    """The file of a name that loaders list; raises `FileNotFoundError` where there is none."""
-    return find_checkpoint(name) or folder_paths.get_full_path_or_raise("diffusion_models", name)
+    """The file of a name that loaders list; raises `UserError` where there is none."""
+    if (found := find_checkpoint(name)) is None:
+        raise UserError(f"There is no model {name!r} in models/diffusion_models: put it there, press R, and choose it.")
+    return found
 
 
 def find_checkpoint(name: str) -> str | None:

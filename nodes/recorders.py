@@ -49,15 +49,16 @@ class Recorded:
 
 
 class InternalsRun(SamplingWatcher):
-    """One sampling run whose neurons are counted; by `node_id` it is known which run of a queue it is."""
+    """One sampling run whose neurons are counted; by `node_id` it is known which run of a queue it is, and by `drawn` which
+    images are drawn."""
 
     def __init__(
         self, target: Recorded, graph: dict[str, str], ignore_padding: bool = True, positive_only: bool = False,
-        append: bool = True, node_id: str | None = None,
+        append: bool = True, node_id: str | None = None, drawn: str = "",
     ):  # fmt: skip
         target.check()  # before the work, not after it
         self.target, self.graph, self.node_id = target, graph, node_id
-        self.ignore_padding, self.positive_only, self.append = ignore_padding, positive_only, append
+        self.ignore_padding, self.positive_only, self.append, self.drawn = ignore_padding, positive_only, append, drawn
         self.recorder = InternalsRecorder(target.layout.sites)
 
     def watching(self, model: nn.Module, call: SampledCall):
@@ -74,6 +75,7 @@ class InternalsRun(SamplingWatcher):
             self.recorder.calls,
             workflow=self.graph,
             padded=self.recorder.padded,
+            drawn=self.drawn,
         )
         file, queued = self.target.recording.internals_file, inputs_of(running_graph(), self.node_id).get(MARK)
         total = add_run(file, new, QueuedRun.from_json(queued)) if self.append else replace_in_file(file, new)
@@ -193,10 +195,13 @@ class RowsRun(StoreRun):
     def watching(self, model: nn.Module, call: SampledCall):
         return super().watching(model, call.counting(self.layout))
 
+    def finish(self) -> str:
+        if measured := self.probe.results():  # before the rows, by which it is known that these images are there
+            self.recorder.store.add_amplification(measured)
+        return super().finish()
+
     def said(self) -> str:
         store = self.recorder.store
-        if measured := self.probe.results():
-            store.add_amplification(measured)
         site, size = store.scarcest(self.recorder.sites), store.bytes("rows") / 1e9
         count, needed = store.count(site.name), site.regressors
         lines = [f"{store.image_count('rows')} images, {size:.3g} GB of rows"]

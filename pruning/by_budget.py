@@ -36,6 +36,8 @@ from .surgery import shape_of
 
 #: Below so many recorded images, errors on other prompts were up to 35 times those predicted (benchmarks/README.md).
 FEW = 24
+#: Widths are rounded to multiples of this at most.
+MOST_MULTIPLE = 65_536
 
 #: What the amount of a budget can be, by field of `ByBudget`, in words.
 AMOUNTS = {
@@ -83,8 +85,9 @@ class ByBudget:
             raise UserError(f"The share to cut lies between 0 and 1, both excluded; found {value:g}.")
         if not 0 < value < math.inf:
             raise UserError(f"The gigabytes of a budget are a number above 0; found {value:g}.")
-        if self.multiple is not None and self.multiple < 1:
-            raise UserError(f"Widths are rounded to a multiple of at least 1 neuron; found {self.multiple}.")
+        if self.multiple is not None and not 1 <= self.multiple <= MOST_MULTIPLE:
+            most = f"at most {MOST_MULTIPLE:,}"
+            raise UserError(f"Widths are rounded to a multiple of at least 1 neuron, and {most}; found {self.multiple}.")
         if self.touch not in ("both", "neurons", "modulation"):
             raise UserError(f"A budget may touch both, neurons or modulation; found {self.touch!r}.")
         require_precision(self.precision)

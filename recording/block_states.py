@@ -102,7 +102,7 @@ class BlockStates(Samples):
 
 
 def _indices(file: ShardFile) -> set[int]:
-    return {int(found[1]) for name in file.names if (found := re.fullmatch(r"(\d+)-img", name))}
+    return {int(found[1]) for name in file.names if (found := re.fullmatch(r"(\d{1,9})-img", name))}
 
 
 def _listed(indices: Sequence[int]) -> str:

@@ -170,19 +170,19 @@ def _record(
         neurons, places = InternalsRecorder(layout.sites if internals else ()), PlacesRecorder(layout, layout.sites, maps=True)
         watchers: list[InternalsRecorder | PlacesRecorder | Run] = [neurons, *runs, *([places] if atlas else [])]
         latents = _draw(tiny, images, sigmas, watchers, None if done else probe, within)
-        with whole():
-            for run in runs:
-                run.finish()
-            if not done and store and probe is not None:
-                store.add_amplification(probe.results())
-            if found := neurons.results():
-                new = Internals.new(layout.family, fingerprint, found, neurons.calls, padded=neurons.padded)
-                add_to_file(recording.internals_file, new)
+        with whole():  # rows come last: by them it is known that these images are there
             if strongest := places.results():
                 known = [replace(image, texts=tuple(words_of(image.prompt or ""))) for image in places.images]
-                add_to_atlas(recording.atlas_file, Atlas.new(layout.family, fingerprint, strongest, known))
                 for image, pixels in zip(known, tiny.autoencoder.decode(latents), strict=True):
                     write_picture(recording.atlas_picture(image.key), to_picture(pixels))
+                add_to_atlas(recording.atlas_file, Atlas.new(layout.family, fingerprint, strongest, known))
+            if found := neurons.results():
+                new = Internals.new(layout.family, fingerprint, found, neurons.calls, padded=neurons.padded, drawn=images.name)
+                add_to_file(recording.internals_file, new)
+            if not done and store and probe is not None:
+                store.add_amplification(probe.results())
+            for run in runs:
+                run.finish()
         notes |= dict.fromkeys(filter(None, (neurons.note, places.note, *(run.note for run in runs))))
         done += len(images.prompts)
         if not (internals or atlas) and all(recorder.full for recorder in recorders):

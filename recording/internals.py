@@ -63,6 +63,7 @@ class Internals:
     `padded`: whether padding of the texts may be among the words that were counted; None where the file does not say.
     In the original's files `fingerprint` is None, sums are 0, and `tokens` is how often the busiest neuron of a stream fired.
     `queued` are the keys of all runs of queues in it, `last` is the newest one's part, where it can still be taken out.
+    `drawn` tells the images of the newest run from all others, where that is known.
     """
 
     family: Family
@@ -76,6 +77,7 @@ class Internals:
     padded: bool | None = None
     queued: frozenset[str] = frozenset()
     last: LastRun | None = None
+    drawn: str = ""
 
     @classmethod
     def new(
@@ -87,11 +89,12 @@ class Internals:
         runs: int = 1,
         workflow: Mapping[str, str] | None = None,
         padded: bool | None = None,
+        drawn: str = "",
     ) -> Internals:
         """What was just recorded; sums are rounded to the grid."""
         now = utc_now()
         rounded = {name: replace(site, sum=_on_grid(site.sum), sum_sq=_on_grid(site.sum_sq)) for name, site in sites.items()}
-        return cls(family, fingerprint, rounded, runs, steps, now, now, workflow or {}, padded)
+        return cls(family, fingerprint, rounded, runs, steps, now, now, workflow or {}, padded, drawn=drawn)
 
     def merge(self, other: Internals, name: str = "the other file") -> Internals:
         """Both together; raises `UserError` (calling `other` by `name`) where they are not of one model."""
@@ -117,6 +120,7 @@ class Internals:
             padded=None if None in (self.padded, other.padded) else self.padded or other.padded,
             queued=self.queued | other.queued,
             last=None if self.last and other.last else self.last or other.last,
+            drawn="",
         )
 
     def _widths(self) -> dict[str, int]:
@@ -157,6 +161,8 @@ class Internals:
         counted = {key: str(getattr(self, key)) for key in ("family", "runs", "steps", "created", "updated")}
         padded = {} if self.padded is None else {"padded": str(self.padded)}
         metadata = {"format": FORMAT, "model": self.fingerprint.to_json(), **counted, **padded, **self.workflow}
+        if self.drawn:
+            metadata["drawn"] = self.drawn
         if self.queued:
             metadata["queued"] = json.dumps(sorted(self.queued))
         if self.last is not None:
@@ -189,6 +195,7 @@ class Internals:
                 padded={"True": True, "False": False}[metadata["padded"]] if "padded" in metadata else None,
                 queued=frozenset(from_json(metadata.get("queued", "[]"))),
                 last=_last(file, metadata, sites),
+                drawn=metadata.get("drawn", ""),
             )
 
 
@@ -221,9 +228,16 @@ def _model(path: str | os.PathLike[str]) -> Fingerprint:
 
 
 def add_to_file(path: str | os.PathLike[str], new: Internals) -> Internals:
-    """Adds a recording to the file at `path`, or makes it; the total. Safe beside other processes and against kills."""
+    """Adds a recording to the file at `path`, or makes it; the total. Safe beside other processes and against kills.
+
+    A run whose images are known (`drawn`) to be the newest there is not added again: it was killed after it had been counted
+    and before the rest of it was recorded.
+    """
     with locked(path):
-        total = Internals.load(path).merge(new, "This run") if Path(path).exists() else new
+        total = Internals.load(path) if Path(path).exists() else None
+        if total and new.drawn and total.drawn == new.drawn:
+            return total
+        total = replace(total.merge(new, "This run"), drawn=new.drawn) if total else new
         total.save(path)
     return total
 

@@ -138,11 +138,10 @@ class Run:
         if any(wrong.values()):
             return
         recorder, store = self.recorder, self.recorder.store
-        if not store.append(self.kind, tensors, recorder.limit, halvings, captures):
+        if not store.append(self.kind, tensors, recorder.limit, halvings, captures, None if self._noted else self.drawing):
             recorder.full, self.steps = True, frozenset()
-        elif not self._noted and self.drawing is not None:
-            self._noted = True
-            store.note_recorded(self.drawing, self.kind)
+        else:
+            self._noted = self.drawing is not None
 
     def finish(self) -> None:
         """Called once the run ended well."""

@@ -101,21 +101,18 @@ class HiddenStates:
             self.manifest = replace(self.manifest, images=new.first + images, drawings=(*self.manifest.drawings, new))
         return new
 
-    def note_recorded(self, drawing: Drawing, kind: Kind) -> None:
-        """Notes that `kind` of these images was recorded whole, once more."""
-        with self._changing():
-            drawings = tuple(known.again(kind) if known.first == drawing.first else known for known in self.manifest.drawings)
-            self.manifest = replace(self.manifest, drawings=drawings)
-
     def image_count(self, kind: Kind | None = None) -> int:
         """How many different images were recorded whole, of one kind or of any."""
         return sum(drawing.images for drawing in self.manifest.drawings if (kind in drawing.times if kind else drawing.times))
 
     def append(
         self, kind: Kind, tensors: Mapping[str, Tensor], limit: Limit | None = None, halvings: int = 0,
-        captures: Sequence[Capture] = (),
+        captures: Sequence[Capture] = (), whole: Drawing | None = None,
     ) -> bool:  # fmt: skip
-        """Adds one shard, of rows halved `halvings` times or of a call's `captures`; False where `limit` leaves no room."""
+        """Adds one shard, of rows halved `halvings` times or of a call's `captures`; False where `limit` leaves no room.
+
+        With it, `kind` of the images `whole` is noted as recorded whole, once more: a kill leaves both or neither.
+        """
         with self._changing():
             while kind == "rows" and halvings < self.manifest.halvings:
                 tensors, halvings = halve(tensors), halvings + 1
@@ -129,6 +126,9 @@ class HiddenStates:
                 name = f"{kind}-{number:05d}.safetensors"
                 shard = self._write_shard(Shard(name, kind, 0, {}, halvings, tuple(captures)), tensors)
                 self.manifest = replace(self.manifest, shards=(*self.manifest.shards, shard))
+            if whole is not None:
+                drawings = (known.again(kind) if known.first == whole.first else known for known in self.manifest.drawings)
+                self.manifest = replace(self.manifest, drawings=tuple(drawings))
         return True
 
     def add_amplification(self, measured: Mapping[str, Mapping[float, tuple[float, int]]]) -> None:

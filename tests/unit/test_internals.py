@@ -393,6 +393,15 @@ check(add_to_file(path, one), runs + 1)
     assert {path.name for path in tmp_path.iterdir()} <= {"internals.safetensors", ".internals.safetensors.lock"}
 
 
+def test_images_that_were_counted_before_a_kill_are_not_counted_again(tmp_path):
+    path = tmp_path / "internals.safetensors"
+    for drawn in ("first", "second", "second"):
+        add_to_file(path, replace(recording(1), drawn=drawn))
+    once = Internals.load(path)
+    assert (once.runs, once.drawn) == (2, "second")
+    assert add_to_file(path, recording(1)).runs == add_to_file(path, recording(1)).runs - 1, "others count each time"
+
+
 @pytest.mark.parametrize(
     ("first", "second", "together", "told"),
     [

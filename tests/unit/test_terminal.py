@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from typing import Annotated, get_args, get_origin
 
 import flux_poke.cli
 import pytest
 import typer
+from flux_poke import parsing
+from flux_poke.commands.plans import Cuts
 from flux_poke.commands.terminal import number, progress_bar, seed, whole
+from flux_poke.errors import UserError
 from flux_poke.progress import part
+from flux_poke.pruning.dense import Dense
+from flux_poke.tiny.model import FOLDER
+from typer.models import OptionInfo
 from typer.testing import CliRunner
 
 
@@ -53,6 +60,65 @@ def test_numbers_out_of_range_and_what_is_no_number_are_refused(option, value):
     result = CliRunner().invoke(app, [option, value])
     assert result.exit_code == 2
     assert f"Invalid value for '{option}'" in result.output
+
+
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, -math.inf, 0, 10**400, pytest.param(10**5000, id="huge"), -1, 2.5, "1", None, [1], 1j]
+)
+def test_what_is_no_whole_number_of_a_range_is_named_in_short(value):
+    with pytest.raises(ValueError, match=r"^expected a whole number from 1 to 1000, found .{1,60}$"):
+        parsing.number(value, 1, 1000, whole=True)
+
+
+def numeric_options(app: typer.Typer, *before: str) -> Iterator[tuple[str, OptionInfo]]:
+    """Of all commands: what is typed up to the option, and how it is declared."""
+    for group in app.registered_groups:
+        yield from numeric_options(group.typer_instance, *before, group.name)
+    for command in app.registered_commands:
+        name = command.name or command.callback.__name__.replace("_", "-")
+        for option in inspect.signature(command.callback, eval_str=True).parameters.values():
+            kind, *told = get_args(option.annotation)
+            numbers = {int, float} & {kind, *get_args(kind)}
+            if numbers and isinstance(told[0], OptionInfo):
+                long = [given for given in told[0].param_decls or () if given.startswith("--")]
+                yield " ".join([*before, name, *(long or [f"--{option.name.replace('_', '-')}"])]), told[0]
+
+
+#: What goes by the model or the recording: these have sentences of their own.
+CUTS = (
+    "size",
+    "saved",
+    "share",
+    "neurons",
+    "multiple",
+    *(f"{s}_{w}" for s in ("img", "txt", "single") for w in ("cut", "threshold")),
+)
+BY_THE_MODEL = {f"--{name.replace('_', '-')}" for name in CUTS} | {"--max-gb"}
+OPTIONS = dict(numeric_options(flux_poke.cli.app))
+
+
+@pytest.mark.parametrize("typed", [typed for typed in OPTIONS if typed.split()[-1] not in BY_THE_MODEL])
+def test_every_option_that_takes_a_number_has_a_range_and_refuses_what_is_outside_it(typed):
+    command, declared = typed.split(), OPTIONS[typed]
+    assert declared.min is not None, "`number`, `whole` or `seed` declare it"
+    assert declared.max is not None
+    for value in (declared.min - 1, declared.max + 1, "nan", "-inf", "1e400"):
+        result = CliRunner().invoke(flux_poke.cli.app, [*command, f"{value}"])
+        assert (result.exit_code, type(result.exception)) == (2, SystemExit), value
+        assert "Invalid value for" in result.output
+        assert command[-1] in result.output
+
+
+@pytest.mark.parametrize("value", [-1, 10**20, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", CUTS)
+def test_cuts_that_no_model_has_are_refused_in_a_sentence(name, value):
+    if "threshold" in name and value == 10**20:
+        return  # a number of tokens, like any other
+    if name in ("multiple", *(f"{stream}_cut" for stream in ("img", "txt", "single"))) and isinstance(value, float):
+        return  # these are whole
+    given = {name: value, **({"neurons": 0.5} if name == "multiple" else {})}
+    with pytest.raises(UserError):
+        Cuts(**given).request().check(Dense.open(FOLDER / "flux.safetensors"))
 
 
 def test_numbers_within_range_are_taken():

@@ -86,3 +86,19 @@ def test_the_same_picture_counts_once_and_others_add_up(client: ComfyClient, hos
     assert all((places.image[:, :6] >= 0).all() for places in atlas.sites.values())
     with pytest.raises(UserError, match="is an atlas of other MLPs, or without maps"):
         client.run(graph(name, 3, maps=True, blocks="single"))
+
+
+def test_the_shipped_graph_shows_what_neurons_look_for(client: ComfyClient, host, workflow):
+    shipped = workflow("what_neurons_look_for_tiny")
+    shipped["2"]["inputs"]["name"] = "atlas as shipped"
+    shipped["6"]["inputs"]["steps"] = 4
+    for seed in (1, 2):
+        shipped["6"]["inputs"]["seed"] = seed
+        result = client.run(shipped)
+    assert "16 images" in result.texts["2"]
+    assert "8 of 4,096 neurons" in result.texts["9"]
+    (sheet,) = result.files("images", "9")
+    assert Image.open(io.BytesIO(client.fetch(sheet))).width > 1000
+    shipped["9"]["inputs"] |= {"names": "single-0:3, double-txt-9:1"}
+    with pytest.raises(UserError, match="'double-txt-9:1' is no neuron of this atlas"):
+        client.run(shipped)

@@ -23,6 +23,8 @@ from pathlib import Path
 from .errors import UserError
 
 SHIPPED = Path(__file__).with_name("prompts.txt")
+#: Those that come with the package by name: for a FLUX, and for the tiny ones.
+LISTS = {path.name: path for path in (SHIPPED, SHIPPED.with_name("digits.txt"))}
 #: The index that stands for any prompt.
 RANDOM = -1
 #: Prompts to record where no number is given, and to leave to measure on: one of five, and no more than this.

@@ -7,20 +7,20 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..counter import count_up
-from ..prompts import RANDOM, SHIPPED, pick, read_prompts
+from ..prompts import LISTS, RANDOM, pick, read_prompts
 from . import host, inputs
 
 
 def file_input() -> io.Input:
-    files = [SHIPPED.name, *(name for name in host.input_files(".txt") if name != SHIPPED.name)]
-    file = "One prompt a line. Files come from ComfyUI's input folder; prompts.txt ships with the pack."
+    files = [*LISTS, *(name for name in host.input_files(".txt") if name not in LISTS)]
+    file = "One prompt a line. Files come from ComfyUI's input folder; prompts.txt and digits.txt ship with the pack."
     return inputs.choice("file", files, file)
 
 
 def prompt_file(name: str) -> Path:
     """The file that is called `name` in the list of `file_input`."""
     path = host.input_path(name)
-    return SHIPPED if name == SHIPPED.name and not path.exists() else path
+    return LISTS[name] if name in LISTS and not path.exists() else path
 
 
 class Prompts(io.ComfyNode):

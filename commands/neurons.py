@@ -91,7 +91,7 @@ def find(
             others = record_prompts(tiny, dense.fingerprint, prompts[1], images, begin, steps, sigmas, second)
             factor = None
             if spare is None:
-                exam = Exam.of(tiny, *prompts)
+                exam = Exam.of(tiny, prompts[0], prompts[1])
                 tuned = tune(exam, lambda spare: looking(spare, False), part(progress, count, count + 10, 9))
                 spare, factor = tuned.spare or 0.0, tuned.factor
             found = replace(looking(spare, True), factor=factor)

@@ -55,9 +55,8 @@ def poked_clone(model: ModelPatcher, poke: Poke | BlockPoke) -> ModelPatcher:
 
     Raises `UserError` where neurons are of another model.
     """
-    layout, kept = flux_layout(model), {}
-    if isinstance(poke, Poke):
-        kept = _kept(model, poke.neurons, layout)
+    layout = flux_layout(model)
+    kept = _kept(model, poke.neurons, layout) if isinstance(poke, Poke) else {}
     earlier = [one.__self__ for one in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY)]
     pokes = (*(before for one in earlier for before in one.pokes), poke)
     kept = {**(earlier[0].kept if earlier else {}), **kept}

@@ -10,7 +10,7 @@ import json
 import resource
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from flux_poke.flux.blocks import blocks_of
 from flux_poke.flux.model import Flux
 from flux_poke.headless.journal import Journal
 from flux_poke.headless.runs import read_graph
+from flux_poke.poking.neurons import Measured, Neurons, SiteDirections
 from flux_poke.prompts import read_prompts
 from flux_poke.pruning.certificate import facts
 from flux_poke.pruning.checkpoint import Pruned, inspect, save_pruned
@@ -95,6 +96,16 @@ def plan(folder: Path) -> Iterator[torch.Tensor]:
     for name, kept in found.kept.items():
         assert 0 <= int(kept[0]) <= int(kept[-1]) < found.widths[name]
     yield torch.tensor([*found.predicted.values(), found.velocity_error or 0.0])
+
+
+def neurons(folder: Path) -> Iterator[torch.Tensor]:
+    found = Neurons.load(folder / "neurons.safetensors")
+    assert found.table()
+    for name, site in found.sites.items():
+        assert 0 <= int(site.indices[0]) <= int(site.indices[-1]) < found.widths[name]
+        yield site.measured.mean
+    for along in found.directions.values():
+        yield along.vectors
 
 
 def pruned(folder: Path) -> Iterator[torch.Tensor]:
@@ -196,6 +207,7 @@ READERS = [
     Reader("internals", "internals.safetensors", damaged_safetensors, internals),
     Reader("atlas", "atlas.safetensors", damaged_safetensors, atlas),
     Reader("plan", "plan.safetensors", damaged_safetensors, plan),
+    Reader("neurons", "neurons.safetensors", damaged_safetensors, neurons),
     Reader("pruned", "pruned.safetensors", damaged_safetensors, pruned),
     Reader("dense", "dense.safetensors", damaged_safetensors, dense),
     Reader("manifest of rows", "hidden_states/manifest.json", damaged_json, rows),
@@ -234,6 +246,10 @@ def sound(recorded, run, tmp_path_factory) -> Path:
     shutil.copy(recorded.path, folder / "dense.safetensors")
     shutil.copytree(recorded.folder, folder / "hidden_states")
     recorded.plan.save(folder / "plan.safetensors")
+    layout, chosen = recorded.dense.layout, {"single-0": torch.tensor([3, 5])}
+    along = {"single-1": SiteDirections(torch.eye(2, recorded.plan.widths["single-1"]), Measured.about(torch.ones(2)))}
+    named = Neurons.of(layout, recorded.dense.fingerprint, chosen, "two")
+    replace(named, directions=along, explained=0.5).save(folder / "neurons.safetensors")
     ones = {name: torch.ones(width, dtype=torch.float64) for name, width in recorded.plan.widths.items()}
     sites = {name: SiteInternals(one.long(), 3, one, one.clone()) for name, one in ones.items()}
     Internals("flux1", recorded.dense.fingerprint, sites, 1, 4, "", "", {"workflow": "{}"}).save(

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from flux_poke.analysis.sheets import labelled_grid
 from flux_poke.errors import UserError
 from flux_poke.flux.fingerprint import Fingerprint
 from flux_poke.flux.layout import Family
@@ -14,12 +15,14 @@ from flux_poke.flux.model import Flux
 from flux_poke.poking.comparing import record_prompts
 from flux_poke.poking.find import Search, find
 from flux_poke.poking.neurons import Measured, Neurons, SiteDirections, SiteNeurons
-from flux_poke.poking.poke import BlockPoke, Moment, Poke, Stream, Where, poked, poking
+from flux_poke.poking.poke import BlockPoke, Moment, Poke, Stream, Where, poked, poking, read_poke
+from flux_poke.poking.sweep import factors_of, sweep
 from flux_poke.poking.tune import Exam, tune
 from flux_poke.pruning.dense import Dense
 from flux_poke.recording.call import Call
 from flux_poke.recording.neurons import InternalsRecorder
 from flux_poke.tiny.model import SHIPPED, TinyFlux
+from PIL import Image
 from torch import Tensor
 
 FAMILIES: tuple[Family, ...] = ("flux1", "flux2")
@@ -297,3 +300,41 @@ def test_noise_levels_are_recorded_alone_where_asked():
     assert high.sites["single-0"].tokens * 4 == whole.sites["single-0"].tokens * 3
     with pytest.raises(UserError, match="at least one of each"):
         Exam.of(tiny, ["three"], [])
+
+
+def test_a_sweep_names_every_factor_or_every_block(given: Given):
+    layout = given.layout
+    assert [label for label, _ in sweep(layout, factors_of("-1, 0.5 2,2"), given.neurons)] == [
+        "factor -1", "factor 0.5", "factor 2",
+    ]  # fmt: skip
+    blocks = sweep(layout, (0.0, 2.0), blocks="double 1, single 0", part="mlp")
+    assert [label for label, _ in blocks] == [
+        "without double-1 mlp", "2 x double-1 mlp", "without single-0 mlp", "2 x single-0 mlp",
+    ]  # fmt: skip
+    assert len(sweep(layout, (0.0,))) == layout.depth + layout.depth_single
+    for text in ("", "a lot", "nan", "1e9"):
+        with pytest.raises(UserError, match="names no factors"):
+            factors_of(text)
+    with pytest.raises(UserError, match="at most 400"):
+        sweep(layout, tuple(n / 10 for n in range(100)))
+
+
+def test_a_poke_is_read_with_its_factor_or_with_the_files_own(given: Given, tmp_path):
+    path = tmp_path / "n.safetensors"
+    given.neurons.save(path)
+    assert [read_poke(text).factor for text in (f"{path}", f"{path}:0", f"{path}:2.5")] == [-1.0, 0.0, 2.5]
+    replace(given.neurons, factor=-2.5).save(path)
+    assert read_poke(f"{path}").factor == -2.5
+    for text in (f"{path}:101", f"{path}:nan"):
+        with pytest.raises(UserError, match="from -100 to 100"):
+            read_poke(text)
+    with pytest.raises(UserError, match="There are no neurons"):
+        read_poke("nothing:1")
+
+
+def test_pictures_of_a_sweep_stand_side_by_side_with_their_labels():
+    cells = [(f"factor {n}", "" if n == 1 else "PSNR 12.0 dB", Image.new("RGB", (64, 32), (n * 40, 0, 0))) for n in range(5)]
+    grid = labelled_grid(cells, "five", side=96)
+    found = {color for _, color in grid.getcolors(1 << 20)}  # type: ignore[union-attr]
+    assert {(n * 40, 0, 0) for n in range(5)} <= found
+    assert grid.width < 600

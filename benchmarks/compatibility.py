@@ -107,7 +107,8 @@ def summary(status: int, said: str) -> str:
     """Of pytest, in a few words: how many passed, or what failed first."""
     counts = re.findall(r"\d+ (?:passed|failed|skipped|errors?)", said.strip().splitlines()[-1] if said.strip() else "")
     errors = re.findall(r"^E   +(\S.*)$", said, re.MULTILINE)
-    why = [last for error in errors for last in re.findall("The last line of its log: (.*)", error)] or errors
+    silent = [last for error in errors for last in re.findall("did not come up .* The last line of its log: (.*)", error)]
+    why = [f"ComfyUI did not start: {last}" for last in silent] or errors
     return ", ".join(counts) + (f" ({why[0][:120]})" if status and why else "") if counts else reason(said)
 
 

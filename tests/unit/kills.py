@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -402,14 +403,15 @@ def main() -> None:
         ended, _ = forked(lambda folder: recorded(folder, KINDS, 18), begun)
         assert ended == 0, ended
         trials = [Trial(name, Path(place)) for name in given.commands or COMMANDS]
-        for round_ in range(1_000_000):
-            for number, trial in enumerate(trials):
-                every = [{"at": at} for at in range(1, trial.operations + 1)]
-                chosen = every if given.every else moments(trial, given.kills, random.Random(seed + 1000 * round_ + number))
-                for moment in chosen:
-                    trial.kill(**moment)
-            if given.minutes is None or time.monotonic() - began > 60 * given.minutes:
-                break
+        with suppress(KeyboardInterrupt):  # what was found by then is told
+            for round_ in range(1_000_000):
+                for number, trial in enumerate(trials):
+                    every = [{"at": at} for at in range(1, trial.operations + 1)]
+                    chosen = every if given.every else moments(trial, given.kills, random.Random(seed + 1000 * round_ + number))
+                    for moment in chosen:
+                        trial.kill(**moment)
+                if given.minutes is None or time.monotonic() - began > 60 * given.minutes:
+                    break
     told = {
         trial.name: {
             "kills": trial.kills, "places": len(trial.places), "operations": trial.operations, "losses": trial.losses,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import re
@@ -183,6 +184,33 @@ def test_of_two_servers_one_is_killed_and_the_other_finishes(server, host, secon
     assert twice <= {left.last.key}
     assert left.runs + counted(here) == len(TEXTS) + len(twice)
     assert_equal(merge_files(tmp_path / "by hand.safetensors", [here, there]), alone)
+
+
+def test_two_servers_on_one_output_folder_count_into_one_file_what_one_counts(server, host, alone, drawing):
+    graph = json.loads(drawing("queue-one-folder").read_text())
+    failed: list[BaseException] = []
+
+    def draw(address: str, prefix: str, numbers: range) -> None:
+        try:
+            with ComfyClient(address) as client:
+                for number in numbers:
+                    graph_ = copy.deepcopy(graph)
+                    graph_["3"]["inputs"]["text"] = TEXTS[number]
+                    graph_["6"]["inputs"]["seed"] = SEED + number
+                    graph_["8"]["inputs"]["filename_prefix"] = f"queue-one-folder/{prefix}"
+                    client.run(graph_)
+        except BaseException as error:
+            failed.append(error)
+
+    with host.start() as other:
+        shares = ((server.address, "a", range(0, 20, 2)), (other.address, "b", range(1, 20, 2)))
+        threads = [threading.Thread(target=draw, args=share) for share in shares]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failed
+    assert_equal(Internals.load(host.recorded("queue-one-folder")), alone)
 
 
 def test_ctrl_c_interrupts_what_runs_and_resume_goes_on_there(server, client, host, alone, drawing, prompts, tmp_path):

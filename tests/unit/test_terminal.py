@@ -73,10 +73,10 @@ def test_what_is_no_whole_number_of_a_range_is_named_in_short(value):
 def numeric_options(app: typer.Typer, *before: str) -> Iterator[tuple[str, OptionInfo]]:
     """Of all commands: what is typed up to the option, and how it is declared."""
     for group in app.registered_groups:
-        assert group.typer_instance
-        yield from numeric_options(group.typer_instance, *before, group.name or "")
+        assert group.typer_instance is not None
+        yield from numeric_options(group.typer_instance, *before, str(group.name))
     for command in app.registered_commands:
-        assert command.callback
+        assert command.callback is not None
         name = command.name or command.callback.__name__.replace("_", "-")
         for option in inspect.signature(command.callback, eval_str=True).parameters.values():
             kind, *told = get_args(option.annotation)

@@ -271,6 +271,7 @@ def _child(work: Callable[[Path], Any], folder: Path, at: int, writing: int) -> 
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     place, count = os.fspath(folder), 0
 
     def watch(event: str, given: tuple[Any, ...]) -> None:
@@ -393,6 +394,8 @@ def main() -> None:
     parser.add_argument("--every", action="store_true", help="At every operation on a file.")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
     for module in pkgutil.walk_packages(flux_poke.__path__, "flux_poke."):  # once, not in every process that is killed
         if module.name.split(".")[1] in ("analysis", "commands", "convert", "pruning", "recording", "retrain"):
             importlib.import_module(module.name)

@@ -100,11 +100,12 @@ def test_the_names_in_the_locale_are_those_of_nodes_and_inputs_that_exist(nodes,
 
 
 @pytest.mark.parametrize("language", ["de", "ja", "zh"])
-def test_the_page_gets_names_in_other_languages_of_inputs_that_exist(ask, nodes, language: str):
+def test_the_page_gets_a_name_and_a_tooltip_of_every_input_in_other_languages(ask, nodes, language: str):
     translated = {name: entry for name, entry in ask("i18n").json()[language]["nodeDefs"].items() if name in nodes}
     assert sorted(translated) == sorted(nodes)
     for name, entry in translated.items():
-        assert set(entry.get("inputs", {})) <= set(inputs(nodes[name])), name
+        assert set(entry["inputs"]) == set(inputs(nodes[name])), name
+        assert all(each["name"] and each["tooltip"] for each in entry["inputs"].values()), name
 
 
 def test_a_node_shows_at_most_eight_values_until_all_are_asked_for(nodes):

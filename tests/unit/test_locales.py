@@ -41,8 +41,8 @@ def test_what_has_an_english_name_has_one_in_every_language(language: str):
     english = read("en", "nodeDefs")
     for node, entry in read(language, "nodeDefs").items():
         assert entry["description"], node
-        assert english[node].get("inputs", {}).keys() <= entry.get("inputs", {}).keys(), node
-        assert all(each["name"] for each in entry.get("inputs", {}).values()), node
+        assert english[node].get("inputs", {}).keys() <= entry["inputs"].keys(), node
+        assert all(each["name"] and each["tooltip"] for each in entry["inputs"].values()), node
         ours = " (Flux Poke)"
         assert entry["display_name"].endswith(ours) == english[node]["display_name"].endswith(ours), node
 
@@ -52,3 +52,21 @@ def test_no_name_holds_a_character_that_the_page_takes_for_its_own(language: str
     """vue-i18n reads these as plural forms, values to fill in, and references to other texts."""
     found = texts(read(language, "nodeDefs")) + texts(read(language, "main"))
     assert not [text for text in found if {*text} & {*"{}@|"}]
+
+
+def test_tooltips_are_translated():
+    """What is said in English on the node is said otherwise here, and one thing in one way."""
+    said = {
+        language: {
+            (node, name): each["tooltip"]
+            for node, entry in read(language, "nodeDefs").items()
+            for name, each in entry["inputs"].items()
+        }
+        for language in LANGUAGES
+        if language != "en"
+    }
+    german, japanese, chinese = said["de"], said["ja"], said["zh"]
+    assert german.keys() == japanese.keys() == chinese.keys()
+    for place, text in german.items():
+        assert len({text, japanese[place], chinese[place]}) == 3 or len(text) < 30, place
+        assert any(ord(letter) > 0x2E80 for letter in japanese[place]), place

@@ -134,6 +134,19 @@ def test_the_registrys_archive_stays_under_25_megabytes(registry, tmp_path):
     assert 5e6 < (tmp_path / "node.zip").stat().st_size < 25e6
 
 
+def test_each_help_page_shows_a_picture_of_its_node_that_the_archive_holds(registry):
+    pages = sorted((ROOT / "web" / "docs").glob("*.md"))
+    shown = [f"web/docs/pictures/{page.stem}.jpg" for page in pages]
+    for page, picture in zip(pages, shown, strict=True):
+        linked = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+        assert linked == [f"pictures/{page.stem}.jpg"], page.name
+        with Image.open(ROOT / picture) as opened:
+            opened.load()
+            assert 200 <= opened.width <= 600, picture
+    assert {*shown} == {name for name in registry if name.startswith("web/docs/pictures/")}
+    assert sum((ROOT / picture).stat().st_size for picture in shown) < 1.5e6
+
+
 def test_what_comfyui_installs_is_what_the_project_needs():
     assert (ROOT / "requirements.txt").read_text().split() == PROJECT["project"]["dependencies"]
     assert not {"torch", "numpy"} & {re.split(r"[<>=\[]", name)[0] for name in PROJECT["project"]["dependencies"]}

@@ -3,8 +3,8 @@
     uv run python benchmarks/record.py [--device cpu] [--dtype bfloat16] [--repeats 15]
 
 Runs one double and one single block (hidden 3072, 1024 image + 256 text tokens, random weights) plainly, recorded,
-counted as the original pack counted: `(h > 0).sum((0, 1)).cpu()` on every MLP of every block, and with the strongest places
-kept for the atlas, without and with maps. They take turns (`turns.py`), on a CPU with one thread.
+counted as the original pack counted: `(h > 0).sum((0, 1)).cpu()` on every MLP of every block, with the strongest places kept
+for the atlas, without and with maps, and with 2 % of the neurons poked. They take turns (`turns.py`), on a CPU with one thread.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from functools import partial
 
 import torch
 from figures import figure
+from flux_poke.flux.fingerprint import Fingerprint
 from flux_poke.flux.layout import Layout, Site
 from flux_poke.flux.model import DoubleBlock, Flux, SingleBlock
+from flux_poke.poking.neurons import Neurons
+from flux_poke.poking.poke import Moment, Poke, poking
 from flux_poke.recording.call import Call
 from flux_poke.recording.neurons import InternalsRecorder
 from flux_poke.recording.places import PlacesRecorder
@@ -88,6 +91,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     blocks = Blocks(LAYOUT).to(device, dtype).requires_grad_(False)
+    fingerprint = Fingerprint.of_tensors(blocks.state_dict())
     call = Call.at(torch.zeros(1, 16, 64, 64), torch.ones(1), (1.0, 0.0), context=torch.zeros(1, TEXT, 1))
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, {given.dtype}, torch {torch.__version__}")
     for kind, run in block_calls(blocks, device, dtype).items():
@@ -106,7 +110,14 @@ def main() -> None:
             with places.watching(only, call):
                 run()
 
-        ways = {"plain": run, "recorded": recorded, "original's way": counted}
+        few = {site.name: torch.arange(0, site.width, 50) for site in sites}
+        poke = Poke(Neurons.of(LAYOUT, fingerprint, few, "every fiftieth"), factor=-1.0)
+
+        def turned(run=run, only=only, poke=poke) -> None:
+            with poking(only, LAYOUT, [poke], Moment.at(LAYOUT, call.x, call.sigma, torch.zeros(1, TEXT, 1))):
+                run()
+
+        ways = {"plain": run, "recorded": recorded, "original's way": counted, "poked": turned}
         for way, maps in (("atlas", False), ("atlas with maps", True)):
             ways[way] = partial(kept, PlacesRecorder(LAYOUT, sites, maps))
         seconds = in_turns(ways, given.repeats, device, warm_up=2)

@@ -74,11 +74,21 @@ TRAINED = ours("RetrainLayers", plan=["plan", 0], layers="0", train_on="rows", s
 SAVED = ours("SavePrunedFlux", plan_or_model=["plan", 0], repair="none", save_as=NAME)
 COUNTED = {"img_cut": 64, "txt_cut": 64, "single_cut": 64, "score": "frequency"}
 
+FOUND = {"model": ours("LoadTinyFlux"), "recorded": RECORDED}
+FIND = ours(
+    "FindNeurons", model=["model", 0], with_it=["recorded", 0], without=["recorded", 0], save_as=f"{NAME}_neurons",
+    spare_others=0.0,
+)  # fmt: skip
+NEURONS = ours("LoadNeurons", file=f"{NAME}_neurons")
+WORDS = {"positive": ["text", 0], "negative": ["zero", 0], "latent_image": ["empty", 0]}
+
 #: What the graphs build on: a recording, a plan, layers, a pruned file and previews.
 BEFORE: list[Graph] = [
     shown(model=ours("LoadTinyFlux"), x=CALIBRATE),
     {"recorded": RECORDED, "x": ours("PlanByCount", recording=["recorded", 0], save_as=NAME, **COUNTED)},
     {"plan": PLAN, "x": TRAINED, "y": SAVED},
+    sampled(x=ours("RecordAtlas", model=["model", 0], name=NAME)),
+    {**FOUND, "x": FIND},
 ]
 #: By class, a graph in which `x` is a node of it. What they do not say is as the node has it by itself.
 GRAPHS: dict[str, Graph] = {
@@ -113,6 +123,17 @@ GRAPHS: dict[str, Graph] = {
     "LoadReplacedFlux": shown(plan=PLAN, x=ours("LoadReplacedFlux", plan=["plan", 0], folder=f"{NAME}_layers")),
     "ChooseModel": shown(model=ours("LoadTinyFlux"), x=ours("ChooseModel", normal=["model", 0])),
     "Compare": {"picture": PICTURE, "x": ours("Compare", reference=["picture", 0], variant=["picture", 0])},
+    "OnOff": shown(x=ours("OnOff", value=["model", 0], on=True), model=ours("LoadTinyFlux")),
+    "RecordAtlas": recorder("RecordAtlas", blocks="single 0"),
+    "ShowNeurons": shown(recorded=RECORDED, x=ours("ShowNeurons", recording=["recorded", 0], count=2, places=2)),
+    "FindNeurons": {**FOUND, "x": FIND},
+    "LoadNeurons": shown(x=NEURONS),
+    "PokeNeurons": sampled(neurons=NEURONS, x=ours("PokeNeurons", model=["model", 0], neurons=["neurons", 0])),
+    "PokeBlocks": sampled(x=ours("PokeBlocks", model=["model", 0])),
+    "Sweep": {
+        **{name: part for name, part in sampled().items() if name not in ("sampled", "end")},
+        "x": ours("Sweep", model=["model", 0], vae=["model", 2], steps=1, blocks="single 0", **WORDS),
+    },
     "FluxTimer": shown(x=ours("FluxTimer")),
     "Prompts": shown(x=ours("Prompts", index=0)),
     "Counter": shown(x=ours("Counter", name=NAME)),

@@ -142,10 +142,9 @@ class PruningPlan:
             least, most = min(self.ranks.values()), max(self.ranks.values())
             said.append(f"{len(self.ranks)} of {len(self.widths)} modulation layers of rank {least} to {most}")
         if self.sizes:
-            said.append(
-                f"{size_text(self.sizes['file'])} instead of {size_text(self.sizes['dense'])} (neurons "
-                f"-{size_text(self.sizes['neurons'])}, modulation -{size_text(self.sizes['ranks'])})"
-            )
+            gone = {"neurons": self.sizes["neurons"], "modulation": self.sizes["ranks"]}
+            parts = ", ".join(f"{what} -{size_text(size)}" for what, size in gone.items() if size)
+            said.append(f"{size_text(self.sizes['file'])} instead of {size_text(self.sizes['dense'])} ({parts})")
         if self.velocity_error is not None:
             said.append(f"predicted relative velocity error {self.velocity_error:.3g}")
         return said

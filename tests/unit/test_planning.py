@@ -101,7 +101,8 @@ WRONG = [
     (ByBudget(saved=-1), "found -1"),
     (ByBudget(neurons=0.95, multiple=64), "protect fewer layers"),
     (ByBudget(neurons=0.5, multiple=0), "at least 1"),
-    (ByBudget(neurons=0.5, multiple=10**20), "protect fewer layers"),
+    (ByBudget(neurons=0.5, multiple=10**20), "at most 65,536"),
+    (ByBudget(neurons=0.5, multiple=2**16), "protect fewer layers"),
     (ByCount(img=10**20), "but double-img-0 has 512 neurons"),
     (ByBudget(neurons=0.5, protect="double-7"), "no MLP called"),
 ]

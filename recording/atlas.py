@@ -93,7 +93,10 @@ class Places:
         order = found["image"].argsort(dim=1, stable=True)  # among equals, the first image stays first
         strength = found["value"].abs().masked_fill(found["image"] < 0, -1).gather(1, order)
         order = order.gather(1, strength.argsort(dim=1, descending=True, stable=True))[:, :PLACES]
-        return cls(**{name: _taken(tensor, order) for name, tensor in found.items()})
+        taken = {name: _taken(tensor, order) for name, tensor in found.items()}
+        there = taken["image"] >= 0
+        columns = max(int(there.sum(1).max()), 1)  # those of no neuron are left out
+        return cls(**{name: _where(there, tensor, name)[:, :columns].contiguous() for name, tensor in taken.items()})
 
     def of_images(self, numbers: Tensor) -> Places:
         """With image n called `numbers[n]`; places in those that are called -1 are none."""
@@ -106,6 +109,12 @@ def _taken(tensor: Tensor, order: Tensor) -> Tensor:
     if tensor.ndim > order.ndim:
         order = order[..., None, None].expand(-1, -1, *tensor.shape[2:])
     return tensor.gather(1, order)
+
+
+def _where(there: Tensor, tensor: Tensor, name: str) -> Tensor:
+    """0, or of images -1, in places that are none."""
+    gone = ~there if tensor.ndim == there.ndim else ~there[..., None, None]
+    return tensor.masked_fill(gone, -1 if name == "image" else 0)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from flux_poke.cli import app
 from flux_poke.errors import UserError
 from flux_poke.flux.fingerprint import Fingerprint
 from flux_poke.headless.journal import Journal
+from flux_poke.recording.atlas import Atlas
 from flux_poke.recording.calibration import Effort, asked_images, missing_images
 from flux_poke.recording.drawing import calibrate
 from flux_poke.recording.internals import Internals
@@ -97,6 +98,14 @@ def replaced(folder: Path, *more: object) -> None:
     cli("replace", folder / "layers", "-o", folder / "replaced.safetensors", *more)
 
 
+def charted(folder: Path, seed: int) -> None:
+    """Adds four images to the atlas, two at a time."""
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a 3\nseven\na 1\nnine\n")
+    few = ("--what", "atlas", "--steps", 2, "--batch", 2, "--seed", seed)
+    cli("record", TINY, folder / "recording", "--prompts", prompts, *few)
+
+
 def lens(folder: Path) -> None:
     cli("lens", "fit", folder / "recording", "-o", folder / "lens.safetensors", "--picture", folder / "lens.png")
 
@@ -147,6 +156,8 @@ def grown(before: Path, after: Path) -> None:
         for site in TinyFlux.load(TINY).flux.layout.sites:
             for rows in found.rows(site.name):
                 assert rows.x.isfinite().all()
+    for path in before.rglob("atlas.safetensors"):
+        assert {*Atlas.load(path).images} <= {*Atlas.load(after / path.relative_to(before)).images}
     if (before / "queue.json").exists():
         assert Journal.at(before, True).done.items() <= Journal.at(after, True).done.items()
 
@@ -175,6 +186,7 @@ COMMANDS: dict[str, Command] = {
     "record": Command(start, again, RECORDING, more=True),
     "thin": Command(start, lambda folder: again(folder, "rows", "--max-gb", 0.0036), (*RECORDING, "rows-"), more=True),
     "calibrate": Command(lambda folder: calibrated(folder, 2), calibrated, RECORDING),
+    "atlas": Command(lambda folder: charted(folder, 90), lambda folder: charted(folder, 50), ("atlas.safetensors",)),
     "merge": Command(after(start, both), merge),
     "plan": Command(after(start, lambda folder: planned(folder, 64)), lambda folder: planned(folder, 128)),
     "prune": Command(

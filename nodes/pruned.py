@@ -39,8 +39,8 @@ PRUNED = "flux_poke.pruned"
 
 def repaired(plan: PruningPlan, method: str, node_id: str | None, fold: bool = False) -> Repairs:
     """A plan's repairs, worked out on the GPU where they are not there yet, and kept beside the recording for the next time."""
-    recording = None if method == "none" and not plan.ranks else open_recording(plan)
-    repairs = Repairs(open_dense(plan), plan, method, recording)
+    dense = open_dense(plan)
+    repairs = Repairs(dense, plan, method, None if method == "none" and not plan.ranks else open_recording(plan))
     progress = NodeProgress(node_id)
 
     def work(device: torch.device) -> None:

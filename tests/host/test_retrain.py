@@ -330,7 +330,7 @@ def test_one_workflow_retrains_in_one_go_and_another_runs_with_its_layers(server
         record, plan, train, replace, draw, compare = "7", "8", "9", "10", "14", "19"
         order = [result.executed.index(number) for number in (record, plan, train, replace, draw, compare)]
         assert order == sorted(order)
-        retrained, cut_only = (float(value) for value in re.findall(r"PSNR ([\d.]+) dB", result.texts[compare]))
+        retrained, cut_only = (float(value) for value in re.findall(r"PSNR ([\d.]+) dB ·", result.texts[compare]))
         assert retrained > cut_only + 3
         again = client.run(workflow("run_with_replaced_layers_tiny"))
         assert again.outputs["13"]["text"] == ["img512_txt512_single1024"]

@@ -126,7 +126,11 @@ class Output:
         files = layer_files(self.folder)
         paths = [files[index] for index in block_indices if index in files and read_header(files[index]).get("key") == key]
         stats = [stats for path in paths if (stats := LayerStats.read(path)) is not None]
-        return stats if len(stats) == len(block_indices) else None
+        if len(stats) < len(block_indices):
+            return None
+        with locked(self.folder / STATS):
+            self._list()  # a run that was killed may not have come to it
+        return stats
 
     def write(
         self, block_indices: Sequence[int], key: str, trained: Trained, method: str, start: str, begun: float
@@ -177,9 +181,15 @@ class Output:
         header = {**self.options.graph, **plan.header(), **about}
         with locked(self.folder / STATS):
             write_safetensors(self.folder / f"{layer.layer}.safetensors", found, header)
-            content = {f"layer{stats.layer}": asdict(stats) for stats in read_stats(self.folder)}
-            dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-            write_text(self.folder / STATS, yaml.dump(content, Dumper=dumper, sort_keys=False))
+            self._list()
+
+    def _list(self) -> None:
+        """Writes down the stats of all layers in the folder, unless they are."""
+        content = {f"layer{stats.layer}": asdict(stats) for stats in read_stats(self.folder)}
+        text = yaml.dump(content, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False)
+        path = self.folder / STATS
+        if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
+            write_text(path, text)
 
 
 def default_folder(plan: PruningPlan) -> str:

@@ -146,8 +146,14 @@ def test_what_is_wrong_with_an_input_is_said_in_a_sentence(canvas):
 def test_the_templates_list_the_workflows_with_their_thumbnails(canvas):
     canvas.page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     canvas.page.get_by_role("dialog").get_by_text("flux-poke-under-test").first.click()
+    cards = canvas.page.locator("[data-testid^='template-workflow-Flux Poke']")
     for name in NAMES:
         card = canvas.page.get_by_test_id(f"template-workflow-{CANVAS[name].stem}")
+        for _ in range(100):  # more of them come when the last one is seen
+            if card.count():
+                break
+            cards.last.scroll_into_view_if_needed()
+            canvas.page.wait_for_timeout(200)
         card.scroll_into_view_if_needed()  # pictures that nobody sees are not loaded
         image = card.locator("img").first
         image.wait_for()

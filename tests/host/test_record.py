@@ -233,7 +233,7 @@ def test_another_models_recording_is_refused(client: ComfyClient, host, recordin
     ids=["up", "absolute", "in and up", "empty", "dots", "hidden", "NUL", "newline", "long", "deep"],
 )
 def test_a_name_that_is_not_one_in_the_output_folder_is_refused(client: ComfyClient, name: str, recording):
-    with pytest.raises(UserError, match="is not a name inside"):
+    with pytest.raises(UserError, match=r"is not a name inside|found NUL"):
         client.run(recording(name))
 
 

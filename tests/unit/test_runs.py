@@ -16,6 +16,7 @@ from shipped import CANVAS
 #: Workflows that draw different prompts on purpose, or ask for none.
 DIFFERENT = {
     "prune_and_compare.json", "retrain_layers.json", "flux_timer_tiny.json", "klein_image_to_image_tiny.json",
+    "find_and_poke.json",
 }  # fmt: skip
 
 

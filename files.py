@@ -252,6 +252,12 @@ def check_not_read(path: str | os.PathLike[str], inputs: Iterable[str | os.PathL
         raise UserError(f"{path} is also what is read: choose another name for what is written.")
 
 
+def check_sum(path: str | os.PathLike[str], parts: Iterable[str | os.PathLike[str]], what: str = "the files") -> None:
+    """Raises `UserError` where something stands at `path`, to which the sum of `parts` is written, that is none of them."""
+    if os.path.exists(path) and os.path.realpath(path) not in {os.path.realpath(part) for part in parts}:
+        raise UserError(f"{path} is there already and is none of {what} to add up: choose another name, or add it too.")
+
+
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raises `UserError` where a folder stands at `path`, or a file that is marked read-only."""
     path = Path(path)

@@ -61,7 +61,7 @@ def write_atlas_page(
             progress(f"writing the page of {name}", done, len(atlas.sites))
             found = dict(places.tensors)
             if name in internals and len(internals[name].fires) == len(places.value):
-                found |= {"rate": internals[name].rate.float(), "mean": internals[name].mean.float()}
+                found["rate"] = internals[name].rate.float()
             if checkpoint is not None:
                 weights = SiteWeights.read(checkpoint, checkpoint.layout.site(name))
                 found |= _alike(weights.down)

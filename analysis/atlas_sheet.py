@@ -1,6 +1,6 @@
 """Neurons of an atlas as one picture: a row for each, with the places where it was strongest.
 
-sheet = neurons_sheet(recording, [("double-img-3", 1207), ("single-2", 77)])
+sheet = neurons_sheet(recording, recording.atlas(), [("double-img-3", 1207), ("single-2", 77)])
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def strongest_neurons(atlas: Atlas, count: int) -> list[tuple[str, int]]:
     return [(name, neuron) for _, name, neuron in sorted(known, reverse=True)[:count]]
 
 
-def neurons_sheet(recording: Recording, neurons: Sequence[tuple[str, int]], places: int = 8) -> Image.Image:
-    """A row for each neuron with its first `places`: the picture around the token, how strong it was over it where maps were
-    recorded, and the token's own square or word. Without pictures, the prompts."""
-    atlas, text, small = recording.atlas(), font(13), font(10)
+def neurons_sheet(recording: Recording, atlas: Atlas, neurons: Sequence[tuple[str, int]], places: int = 8) -> Image.Image:
+    """A row for each neuron of the recording's `atlas` with its first `places`: the picture around the token, how strong it was
+    over it where maps were recorded, and the token's own square or word. Without pictures, the prompts."""
+    text, small = font(13), font(10)
     left = MARGIN + round(max(text.getlength(f"{name}:{neuron}") for name, neuron in neurons)) + 12
     whole = Image.new("RGB", (left + places * (CELL + GAP) + MARGIN, 2 * MARGIN + len(neurons) * (CELL + GAP)), GROUND)
     draw = ImageDraw.Draw(whole)

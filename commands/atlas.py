@@ -71,5 +71,5 @@ def sheet(
     found = Recording.open(recording)
     atlas = found.atlas()
     chosen = named_neurons(neurons, atlas) if neurons else strongest_neurons(atlas, count)
-    write_picture(out, neurons_sheet(found, chosen, places))
+    write_picture(out, neurons_sheet(found, atlas, chosen, places))
     typer.echo(f"{out}: {len(chosen)} neurons")

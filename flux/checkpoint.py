@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -115,6 +115,17 @@ def read_finite(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
     """All tensors of a small file, and its header; raises `UserError` where a number is not finite."""
     with open_safetensors(path) as file:
         return {key: require_finite(file.get_tensor(key), f"{path}: {key}") for key in file.keys()}, file.metadata()
+
+
+@contextmanager
+def undamaged(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """What is found missing or wrong in the file at `path` makes it a damaged `what`, in a sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, ValueError, TypeError, RuntimeError, StopIteration, SafetensorError, OverflowError) as error:
+        raise UserError(f"{path} is a damaged {what} ({error}): record again or use a copy.") from error
 
 
 def unreplaced(path: str | os.PathLike[str], read: Callable[[], Read]) -> Read:

@@ -52,6 +52,6 @@ class ShowNeurons(io.ComfyNode):
             chosen = found[:count]
         else:
             chosen = strongest_neurons(atlas, count)
-        image = host.to_images([neurons_sheet(recording, chosen, places)])
+        image = host.to_images([neurons_sheet(recording, atlas, chosen, places)])
         said = host.said(cls, f"{len(chosen)} of {sum(len(site.value) for site in atlas.sites.values()):,} neurons")
         return io.NodeOutput(image, ui={**ui.PreviewImage(image, cls=cls).as_dict(), **said})

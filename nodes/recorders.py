@@ -8,8 +8,6 @@ import torch
 from torch import nn
 
 from ..analysis.decoding import Decode
-from ..files import write_picture
-from ..flux.autoencoder import to_picture
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import Layout
 from ..progress import Progress
@@ -86,6 +84,11 @@ class InternalsRun(SamplingWatcher):
         return LEFT_OUT
 
 
+def prompted(call: SampledCall, node_id: str) -> SampledCall:
+    """The call with the prompt that the graph says below the node."""
+    return replace(call, prompts=(prompt_below(running_graph(), node_id),) * call.count)
+
+
 class AtlasRun(SamplingWatcher):
     """One sampling run whose neurons' strongest places are recorded, with its pictures where there is an autoencoder."""
 
@@ -97,7 +100,7 @@ class AtlasRun(SamplingWatcher):
 
     def watching(self, model: nn.Module, call: SampledCall):
         if not self.recorder.images:
-            call = replace(call, prompts=(prompt_below(running_graph(), self.node_id),) * call.count)
+            call = prompted(call, self.node_id)
         return self.recorder.watching(model, call.counting(self.target.layout))
 
     def drew(self, latents: torch.Tensor) -> None:
@@ -109,8 +112,7 @@ class AtlasRun(SamplingWatcher):
             return self.recorder.note or "The sampler made no step: nothing was recorded."
         new = Atlas.new(self.target.layout.family, self.target.fingerprint, found, self.recorder.images)
         if self.decode is not None and self.latents is not None:
-            for image, pixels in zip(self.recorder.images, self.decode(self.latents), strict=True):
-                write_picture(recording.atlas_picture(image.key), to_picture(pixels))
+            recording.write_atlas_pictures(self.recorder.images, self.decode(self.latents))
         total = add_to_atlas(recording.atlas_file, new)
         size = f"{recording.atlas_file.stat().st_size / 1e9:.3g} GB"
         return "\n".join(filter(None, [f"{len(total.images)} images, {size}", self.recorder.note]))
@@ -128,8 +130,7 @@ class StoreRun(SamplingWatcher):
 
     def watching(self, model: nn.Module, call: SampledCall):
         if self.run.drawing is None and self.node_id is not None:
-            prompt = prompt_below(running_graph(), self.node_id)
-            call = replace(call, prompts=(prompt,) * call.count)
+            call = prompted(call, self.node_id)
         return self.run.watching(model, call)
 
     def finish(self) -> str:

@@ -23,12 +23,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import check_writable, locked, write_safetensors
-from ..flux.checkpoint import open_safetensors, require_format, unreplaced
+from ..files import check_sum, check_writable, locked, write_safetensors
+from ..flux.checkpoint import open_safetensors, require_format, undamaged, unreplaced
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import FAMILY_NAMES, Family
 from ..parsing import from_json
@@ -40,8 +40,9 @@ FORMAT = "flux-poke atlas 1"
 PLACES = 16
 #: Cells along a side of a map.
 MAP = 8
-#: What a place takes on disk, without its map.
-BYTES = 4 + 4 + 4 + 2
+#: What is kept of every place, and what that takes on disk without its map.
+PARTS = {"value": torch.float32, "image": torch.int32, "token": torch.int32, "step": torch.int16}
+BYTES = sum(dtype.itemsize for dtype in PARTS.values())
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Atlas:
     def new(cls, family: Family, fingerprint: Fingerprint, sites: Mapping[str, Places], images: Iterable[AtlasImage]) -> Atlas:
         """What was just recorded; places name `images` by their number, in any order."""
         given = list(images)
-        known = tuple(sorted({image.key: image for image in given}.values(), key=lambda image: image.key))
+        known = _each_once(given)
         numbers = _numbers(given, known)
         return cls(
             family, fingerprint, {name: Places.strongest([site.of_images(numbers)]) for name, site in sites.items()}, known
@@ -149,7 +150,7 @@ class Atlas:
                 f"{name} is of {len(other.sites)} MLPs {'with' if other.mapped else 'without'} maps, and this atlas of "
                 f"{len(self.sites)} {'with' if self.mapped else 'without'} them: record the same ones, or into another folder."
             )
-        images = tuple(sorted({image.key: image for image in (*other.images, *self.images)}.values(), key=lambda one: one.key))
+        images = _each_once((*other.images, *self.images))
         known = {image.key for image in self.images}
         ours, theirs = _numbers(self.images, images), _numbers(other.images, images)
         theirs[[image.key in known for image in other.images]] = -1
@@ -164,7 +165,7 @@ class Atlas:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         tensors = {f"{name}.{part}": tensor for name, site in self.sites.items() for part, tensor in site.tensors.items()}
-        images = json.dumps([{**asdict(image)} for image in self.images])
+        images = json.dumps([asdict(image) for image in self.images])
         metadata = {"format": FORMAT, "model": self.fingerprint.to_json(), "family": self.family, "images": images}
         write_safetensors(path, tensors, metadata)
 
@@ -191,12 +192,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[safe_open, dict[str,
     """An atlas and its header; what is found missing or wrong while it is read makes it a damaged one."""
     with open_safetensors(path) as file:
         metadata = require_format(file.metadata(), path, FORMAT, "atlas")
-        try:
+        with undamaged(path, "atlas"):
             yield file, metadata
-        except UserError:
-            raise
-        except (KeyError, ValueError, TypeError, IndexError, StopIteration, SafetensorError, OverflowError) as error:
-            raise UserError(f"{path} is a damaged atlas ({error}): record again or use a copy.") from error
 
 
 def atlas_model(path: str | os.PathLike[str]) -> Fingerprint:
@@ -220,7 +217,7 @@ def check_atlas(path: str | os.PathLike[str], fingerprint: Fingerprint, sites: C
             require_model(Fingerprint.from_json(metadata["model"]), fingerprint, path, "this one")
             return {*file.keys()}
 
-    parts = ("value", "image", "token", "step", *(["map"] if maps else []))
+    parts = (*PARTS, *(["map"] if maps else []))
     if unreplaced(path, read) != {f"{name}.{part}" for name in sites for part in parts}:
         raise UserError(
             f"{path} is an atlas of other MLPs, or {'without' if maps else 'with'} maps: record the same ones, or choose "
@@ -243,13 +240,17 @@ def merge_atlases(out: str | os.PathLike[str], files: Sequence[str | os.PathLike
     """
     out = Path(out)
     with locked(out):
-        if out.exists() and out.resolve() not in {Path(file).resolve() for file in files}:
-            raise UserError(f"{out} is there already and is none of those to add up: choose another name, or add it too.")
+        check_sum(out, files, "those")
         total, *others = (Atlas.load(file) for file in files)
         for name, other in zip(files[1:], others, strict=True):
             total = total.merge(other, str(name))
         total.save(out)
     return total
+
+
+def _each_once(images: Iterable[AtlasImage]) -> tuple[AtlasImage, ...]:
+    """In the order of their keys; of two with one key, the later one."""
+    return tuple(sorted({image.key: image for image in images}.values(), key=lambda image: image.key))
 
 
 def _numbers(images: Iterable[AtlasImage], among: Sequence[AtlasImage]) -> Tensor:
@@ -270,10 +271,9 @@ def _image(found: Mapping) -> AtlasImage:
 
 def _places(file: safe_open, name: str, images: Sequence[AtlasImage]) -> Places:
     """Raises `ValueError` where this cannot have been recorded."""
-    parts = {"value": torch.float32, "image": torch.int32, "token": torch.int32, "step": torch.int16}
-    found = {part: file.get_tensor(f"{name}.{part}") for part in parts}
+    found = {part: file.get_tensor(f"{name}.{part}") for part in PARTS}
     width, count = found["value"].shape
-    wrong = [part for part, dtype in parts.items() if found[part].shape != (width, count) or found[part].dtype != dtype]
+    wrong = [part for part, dtype in PARTS.items() if found[part].shape != (width, count) or found[part].dtype != dtype]
     if f"{name}.map" in file.keys():
         found["map"] = file.get_tensor(f"{name}.map")
         wrong += [] if (found["map"].shape, found["map"].dtype) == ((width, count, MAP, MAP), torch.uint8) else ["map"]

@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import write_picture
-from ..flux.autoencoder import to_picture
 from ..flux.blocks import choose_blocks
 from ..flux.checkpoint import Checkpoint
 from ..flux.fingerprint import Fingerprint
@@ -167,14 +165,13 @@ def _record(
     for images in parts:
         within = renamed(part(progress, done, total, len(images.prompts)), what)
         runs = [recorder.begin() for recorder in recorders]
-        neurons, places = InternalsRecorder(layout.sites if internals else ()), PlacesRecorder(layout, layout.sites, maps=True)
-        watchers: list[InternalsRecorder | PlacesRecorder | Run] = [neurons, *runs, *([places] if atlas else [])]
-        latents = _draw(tiny, images, sigmas, watchers, None if done else probe, within)
+        neurons = InternalsRecorder(layout.sites if internals else ())
+        places = PlacesRecorder(layout, layout.sites if atlas else (), maps=True)
+        latents = _draw(tiny, images, sigmas, [neurons, places, *runs], None if done else probe, within)
         with whole():  # rows come last: by them it is known that these images are there
             if strongest := places.results():
                 known = [replace(image, texts=tuple(words_of(image.prompt or ""))) for image in places.images]
-                for image, pixels in zip(known, tiny.autoencoder.decode(latents), strict=True):
-                    write_picture(recording.atlas_picture(image.key), to_picture(pixels))
+                recording.write_atlas_pictures(known, tiny.autoencoder.decode(latents))
                 add_to_atlas(recording.atlas_file, Atlas.new(layout.family, fingerprint, strongest, known))
             if found := neurons.results():
                 new = Internals.new(layout.family, fingerprint, found, neurons.calls, padded=neurons.padded, drawn=images.name)

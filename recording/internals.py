@@ -26,12 +26,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import UserError
 from ..files import check_writable, locked, write_safetensors
-from ..flux.checkpoint import open_safetensors, require_format, unreplaced
+from ..flux.checkpoint import open_safetensors, require_format, undamaged, unreplaced
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import FAMILY_NAMES, Family
 from ..parsing import from_json
@@ -207,12 +207,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[safe_open, dict[str,
         keys, header = file.keys(), file.metadata()
         original = bool(keys) and not (header or {}).get("format") and all(_SITE.fullmatch(key) for key in keys)
         metadata = None if original else require_format(header, path, FORMAT, "internals file")
-        try:
+        with undamaged(path, "internals file"):
             yield file, metadata
-        except UserError:
-            raise
-        except (KeyError, ValueError, TypeError, RuntimeError, StopIteration, SafetensorError, OverflowError) as error:
-            raise UserError(f"{path} is a damaged internals file ({error}): record again or use a copy.") from error
 
 
 def check_file(path: str | os.PathLike[str], fingerprint: Fingerprint) -> None:

@@ -55,7 +55,7 @@ class PlacesRecorder:
     @contextmanager
     def watching(self, model: nn.Module, call: Call) -> Iterator[None]:
         """Hooks on `model` for one call of it; tokens outside `call.mask` do not count."""
-        if not call.rows:
+        if not (call.rows and self.sites):
             yield
             return
         self.images = self.images or _images(call, self.layout.patch)

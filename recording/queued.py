@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import locked
+from ..files import check_sum, locked
 from ..parsing import from_json
 from .internals import Internals, LastRun, add_to_file
 
@@ -92,8 +92,7 @@ def merge_files(out: str | os.PathLike[str], files: Sequence[str | os.PathLike[s
     if len({Path(file).resolve() for file in files}) < len(files):
         raise UserError("A recording is named twice, and would be counted twice: name each once.")
     with locked(out):
-        if out.exists() and out.resolve() not in {Path(file).resolve() for file in files}:
-            raise UserError(f"{out} is there already and is none of the files to add up: choose another name, or add it too.")
+        check_sum(out, files)
         total = merged([Internals.load(file) for file in files], list(map(str, files)))
         total.save(out)
     return total

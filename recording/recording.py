@@ -18,13 +18,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from ..errors import UserError
+from ..files import write_picture
+from ..flux.autoencoder import to_picture
 from ..flux.fingerprint import Fingerprint
-from .atlas import Atlas, atlas_model
+from .atlas import Atlas, AtlasImage, atlas_model
 from .internals import Internals, check_file
 from .manifest import MANIFEST, Manifest, nothing_recorded, require_model
 from .store import HiddenStates
@@ -78,6 +83,11 @@ class Recording:
     def atlas_picture(self, key: str) -> Path:
         """Of the atlas's image with this key."""
         return self.folder / PICTURES / f"{key}.png"
+
+    def write_atlas_pictures(self, images: Sequence[AtlasImage], decoded: Tensor) -> None:
+        """What was drawn, `decoded` [images, 3, height, width] in 0..1."""
+        for image, pixels in zip(images, decoded, strict=True):
+            write_picture(self.atlas_picture(image.key), to_picture(pixels))
 
     @property
     def states_folder(self) -> Path:

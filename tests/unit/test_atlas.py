@@ -230,7 +230,7 @@ def test_a_sheet_shows_the_places_of_neurons(tmp_path):
     atlas = recording.atlas()
     chosen = named_neurons("double-img-1:7, double-txt-0:400", atlas)
     assert chosen == [("double-img-1", 7), ("double-txt-0", 400)]
-    sheet = neurons_sheet(recording, chosen, places=4)
+    sheet = neurons_sheet(recording, atlas, chosen, places=4)
     assert sheet.height == 2 * MARGIN + 2 * (CELL + GAP)
     for row, (name, neuron) in enumerate(chosen):
         image = atlas.images[atlas.sites[name].image[neuron, 0]]

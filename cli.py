@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import atlas, captures, convert, draw, fit, layers, models, neurons, plans, queue, recordings, views
+from .commands import atlas, captures, cluster, convert, draw, fit, layers, models, neurons, plans, queue, recordings, views
 from .errors import UserError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -60,6 +60,10 @@ of_concepts = typer.Typer(help="The neurons of a concept.", no_args_is_help=True
 for command in (neurons.find, neurons.show, neurons.join, neurons.subtract, neurons.cut, neurons.lora):
     of_concepts.command()(command)
 app.add_typer(of_concepts, name="neurons")
+
+clusters = typer.Typer(help="The same work on many machines, on Ray.", no_args_is_help=True)
+clusters.command()(cluster.record)
+app.add_typer(clusters, name="cluster")
 
 
 def main() -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ..errors import UserError
-from .terminal import picture, progress_bar, seed, whole
+from .terminal import picture, progress_bar, seed, spread, whole
 
 if TYPE_CHECKING:
+    from ..recording.drawing import Wanted
     from ..recording.manifest import Kind
     from ..recording.recording import Recording
 
@@ -21,10 +23,10 @@ KINDS: tuple[Kind | Literal["internals", "atlas"], ...] = ("internals", "atlas",
 ALWAYS = {"internals", "atlas"}
 
 
-def record(
-    checkpoint: Annotated[Path, typer.Argument(help="FLUX of the tiny kind (.safetensors), as `train` makes.")],
-    recording: Annotated[Path, typer.Argument(help="Folder to record to: a new one, or a recording of this model.")],
-    prompts: Annotated[Path, typer.Option(help="Text file, one prompt per line.")],
+@dataclass(frozen=True)
+class What:
+    """What to record, and how much of it."""
+
     what: Annotated[
         str,
         typer.Option(
@@ -32,73 +34,92 @@ def record(
             "MLPs read, for plans and repair), lens (tokens after every block), blocks (all that enters and leaves them) and "
             "trajectories (velocities)."
         ),
-    ] = "internals",
-    seed: Annotated[int, seed("Seed of the first image; each image takes the next.", most=2**62)] = 0,
-    steps: Annotated[int, whole(help="Euler steps per image.", least=1, most=10_000)] = 20,
-    batch: Annotated[int, whole(help="Images drawn at once.", least=1, most=10_000)] = 16,
+    ] = "internals"
+    steps: Annotated[int, whole(help="Euler steps per image.", least=1, most=10_000)] = 20
+    batch: Annotated[int, whole(help="Images drawn at once.", least=1, most=10_000)] = 16
     keep_steps: Annotated[
         int | None, whole(help="Not for internals and atlas: steps per image to keep (default: 5 %, at least 1).", least=1)
-    ] = None,
-    rows_per_step: Annotated[
-        int | None, whole(help="For rows and lens: tokens per image and step (default: 64).", least=1)
-    ] = None,
-    blocks: Annotated[
-        str | None, typer.Option(help='For blocks: which ones, such as "double 0-3, single" (default: all).')
-    ] = None,
+    ] = None
+    rows_per_step: Annotated[int | None, whole(help="For rows and lens: tokens per image and step (default: 64).", least=1)] = (
+        None
+    )
+    blocks: Annotated[str | None, typer.Option(help='For blocks: which ones, such as "double 0-3, single" (default: all).')] = (
+        None
+    )
     storage: Annotated[
         Literal["bfloat16", "float16", "float32"] | None,
         typer.Option(help="For blocks and trajectories: precision (default: bfloat16)."),
-    ] = None,
+    ] = None
     max_gb: Annotated[
         float | None,
         typer.Option(
             help="Not for internals and atlas: GB that each kind may take (default: 64); then rows are thinned, others end."
         ),
-    ] = None,
+    ] = None
+
+    @property
+    def kinds(self) -> set[str]:
+        """Raises `UserError` where something else is named."""
+        kinds = {kind.strip() for kind in self.what.split(",")}
+        if not kinds <= {*KINDS}:
+            raise UserError(f"--what {self.what}: expected some of {', '.join(KINDS)}, with commas in between.")
+        return kinds
+
+    def wanted(self, seed: int) -> Wanted:
+        """As `record` takes it; raises `UserError` where an option does not go with what is recorded."""
+        import torch
+
+        from ..recording.drawing import Wanted
+        from ..recording.manifest import Limit
+        from ..recording.rows import RowChoice
+        from ..recording.states import StateChoice
+
+        kinds = self.kinds
+        for option, given, applies in (
+            ("--keep-steps", self.keep_steps, {*KINDS} - ALWAYS),
+            ("--max-gb", self.max_gb, {*KINDS} - ALWAYS),
+            ("--rows-per-step", self.rows_per_step, {"rows", "lens"}),
+            ("--blocks", self.blocks, {"blocks"}),
+            ("--storage", self.storage, {"blocks", "trajectories"}),
+        ):
+            if given is not None and not kinds & applies:
+                those = ", ".join(kind for kind in KINDS if kind in applies)
+                raise UserError(f"{option} is for {those}: leave it out, or add one of them to --what.")
+        rows = RowChoice(self.rows_per_step or 64, self.keep_steps, seed=seed)
+        states = StateChoice(self.keep_steps, seed=seed, dtype=getattr(torch, self.storage or "bfloat16"))
+        choices: dict[str, Any] = {"rows": rows, "lens": rows, "blocks": states, "trajectories": states}
+        return Wanted(
+            "internals" in kinds,
+            "atlas" in kinds,
+            blocks_of_states=self.blocks or "all",
+            limit=Limit(64.0 if self.max_gb is None else self.max_gb),
+            **{kind: choice for kind, choice in choices.items() if kind in kinds},
+        )
+
+
+@spread
+def record(
+    checkpoint: Annotated[Path, typer.Argument(help="FLUX of the tiny kind (.safetensors), as `train` makes.")],
+    recording: Annotated[Path, typer.Argument(help="Folder to record to: a new one, or a recording of this model.")],
+    prompts: Annotated[Path, typer.Option(help="Text file, one prompt per line.")],
+    what: What,
+    seed: Annotated[int, seed("Seed of the first image; each image takes the next.", most=2**62)] = 0,
 ) -> None:
     """Draw a file of prompts once and record what the model does on the way."""
-    import torch
-
     from ..prompts import read_prompts
-    from ..recording.drawing import Wanted
     from ..recording.drawing import record as draw
-    from ..recording.manifest import Limit
     from ..recording.recording import Recording
-    from ..recording.rows import RowChoice
-    from ..recording.states import StateChoice
     from ..tiny.model import TinyFlux
 
-    kinds = {kind.strip() for kind in what.split(",")}
-    if not kinds <= {*KINDS}:
-        raise UserError(f"--what {what}: expected some of {', '.join(KINDS)}, with commas in between.")
-    for option, given, applies in (
-        ("--keep-steps", keep_steps, {*KINDS} - ALWAYS),
-        ("--max-gb", max_gb, {*KINDS} - ALWAYS),
-        ("--rows-per-step", rows_per_step, {"rows", "lens"}),
-        ("--blocks", blocks, {"blocks"}),
-        ("--storage", storage, {"blocks", "trajectories"}),
-    ):
-        if given is not None and not kinds & applies:
-            those = ", ".join(kind for kind in KINDS if kind in applies)
-            raise UserError(f"{option} is for {those}: leave it out, or add one of them to --what.")
-    rows = RowChoice(rows_per_step or 64, keep_steps, seed=seed)
-    states = StateChoice(keep_steps, seed=seed, dtype=getattr(torch, storage or "bfloat16"))
-    choices: dict[str, Any] = {"rows": rows, "lens": rows, "blocks": states, "trajectories": states}
-    wanted = Wanted(
-        "internals" in kinds,
-        "atlas" in kinds,
-        blocks_of_states=blocks or "all",
-        limit=Limit(64.0 if max_gb is None else max_gb),
-        **{kind: choice for kind, choice in choices.items() if kind in kinds},
-    )
+    wanted = what.wanted(seed)
     texts, to = read_prompts(prompts), Recording.at(recording)
-    for kind, size in wanted.estimated_bytes(TinyFlux.load(checkpoint), steps, len(texts)).items():
+    for kind, size in wanted.estimated_bytes(TinyFlux.load(checkpoint), what.steps, len(texts)).items():
         typer.echo(f"{recording}: at most {size / 1e9:.2g} GB of {kind}")
     with progress_bar() as progress:
-        notes = draw(checkpoint, texts, to, wanted, seed, steps, batch, progress)
+        notes = draw(checkpoint, texts, to, wanted, seed, what.steps, what.batch, progress)
     for note in notes:
         typer.echo(note)
-    _say(to, [kind for kind in KINDS if kind in kinds])
+    _say(to, [kind for kind in KINDS if kind in what.kinds])
 
 
 def _say(recording: Recording, kinds: Iterable[Kind | Literal["internals", "atlas"]]) -> None:

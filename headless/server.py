@@ -21,8 +21,28 @@ from .client import wait_until_up
 
 #: Where a ComfyUI listens by itself.
 DEFAULT_SERVER = "127.0.0.1:8188"
-#: Seconds that it may take to come up.
-PATIENCE = 180.0
+#: Seconds that it may take to come up, and to end.
+PATIENCE, ENDING = 180.0, 10.0
+
+#: Runs the command that follows until that ends, or whoever started it is gone and nobody holds the other end of its input: a
+#: ComfyUI that was left behind would keep its GPU.
+_TETHER = f"""
+import signal, subprocess, sys, threading
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+
+def end():
+    sys.stdin.buffer.read()
+    process.terminate()
+    try:
+        process.wait({ENDING})
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+threading.Thread(target=end, daemon=True).start()
+sys.exit(process.wait())
+"""
 
 
 class ComfyServer:
@@ -43,7 +63,8 @@ class ComfyServer:
             raise UserError(f"{self.folder} holds no ComfyUI: expected its main.py there.")
         self.address = f"127.0.0.1:{free_port()}"
         self.log = log
-        self._command = [sys.executable, "main.py", "--listen", "127.0.0.1", "--port", self.address.split(":")[1], *options]
+        server = [sys.executable, "main.py", "--listen", "127.0.0.1", "--port", self.address.split(":")[1], *options]
+        self._command = [sys.executable, "-I", "-c", _TETHER, *server]
         self._environment = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self._output: IO[bytes] | None = None
@@ -54,7 +75,7 @@ class ComfyServer:
             self._command,
             cwd=self.folder,
             env=self._environment,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=self._output or subprocess.DEVNULL,
             stderr=subprocess.STDOUT,
         )
@@ -70,9 +91,10 @@ class ComfyServer:
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
-            self._process.terminate()
+            assert self._process.stdin is not None
+            self._process.stdin.close()
             try:
-                self._process.wait(10)
+                self._process.wait(2 * ENDING)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()

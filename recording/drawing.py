@@ -119,6 +119,24 @@ def record(
     return _record(tiny, fingerprint, recording, recorders, wanted.internals, parts, steps, progress, wanted.atlas)
 
 
+def record_some(
+    tiny: TinyFlux,
+    fingerprint: Fingerprint,
+    images: Together,
+    first: int,
+    recording: Recording,
+    wanted: Wanted,
+    steps: int = 20,
+    progress: Progress = silent,
+) -> tuple[str, ...]:
+    """As `record` does with one of its batches, whose images are number `first` and those after it of all: what is recorded of
+    every batch by itself is what is recorded of all, to the bit. With rows, the batch of image 0 measures amplifications."""
+    recorders = _recorders(recording, tiny.flux.layout, fingerprint, wanted, first)
+    return _record(
+        tiny, fingerprint, recording, recorders, wanted.internals, [images], steps, progress, wanted.atlas, first == 0
+    )
+
+
 def calibrate(
     tiny: TinyFlux,
     fingerprint: Fingerprint,
@@ -157,9 +175,10 @@ def _record(
     steps: int,
     progress: Progress,
     atlas: bool = False,
+    amplification: bool = True,
 ) -> tuple[str, ...]:
     layout, store = tiny.flux.layout, next((recorder.store for recorder in recorders if recorder.kind == "rows"), None)
-    probe = AmplificationProbe(layout, store.amplification) if store else None
+    probe = AmplificationProbe(layout, store.amplification) if store and amplification else None
     sigmas, total, done = tiny.sigmas(steps), sum(len(images.prompts) for images in parts), 0
     what, notes = f"drawing and recording {total} prompts", dict[str, None]()
     for images in parts:
@@ -221,10 +240,12 @@ def _draw(
     return euler(velocity, tiny.noise(len(prompts), images.seed), sigmas)
 
 
-def _recorders(recording: Recording, layout: Layout, fingerprint: Fingerprint, wanted: Wanted) -> list[Recorder]:
+def _recorders(
+    recording: Recording, layout: Layout, fingerprint: Fingerprint, wanted: Wanted, first: int = 0
+) -> list[Recorder]:
     if not wanted.states:
         return []
-    store, limit = HiddenStates.for_model(recording.states_folder, layout.family, fingerprint), wanted.limit
+    store, limit = HiddenStates.for_model(recording.states_folder, layout.family, fingerprint, first), wanted.limit
     found: list[Recorder] = []
     if wanted.rows:
         found.append(RowRecorder(layout.sites, store, wanted.rows, limit))

@@ -16,8 +16,10 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import reduce
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -31,6 +33,8 @@ MANIFEST = "manifest.json"
 
 Kind = Literal["rows", "lens", "blocks", "trajectories"]
 Number = TypeVar("Number", int, float)
+#: Of one site, by sigma: the sum of what was measured, and how often it was.
+Levels = Mapping[float, tuple[float, int]]
 
 #: What a recording may lack, and the node that records it, where these are not its own name and Record.
 _WORDS = {"lens": "lens rows", "blocks": "block states"}
@@ -158,9 +162,35 @@ class Manifest:
     drawings: tuple[Drawing, ...] = ()
     halvings: int = 0
     shards: tuple[Shard, ...] = ()
-    amplification: Mapping[str, Mapping[float, tuple[float, int]]] = field(default_factory=dict)
+    amplification: Mapping[str, Levels] = field(default_factory=dict)
     created: str = field(default_factory=utc_now)
     updated: str = field(default_factory=utc_now)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Manifest]) -> Manifest:
+        """All parts of one recording together, in the order of their images: shards and images keep their numbers.
+
+        Raises `UserError` where they are of different models, or two of them hold the same image or the same shard.
+        """
+        first, *others = parts
+        for other in others:
+            require_model(other.fingerprint, first.fingerprint, "A part of the recording", "the first one")
+        drawings = sorted((drawing for part in parts for drawing in part.drawings), key=lambda drawing: drawing.first)
+        shards = sorted((shard for part in parts for shard in part.shards), key=lambda shard: shard.number)
+        files, halvings = {shard.file for shard in shards}, {part.halvings for part in parts}
+        overlap = any(one.first + one.images > after.first for one, after in pairwise(drawings))
+        if overlap or len(files) < len(shards) or len(halvings) > 1:
+            raise UserError("Two parts of the recording hold the same images, or were thinned differently: record again.")
+        return cls(
+            family=first.family,
+            fingerprint=first.fingerprint,
+            images=max(part.images for part in parts),
+            drawings=tuple(drawings),
+            halvings=halvings.pop(),
+            shards=tuple(shards),
+            amplification=reduce(add_levels, (part.amplification for part in parts)),
+            created=min(part.created for part in parts),
+        )
 
     def digest(self, *kinds: str) -> str:
         """Hexadecimal; another one whenever something of these kinds is recorded or thinned; "amplification" is one."""
@@ -204,6 +234,17 @@ class Manifest:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(f"{path} is damaged ({error}): restore it or record into another folder.") from error
+
+
+def add_levels(total: Mapping[str, Levels], measured: Mapping[str, Levels]) -> Mapping[str, Levels]:
+    """Amplifications, by site and sigma (their sum, their number), of both together."""
+    together = {name: dict(levels) for name, levels in total.items()}
+    for name, levels in measured.items():
+        known = together.setdefault(name, {})
+        for sigma, (value, count) in levels.items():
+            before, times = known.get(sigma, (0.0, 0))
+            known[sigma] = (before + value, times + count)
+    return together
 
 
 def _level(number: Any) -> float:

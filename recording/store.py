@@ -32,7 +32,20 @@ from ..files import locked, write_safetensors
 from ..flux.checkpoint import open_safetensors
 from ..flux.fingerprint import Fingerprint
 from ..flux.layout import Site
-from .manifest import FORMAT, MANIFEST, Capture, Drawing, Kind, Limit, Manifest, Shard, nothing_recorded, require_model
+from .manifest import (
+    FORMAT,
+    MANIFEST,
+    Capture,
+    Drawing,
+    Kind,
+    Levels,
+    Limit,
+    Manifest,
+    Shard,
+    add_levels,
+    nothing_recorded,
+    require_model,
+)  # fmt: skip
 from .shards import ShardFile, halve, parts_at
 
 __all__ = ["MANIFEST", "HiddenStates", "Limit", "Manifest", "Rows"]
@@ -75,15 +88,16 @@ class HiddenStates:
         return cls(Path(folder), Manifest.load(Path(folder)))
 
     @classmethod
-    def for_model(cls, folder: str | os.PathLike[str], family: str, fingerprint: Fingerprint) -> HiddenStates:
-        """`folder` to add to; it is made where it is not there. Raises `UserError` where it holds another model's."""
+    def for_model(cls, folder: str | os.PathLike[str], family: str, fingerprint: Fingerprint, first: int = 0) -> HiddenStates:
+        """`folder` to add to; it is made where it is not there, with `first` as the number of its first image. Raises
+        `UserError` where it holds another model's."""
         folder = Path(folder)
         with locked(folder / MANIFEST):
             if (folder / MANIFEST).exists():
                 store = cls.open(folder)
                 store.require(fingerprint, "this model")
                 return store
-            store = cls(folder, Manifest(family, fingerprint))
+            store = cls(folder, Manifest(family, fingerprint, images=first))
             store.manifest.save(folder)
             return store
 
@@ -131,16 +145,10 @@ class HiddenStates:
                 self.manifest = replace(self.manifest, drawings=tuple(drawings))
         return True
 
-    def add_amplification(self, measured: Mapping[str, Mapping[float, tuple[float, int]]]) -> None:
+    def add_amplification(self, measured: Mapping[str, Levels]) -> None:
         """Adds measurements, by site and sigma (their sum, their number)."""
         with self._changing():
-            total = {name: dict(levels) for name, levels in self.manifest.amplification.items()}
-            for name, levels in measured.items():
-                known = total.setdefault(name, {})
-                for sigma, (value, count) in levels.items():
-                    before, times = known.get(sigma, (0.0, 0))
-                    known[sigma] = (before + value, times + count)
-            self.manifest = replace(self.manifest, amplification=total)
+            self.manifest = replace(self.manifest, amplification=add_levels(self.manifest.amplification, measured))
 
     @property
     def amplification(self) -> dict[str, float]:
@@ -254,7 +262,7 @@ class HiddenStates:
             self.manifest.save(self.folder)
 
 
-def _at(levels: Mapping[float, tuple[float, int]], sigma: np.ndarray) -> np.ndarray:
+def _at(levels: Levels, sigma: np.ndarray) -> np.ndarray:
     """Amplification at noise levels [n]: the mean of what was measured, in between interpolated, and beyond the outermost
     measurements as at the nearest (so the last step of a run counts as the one before it)."""
     known = sorted(levels.items())

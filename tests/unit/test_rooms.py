@@ -20,7 +20,7 @@ FLOORS = (
     {"analysis"},
     {"pruning"},
     {"retrain", "convert", "poking"},
-    {"nodes", "headless", "commands", "demo", "draw", "fit"},
+    {"nodes", "headless", "cluster", "commands", "demo", "draw", "fit"},
     {"cli"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

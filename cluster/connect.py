@@ -1,0 +1,147 @@
+"""A Ray cluster for the length of a `with`.
+
+    with connected("local"):                         # a Ray of this machine's own; "auto", "ray://host:10001", "host:6379"
+        require_room(Needs(gpus=1))
+        ...
+        still_there()                                # raises `Vanished` once the cluster does not answer
+
+The packages of this project are installed on every machine of a cluster, in one version.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UserError
+
+#: Seconds in which a cluster may be silent before it is given up: Ray ends a program that stays with it after 60.
+SILENCE = 15.0
+#: Seconds that saying goodbye to it may take.
+GOODBYE = 20.0
+
+
+class Vanished(UserError):
+    """The cluster does not answer any more."""
+
+    status = 3
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What Ray sets aside for one worker or task: processor cores and GPUs (shares of one count), and bytes of main memory."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    memory: int = 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As Ray takes them."""
+        given = {"num_cpus": self.cpus, "num_gpus": self.gpus, "memory": self.memory}
+        return {name: value for name, value in given.items() if value or name == "num_cpus"}
+
+    @property
+    def threads(self) -> int:
+        """How many threads torch may use."""
+        return max(1, int(self.cpus))
+
+    def __str__(self) -> str:
+        parts = [f"{self.cpus:g} CPU", *([f"{self.gpus:g} GPU"] if self.gpus else [])]
+        return " and ".join([*parts, *([f"{self.memory / 1e9:.3g} GB"] if self.memory else [])])
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    """Connects to the cluster at `address` ("auto": the one that this machine is part of), or starts one ("local").
+
+    Raises `UserError` where Ray is not installed, or nothing answers there.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("Work on a cluster runs on Ray, which is not installed: pip install 'flux-poke[cluster]'.")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address == "local":  # nobody else is to reach it; Ray looks at this when it is imported
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise Vanished(
+            f"No Ray cluster at {address} ({first:.200}): start one (ray start --head), give its address, or use local."
+        ) from error
+    try:
+        yield
+    finally:
+        _in_time(ray.shutdown, GOODBYE)
+
+
+def require_room(needs: Needs) -> int:
+    """How many workers with these `needs` the machines of the cluster have room for; raises `UserError` where none has any."""
+    import ray
+
+    wanted = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": float(needs.memory)}
+    machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
+    room = sum(
+        min(int(machine.get(name, 0.0) / amount) for name, amount in wanted.items() if amount) if needs.options else 0
+        for machine in machines
+    )
+    if not room:
+        there = "; ".join(
+            f"{machine.get('CPU', 0):g} CPU, {machine.get('GPU', 0):g} GPU, {machine.get('memory', 0) / 1e9:.3g} GB"
+            for machine in machines
+        )
+        raise UserError(f"No machine of the cluster has {needs} for a worker (they have {there or 'nothing'}): ask for less.")
+    return room
+
+
+class Pulse:
+    """Tells whether the cluster's head still answers: `still_there` is called every second or so."""
+
+    def __init__(self) -> None:
+        import ray
+
+        self._place: tuple[str, int] | None = None
+        if not ray.util.client.ray.is_connected():  # a client hears of it by itself
+            host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+            self._place = (host.strip("[]"), int(port))
+        self._heard = time.monotonic()
+
+    def still_there(self) -> None:
+        """Raises `Vanished` where it did not answer for `SILENCE` seconds."""
+        if self._place is None:
+            return
+        try:
+            with socket.create_connection(self._place, timeout=2.0):
+                self._heard = time.monotonic()
+        except OSError as error:
+            if time.monotonic() - self._heard > SILENCE:
+                raise Vanished(f"The Ray cluster at {':'.join(map(str, self._place))} no longer answers ({error}).") from error
+
+
+def results(references: Sequence[Any]) -> list[Any]:
+    """What tasks returned; the `UserError` of one that ended so, and `Vanished` where they were lost with the cluster."""
+    import ray
+
+    try:
+        return ray.get([*references])
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, UserError) else error) from error
+    except (ray.exceptions.RaySystemError, ray.exceptions.ObjectLostError, ConnectionError) as error:
+        raise Vanished(f"The Ray cluster lost what it did ({type(error).__name__}).") from error
+
+
+def _in_time(goodbye: Callable[[], object], seconds: float) -> None:
+    """Calls `goodbye`, and leaves it where it takes longer: what it speaks to may be gone."""
+    thread = threading.Thread(target=goodbye, daemon=True)
+    thread.start()
+    thread.join(seconds)

@@ -1,0 +1,206 @@
+"""The parts that a recording on a cluster is put together from, in a folder that all machines reach.
+
+    part = publish(shared, recording, [piece])       # by a worker: what it recorded of one piece
+    part = merge(shared, parts)                      # several become one
+    finish(shared, parts)                            # all of them become the recording
+
+A part is its internals and its manifest in `.parts/ID/`, and `.parts/ID.json`, written last, which says what is in it: what
+has no such file is not there. Shards stand in `hidden_states/` of the recording from the beginning, numbered by their piece, so
+that none is copied again. Whatever is attempted twice, and however parts were merged before a kill, every piece counts once: of
+parts that hold the same one, a single one is taken (`chosen`), and adding up refuses a piece that is there already
+(`Internals.queued`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from pathlib import Path
+
+from ..errors import UserError
+from ..files import write_safetensors
+from ..flux.checkpoint import open_safetensors
+from ..parsing import from_json
+from ..recording.internals import Internals
+from ..recording.manifest import MANIFEST, Manifest
+from ..recording.recording import INTERNALS, STATES, Recording
+from .shared import Shared
+
+FORMAT, PARTS = "flux-poke part 1", ".parts"
+#: Numbers that the shards of one piece may take.
+SHARDS = 1000
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part holds: the keys of its pieces, and whether there is a manifest beside the internals."""
+
+    id: str
+    pieces: tuple[str, ...]
+    states: bool
+
+    @property
+    def folder(self) -> str:
+        return f"{PARTS}/{self.id}"
+
+    @classmethod
+    def read(cls, shared: Shared, name: str) -> Part:
+        """Raises `UserError` where the file is damaged."""
+        text = shared.read(name)
+        try:
+            found = from_json(text)
+            if found["format"] != FORMAT:
+                raise ValueError(f"expected '{FORMAT}', found '{found['format']}'")
+            return cls(f"{found['id']}", tuple(map(str, found["pieces"])), bool(found["states"]))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{shared}/{name} is damaged ({error}): remove it, and its piece is recorded again.") from error
+
+    def internals(self, shared: Shared, folder: Path) -> Internals:
+        return Internals.load(shared.fetch(f"{self.folder}/{INTERNALS}", folder / f"{self.id}.safetensors"))
+
+    def manifest(self, shared: Shared, folder: Path) -> Manifest:
+        return Manifest.load(shared.fetch(f"{self.folder}/{MANIFEST}", folder / self.id / MANIFEST).parent)
+
+
+def publish(shared: Shared, recording: Recording, key: str, number: int, first: int) -> Part:
+    """Brings what was recorded of piece `number`, called `key`, to the shared folder; its images are number `first` and on.
+
+    Where the recording counts them from another number, they take theirs here. Raises `UserError` where nothing was counted.
+    """
+    internals = replace(recording.internals(), queued=frozenset({key}), last=None, drawn="")
+    manifest = recording.states().manifest if recording.kinds - {"internals"} else None
+    if manifest is not None:
+        by = first - min((drawing.first for drawing in manifest.drawings), default=first)
+        shards = []
+        for place, shard in enumerate(manifest.shards):
+            if place == SHARDS:
+                raise UserError(f"Images drawn at once left more than {SHARDS:,} files: record fewer at once.")
+            file = recording.states_folder / shard.file
+            if by:
+                _renumber(file, by)
+            name = f"{shard.kind}-{number * SHARDS + place:05d}.safetensors"
+            captures = tuple(replace(capture, image=capture.image + by) for capture in shard.captures)
+            shared.put(file, f"{STATES}/{name}")
+            shards.append(replace(shard, file=name, captures=captures))
+        drawings = tuple(drawing._replace(first=drawing.first + by) for drawing in manifest.drawings)
+        manifest = replace(manifest, images=manifest.images + by, drawings=drawings, shards=tuple(shards))
+    return _written(shared, uuid.uuid4().hex, [key], internals, manifest)
+
+
+def merge(shared: Shared, parts: Sequence[Part]) -> Part:
+    """One part that holds what these hold, which are gone then. A kill in the middle of it loses nothing: it is done again."""
+    id = hashlib.sha256(json.dumps(sorted(part.id for part in parts)).encode()).hexdigest()[:32]
+    if shared.exists(f"{PARTS}/{id}.json"):
+        merged = Part.read(shared, f"{PARTS}/{id}.json")
+    else:
+        with _folder() as folder:
+            merged = _written(shared, id, [key for part in parts for key in part.pieces], *_together(shared, parts, folder))
+    _remove(shared, parts)
+    return merged
+
+
+def finish(shared: Shared, parts: Sequence[Part]) -> None:
+    """Adds `parts` to the recording, which is made where there is none, and removes them.
+
+    A kill in the middle of it loses nothing and counts nothing twice: it is done again.
+    """
+    known = finished_pieces(shared)
+    new = [part for part in parts if not known & {*part.pieces}]
+    if not new:
+        return _remove(shared, parts)
+    with _folder() as folder:
+        internals, manifest = _together(shared, new, folder)
+        if manifest is not None:
+            if shared.exists(f"{STATES}/{MANIFEST}"):
+                earlier = Manifest.load(shared.fetch(f"{STATES}/{MANIFEST}", folder / "earlier" / MANIFEST).parent)
+                manifest = Manifest.joined([manifest, _without(earlier, manifest)])
+            manifest.save(folder)
+            shared.put(folder / MANIFEST, f"{STATES}/{MANIFEST}")
+        if shared.exists(INTERNALS):
+            internals = Internals.load(shared.fetch(INTERNALS, folder / "earlier" / INTERNALS)).merge(internals)
+        internals.save(folder / INTERNALS)
+        shared.put(folder / INTERNALS, INTERNALS)  # last: from now on these pieces are there
+    _remove(shared, parts)
+
+
+def find_parts(shared: Shared) -> tuple[frozenset[str], list[Part]]:
+    """Keys of the pieces that are in the recording, and the parts that are to be added to it; others are removed."""
+    known = finished_pieces(shared)
+    found = [Part.read(shared, name) for name in shared.names(PARTS, ".json")]
+    taken = chosen(found, known)
+    _remove(shared, [part for part in found if part not in taken])
+    return known, taken
+
+
+def finished_pieces(shared: Shared) -> frozenset[str]:
+    """Keys of the pieces that are in the recording."""
+    if not shared.exists(INTERNALS):
+        return frozenset()
+    with _folder() as folder:
+        return Internals.load(shared.fetch(INTERNALS, folder / INTERNALS)).queued
+
+
+def chosen(parts: Iterable[Part], known: Iterable[str] = ()) -> list[Part]:
+    """The parts that count: of those that hold the same piece one, the largest, and none that holds one of `known`."""
+    taken, keys = [], {*known}
+    for part in sorted(parts, key=lambda part: (-len(part.pieces), part.id)):
+        if not keys & {*part.pieces}:
+            taken.append(part)
+            keys |= {*part.pieces}
+    return taken
+
+
+def _together(shared: Shared, parts: Sequence[Part], folder: Path) -> tuple[Internals, Manifest | None]:
+    """What `parts` hold; one of them after the other is in memory."""
+    internals = reduce(Internals.merge, (part.internals(shared, folder) for part in parts))
+    manifests = [part.manifest(shared, folder) for part in parts if part.states]
+    return internals, Manifest.joined(manifests) if manifests else None
+
+
+def _without(earlier: Manifest, new: Manifest) -> Manifest:
+    """What `earlier` holds and `new` does not."""
+    images, files = {drawing.first for drawing in new.drawings}, {shard.file for shard in new.shards}
+    return replace(
+        earlier,
+        drawings=tuple(drawing for drawing in earlier.drawings if drawing.first not in images),
+        shards=tuple(shard for shard in earlier.shards if shard.file not in files),
+        amplification={} if new.amplification else earlier.amplification,
+    )
+
+
+def _written(shared: Shared, id: str, keys: Sequence[str], internals: Internals, manifest: Manifest | None) -> Part:
+    part = Part(id, tuple(keys), manifest is not None)
+    with _folder() as folder:
+        internals.save(folder / INTERNALS)
+        shared.put(folder / INTERNALS, f"{part.folder}/{INTERNALS}")
+        if manifest is not None:
+            manifest.save(folder)
+            shared.put(folder / MANIFEST, f"{part.folder}/{MANIFEST}")
+    shared.write(f"{part.folder}.json", json.dumps({"format": FORMAT, **asdict(part)}))
+    return part
+
+
+def _remove(shared: Shared, parts: Iterable[Part]) -> None:
+    for part in parts:
+        shared.remove(f"{part.folder}.json")
+        shared.remove(part.folder)
+
+
+def _renumber(file: Path, by: int) -> None:
+    """Adds `by` to the numbers of images in a shard."""
+    with open_safetensors(file) as opened:
+        tensors, header = {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata()
+    moved = {key: tensor + by if key.rpartition(".")[2] == "image" else tensor for key, tensor in tensors.items()}
+    write_safetensors(file, moved, header)
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="flux_poke_parts_") as folder:
+        yield Path(folder)

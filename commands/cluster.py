@@ -1,0 +1,99 @@
+"""The same work on many machines, on Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UserError
+from .recordings import What
+from .terminal import number, progress_bar, seed, spread, typed, whole
+
+if TYPE_CHECKING:
+    from ..cluster.connect import Needs
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Which machines, and what a worker takes of them."""
+
+    address: Annotated[
+        str, typer.Option(help="Ray cluster: local (this machine alone), auto, ray://host:10001 or host:6379.")
+    ] = "local"
+    workers: Annotated[int | None, whole(help="At most so many (default: as many as there is room for).", least=1)] = None
+    cpus_per_worker: Annotated[float, number(help="Processor cores of each.", least=0.01, most=1024)] = 1.0
+    gpus_per_worker: Annotated[float, number(help="GPUs of each; .5 lets two share one.", least=0.0, most=64)] = 0.0
+    memory_gb: Annotated[
+        float | None, number(help="Main memory that each needs (default: by the work).", least=0.01, most=10_000)
+    ] = None
+
+    def needs(self, estimated: float = 0.0) -> Needs:
+        """Of one worker, whose work takes about so many bytes."""
+        from ..cluster.connect import Needs
+
+        memory = estimated if self.memory_gb is None else self.memory_gb * 1e9
+        return Needs(self.cpus_per_worker, self.gpus_per_worker, int(memory))
+
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        from ..cluster.connect import connected
+
+        with connected(self.address):
+            yield
+
+
+@spread
+def record(
+    source: Annotated[
+        Path,
+        typer.Argument(help="A workflow in API form (.json) for ComfyUI, or a FLUX of the tiny kind (.safetensors)."),
+    ],
+    prompts: Annotated[str, typer.Option(help="Text file, one prompt per line; or hf:DATASET#COLUMN.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder that all machines reach, or a URL (s3://, gcs://, ...).")],
+    cluster: Cluster,
+    what: What,
+    comfyui: Annotated[
+        Path | None, typer.Option(help="Folder of ComfyUI on every machine; each worker starts one of its own.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="NODE.INPUT=VALUE in the workflow; may be given again.")
+    ] = None,
+    count: Annotated[int | None, whole(help="Only so many of the prompts.", least=1)] = None,
+    patience: Annotated[
+        float, number(help="Seconds without progress after which a worker is ended and replaced.", least=1, most=10**6)
+    ] = 600.0,
+    seed: Annotated[int, seed("Seed of the first image; each image takes the next.", most=2**62)] = 0,
+) -> None:
+    """Record a file of prompts on all machines of a cluster: the same as on one, however often workers are lost."""
+    from ..cluster.prompts import prompts_from
+    from ..cluster.record import ComfyJob, Job, TinyJob
+    from ..cluster.record import record as record_there
+    from ..headless.runs import read_graph
+
+    texts = prompts_from(prompts, count)
+    job: Job
+    if source.suffix == ".json":
+        if comfyui is None:
+            raise UserError("A workflow runs on ComfyUI: give the folder in which every machine has it with --comfyui.")
+        job = ComfyJob(read_graph(source), comfyui, set_ or (), patience=patience)
+    else:
+        job = TinyJob(source, what.wanted(seed), what.steps, what.batch, seed)
+    with cluster.connected(), progress_bar() as progress:
+        recorded = record_there(
+            job, texts, out, cluster.needs(), cluster.workers, 6 * patience, progress, lambda line: typer.echo(line, err=True)
+        )
+    there = f" ({recorded.before} of them were there)" if recorded.before else ""
+    lost = f"; {recorded.lost} times a worker was lost and its piece done again" if recorded.lost else ""
+    typer.echo(f"{out}: {recorded.pieces - len(recorded.failed)} of {recorded.pieces} pieces{there}{lost}")
+    if recorded.failed:
+        first, why = next(iter(recorded.failed.items()))
+        raise UserError(
+            f"{len(recorded.failed)} of {recorded.pieces} pieces failed, first {first}: {why} The same command tries them "
+            "again."
+        )
+    typer.echo(typed("internals", "show", out))

@@ -2,14 +2,14 @@
 
     with connected("local"):                         # a Ray of this machine's own; "auto", "ray://host:10001", "host:6379"
         require_room(Needs(gpus=1))
-        ...
-        still_there()                                # raises `Vanished` once the cluster does not answer
+        watched(work)                                # raises `Vanished` where the cluster does not answer any more
 
 The packages of this project are installed on every machine of a cluster, in one version.
 """
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import logging
 import os
@@ -19,14 +19,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import UserError
+from ..progress import Progress, silent
+
+Result = TypeVar("Result")
 
 #: Seconds in which a cluster may be silent before it is given up: Ray ends a program that stays with it after 60.
 SILENCE = 15.0
-#: Seconds that saying goodbye to it may take.
-GOODBYE = 20.0
+#: Seconds that saying goodbye to it may take, and between two looks at it.
+GOODBYE, LOOK = 20.0, 0.5
 
 
 class Vanished(UserError):
@@ -68,21 +71,24 @@ def connected(address: str) -> Iterator[None]:
     if importlib.util.find_spec("ray") is None:
         raise UserError("Work on a cluster runs on Ray, which is not installed: pip install 'flux-poke[cluster]'.")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # to any other cluster, where this one is lost
     if address == "local":  # nobody else is to reach it; Ray looks at this when it is imported
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
+    nobody = "start one (ray start --head), give its address, or use local."
+    if ":" in address and not _answers(address.removeprefix("ray://")):  # Ray would try for minutes
+        raise Vanished(f"No Ray cluster answers at {address}: {nobody}")
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise Vanished(
-            f"No Ray cluster at {address} ({first:.200}): start one (ray start --head), give its address, or use local."
-        ) from error
+        raise Vanished(f"No Ray cluster answers at {address} ({first:.200}): {nobody}") from error
     try:
         yield
     finally:
-        _in_time(ray.shutdown, GOODBYE)
+        if not _in_time(ray.shutdown, GOODBYE):
+            atexit.unregister(ray.shutdown)
 
 
 def require_room(needs: Needs) -> int:
@@ -104,28 +110,58 @@ def require_room(needs: Needs) -> int:
     return room
 
 
-class Pulse:
-    """Tells whether the cluster's head still answers: `still_there` is called every second or so."""
+def watched(work: Callable[[Progress], Result], progress: Progress = silent) -> Result:
+    """What `work` returns, which is done in a thread of its own: Ray waits for a head that is gone until it ends the program.
 
-    def __init__(self) -> None:
-        import ray
+    Raises `Vanished` where the head did not answer for `SILENCE` seconds. An exception from `progress`, which is told every
+    second at least, and Ctrl-C, stop the work as soon as it tells its progress.
+    """
+    import ray
 
-        self._place: tuple[str, int] | None = None
-        if not ray.util.client.ray.is_connected():  # a client hears of it by itself
-            host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-            self._place = (host.strip("[]"), int(port))
-        self._heard = time.monotonic()
+    place = None if ray.util.client.ray.is_connected() else ray.get_runtime_context().gcs_address  # a client hears of it itself
+    state: list[tuple[str, float, float]] = [("beginning", 0.0, 1.0)]
+    stop, found, failed = threading.Event(), list[Result](), list[BaseException]()
 
-    def still_there(self) -> None:
-        """Raises `Vanished` where it did not answer for `SILENCE` seconds."""
-        if self._place is None:
-            return
+    def told(what: str, done: float, total: float) -> None:
+        state[0] = (what, done, total)
+        if stop.is_set():
+            raise KeyboardInterrupt
+
+    def run() -> None:
         try:
-            with socket.create_connection(self._place, timeout=2.0):
-                self._heard = time.monotonic()
-        except OSError as error:
-            if time.monotonic() - self._heard > SILENCE:
-                raise Vanished(f"The Ray cluster at {':'.join(map(str, self._place))} no longer answers ({error}).") from error
+            found.append(work(told))
+        except BaseException as error:
+            failed.append(error)
+
+    thread, heard = threading.Thread(target=run, daemon=True), time.monotonic()
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(LOOK)
+            progress(*state[0])
+            if place is None or _answers(place):
+                heard = time.monotonic()
+            elif time.monotonic() - heard > SILENCE:
+                raise Vanished(f"The Ray cluster at {place} no longer answers.")
+    except Vanished:
+        raise
+    except BaseException:
+        stop.set()
+        thread.join(GOODBYE)
+        raise
+    if failed:
+        raise failed[0]
+    return found[0]
+
+
+def _answers(place: str) -> bool:
+    """Whether somebody listens at host:port."""
+    host, _, port = place.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2.0).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def results(references: Sequence[Any]) -> list[Any]:
@@ -140,8 +176,9 @@ def results(references: Sequence[Any]) -> list[Any]:
         raise Vanished(f"The Ray cluster lost what it did ({type(error).__name__}).") from error
 
 
-def _in_time(goodbye: Callable[[], object], seconds: float) -> None:
-    """Calls `goodbye`, and leaves it where it takes longer: what it speaks to may be gone."""
+def _in_time(goodbye: Callable[[], object], seconds: float) -> bool:
+    """Calls `goodbye`, and leaves it where it takes longer: what it speaks to may be gone. Whether it came to its end."""
     thread = threading.Thread(target=goodbye, daemon=True)
     thread.start()
     thread.join(seconds)
+    return not thread.is_alive()

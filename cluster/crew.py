@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from ..errors import UserError
 from ..progress import Progress, silent
-from .connect import Pulse
+from .connect import watched
 
 #: Workers that may be lost over one piece before it is taken to be what ends them.
 LOSSES = 4
@@ -80,7 +80,7 @@ def share(
     A piece that ends in `UserError` failed, and the others go on. Raises `UserError` where a worker cannot begin, or none does
     within `PATIENCE` seconds, and `Vanished` where the cluster no longer answers.
     """
-    return _Crew(pieces, hire, done, patience, progress, say).run(min(workers, len(pieces)))
+    return watched(lambda told: _Crew(pieces, hire, done, patience, told, say).run(min(workers, len(pieces))), progress)
 
 
 class _Crew(Generic[Piece]):
@@ -100,7 +100,6 @@ class _Crew(Generic[Piece]):
         self.losses: Counter[Piece] = Counter()
         self.outcome: Outcome[Piece] = Outcome()
         self.began = time.monotonic()
-        self.pulse = Pulse()
 
     def run(self, workers: int) -> Outcome[Piece]:
         import ray
@@ -109,7 +108,6 @@ class _Crew(Generic[Piece]):
             for _ in range(workers):
                 self._begin(_Worker(self.hire()))
             while self.ended < self.total:
-                self.pulse.still_there()
                 self._tell()
                 ended, _ = ray.wait([*self.busy], timeout=LOOK) if self.busy else ([], [])
                 for result in ended:

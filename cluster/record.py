@@ -29,7 +29,7 @@ from ..progress import Progress, silent
 from ..recording.drawing import Wanted
 from ..recording.manifest import MANIFEST
 from ..recording.recording import INTERNALS, STATES
-from .connect import Needs, Vanished, require_room, results
+from .connect import Needs, Vanished, require_room, results, watched
 from .crew import share
 from .parts import Part, find_parts, finish, merge
 from .pieces import Piece, drawn_pieces, queued_pieces
@@ -161,9 +161,9 @@ def record(
 
     try:
         outcome = share(left, lambda: actor.remote(*arguments), workers or room, done, patience, progress, say)
-        merger.finish(progress)
+        watched(merger.finish, progress)
     except Vanished as error:
-        raise Vanished(f"{error} What was recorded is in {shared}: the same command goes on.") from error
+        raise Vanished(f"{error} What was recorded is in {shared}. The same command goes on.") from error
     failed = {piece.name: why for piece, why in outcome.failed.items()}
     return Recorded(len(pieces), len(pieces) - len(left), failed, outcome.lost)
 

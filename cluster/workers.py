@@ -99,7 +99,8 @@ class ComfyWorker:
     def _client(self) -> ComfyClient:
         """A connection to the ComfyUI, which is started where there is none."""
         if self.client is None:
-            options = [*start_options(), *self.options, "--output-directory", str(self.folder)]
+            own = ["--output-directory", str(self.folder), "--temp-directory", str(self.folder / "temp")]
+            options = [*start_options(), *own, *self.options]
             self.server = ComfyServer(self.comfyui, options, log=self.folder / "comfyui.log")
             self.server.__enter__()
             self.client = ComfyClient(self.server.address)

@@ -1,0 +1,71 @@
+"""A Ray cluster of two machines, both on this one, and what happens to such: workers and machines are lost.
+
+with two_nodes() as nodes:
+    nodes.lose_worker("TinyWorker"), nodes.lose_machine(), nodes.lose_all()
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import pytest
+
+# Both are read when Ray is imported: its machines are reached on 127.0.0.1 alone, and it tells nobody of itself.
+os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@dataclass
+class Nodes:
+    cluster: Any
+    second: list[Any] = field(default_factory=list)
+
+    @property
+    def address(self) -> str:
+        return self.cluster.address
+
+    def add_machine(self) -> None:
+        options = {"num_cpus": 2, "node_ip_address": "127.0.0.1", "object_store_memory": 100_000_000}
+        self.second.append(self.cluster.add_node(**options))
+
+    def lose_machine(self) -> None:
+        self.cluster.remove_node(self.second.pop(), allow_graceful=False)
+
+    def lose_all(self) -> None:
+        self.cluster.remove_node(self.cluster.head_node, allow_graceful=False)
+
+    def workers(self, kind: str) -> list[psutil.Process]:
+        """Processes of actors of a class, those of this cluster and of this test run."""
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if kind in "".join(process.cmdline()) and process.cmdline()[0].startswith("ray::"):
+                    found.append(process)
+        return found
+
+    def lose_worker(self, kind: str, number: int = 0, how: signal.Signals = signal.SIGKILL) -> bool:
+        """Whether there was one."""
+        workers = self.workers(kind)
+        if workers:
+            with suppress(psutil.Error):
+                workers[number % len(workers)].send_signal(how)
+        return bool(workers)
+
+
+@contextmanager
+def two_nodes(cpus: int = 2) -> Iterator[Nodes]:
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": cpus, "node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": 100_000_000}
+    nodes = Nodes(Cluster(initialize_head=True, head_node_args=head))
+    nodes.add_machine()
+    try:
+        yield nodes
+    finally:
+        nodes.cluster.shutdown()

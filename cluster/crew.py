@@ -28,8 +28,6 @@ LOOK, PATIENCE = 0.5, 900.0
 class Lost(UserError):
     """Raised by a worker that cannot go on with its piece, which another one may: a ComfyUI that hangs."""
 
-    __module__ = "flux_poke.errors"
-
 
 class Named(Hashable, Protocol):
     """A piece of work: equal ones are one."""

@@ -6,6 +6,7 @@ pieces = queued_pieces(runs)                                       # runs of a w
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -13,6 +14,12 @@ from dataclasses import dataclass, field
 
 from ..headless.runs import Run
 from ..headless.workflow import Graph
+
+#: What Record Options says where there is none.
+_OPTIONS = {
+    "streams": "all", "sigma_from": 0.0, "sigma_to": 1.0, "when_full": "thin", "ignore_padding": True, "positive_only": False,
+    "sample_seed": 0, "append": True,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,5 +53,23 @@ def drawn_pieces(prompts: Sequence[str], seed: int, batch: int, settings: str) -
 
 
 def queued_pieces(runs: Sequence[Run]) -> list[Piece]:
-    """One run each."""
-    return [Piece(run.key, place, run.number, (run.prompt,), graph=run.graph) for place, run in enumerate(runs)]
+    """One run each. Every one is recorded into a folder of its own, so it is told what those before it leave to it: its steps
+    and tokens are drawn by another seed, and amplifications are measured by the first one."""
+    return [
+        Piece(run.key, place, run.number, (run.prompt,), graph=_numbered(run.graph, place)) for place, run in enumerate(runs)
+    ]
+
+
+def _numbered(graph: Graph, place: int) -> Graph:
+    found = copy.deepcopy(graph)
+    for number, node in [*found.items()]:
+        inputs = node["inputs"]
+        if node["class_type"] == "FluxPokeRecord" and "options" not in inputs:
+            found[f"options of {number}"] = {"class_type": "FluxPokeRecordOptions", "inputs": dict(_OPTIONS)}
+            inputs["options"] = [f"options of {number}", 0]
+        if place and type(inputs.get("probe_steps")) is int:
+            inputs["probe_steps"] = 0
+    for node in found.values():
+        if type(node["inputs"].get("sample_seed")) is int:
+            node["inputs"]["sample_seed"] += place
+    return found

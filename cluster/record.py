@@ -66,6 +66,12 @@ class TinyJob:
     batch: int = 16
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not self.wanted.internals or self.wanted.atlas:
+            raise UserError(
+                "A cluster records internals, with or without hidden states, and no atlas: give --what internals,..."
+            )
+
     def about(self) -> dict[str, Any]:
         model = Fingerprint.of_checkpoint(Checkpoint(self.checkpoint)).digest
         return {"model": model, "wanted": repr(self.wanted), "steps": self.steps, "batch": self.batch, "seed": self.seed}
@@ -103,10 +109,6 @@ class ComfyJob:
                 f"The workflow records under {len(names)} names ({', '.join(names) or 'none'}), and one is expected: have one "
                 "Record node in it, or give all of them the same recording."
             )
-        for run in runs:  # others of every image, as on one machine
-            for node in run.graph.values():
-                if type(node["inputs"].get("sample_seed")) is int:
-                    node["inputs"]["sample_seed"] += run.number
         return queued_pieces(runs)
 
     def worker(self, url: str, needs: Needs) -> tuple[type, tuple[Any, ...]]:

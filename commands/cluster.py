@@ -73,7 +73,9 @@ def record(
     from ..cluster.prompts import prompts_from
     from ..cluster.record import ComfyJob, Job, TinyJob
     from ..cluster.record import record as record_there
+    from ..files import size_text
     from ..headless.runs import read_graph
+    from ..tiny.model import TinyFlux
 
     texts = prompts_from(prompts, count)
     job: Job
@@ -82,7 +84,14 @@ def record(
             raise UserError("A workflow runs on ComfyUI: give the folder in which every machine has it with --comfyui.")
         job = ComfyJob(read_graph(source), comfyui, set_ or (), patience=patience)
     else:
-        job = TinyJob(source, what.wanted(seed), what.steps, what.batch, seed)
+        wanted = what.wanted(seed)
+        for kind, size in wanted.estimated_bytes(TinyFlux.load(source), what.steps, len(texts)).items():
+            if wanted.limit is not None and size > wanted.limit.bytes:
+                raise UserError(
+                    f"{len(texts):,} prompts take up to {size_text(size)} of {kind}, and {size_text(wanted.limit.bytes)} are "
+                    "allowed: keep fewer rows or steps, or raise --max-gb (on a cluster, nothing is thinned out afterwards)."
+                )
+        job = TinyJob(source, wanted, what.steps, what.batch, seed)
     with cluster.connected(), progress_bar() as progress:
         recorded = record_there(
             job, texts, out, cluster.needs(), cluster.workers, 6 * patience, progress, lambda line: typer.echo(line, err=True)

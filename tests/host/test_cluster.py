@@ -17,7 +17,6 @@ from flux_poke.cluster.record import ComfyJob, record
 from flux_poke.errors import UserError
 from flux_poke.headless.client import ComfyClient
 from flux_poke.headless.runs import make_runs
-from flux_poke.recording.internals import Internals
 from flux_poke.recording.recording import Recording
 from flux_poke.tiny.words import digit_prompts
 from two_nodes import two_nodes
@@ -30,7 +29,8 @@ def graph(workflow) -> dict:
     """The shipped graph that records a picture, quick; internals and rows under one name."""
     graph = workflow("try_it_tiny")
     del graph["9"], graph["10"]
-    graph["2"]["inputs"]["name"] = "of a cluster"
+    record = {"name": "of a cluster", "rows": 8, "steps": 1, "max_gb": 1.0, "probe_steps": 1}
+    graph["2"] = {"class_type": "FluxPokeRecord", "inputs": {"model": graph["2"]["inputs"]["model"], **record}}
     graph["5"]["inputs"]["batch_size"] = 1
     graph["6"]["inputs"] |= {"steps": 3, "seed": 5}
     graph["8"]["inputs"] |= {"images": ["7", 0]}
@@ -56,7 +56,7 @@ def require_gone(processes: list[psutil.Process]) -> None:
 def test_a_comfyui_that_hangs_is_replaced_and_every_run_counts_once(host, client: ComfyClient, graph, tmp_path):
     for run in make_runs(graph, [], PROMPTS):
         client.run(run.graph)
-    alone = Internals.load(host.recorded("of a cluster"))
+    alone = Recording.open(host.recorded("of a cluster"))
 
     seen: list[psutil.Process] = []
 
@@ -75,13 +75,15 @@ def test_a_comfyui_that_hangs_is_replaced_and_every_run_counts_once(host, client
     assert not recorded.failed
     assert "its ComfyUI was at" in said[0] or "No ComfyUI answers" in said[0]
     found = Recording.open(tmp_path / "all")
-    assert found.internals().runs == alone.runs == len(PROMPTS)
-    for name, site in alone.sites.items():
+    assert found.internals().runs == alone.internals().runs == len(PROMPTS)
+    for name, site in alone.internals().sites.items():
         assert torch.equal(found.internals().sites[name].fires, site.fires)
         assert torch.equal(found.internals().sites[name].sum, site.sum)
     assert found.states().images("single-0").tolist() == [*range(len(PROMPTS))]
-    steps = {tuple(rows.step.unique().tolist()) for rows in found.states().rows("single-0")}
-    assert steps
+    rows = next(found.states().rows("single-0"))
+    assert len(rows) == len(next(alone.states().rows("single-0"))) == 8 * len(PROMPTS)
+    assert len(rows.step.unique()) > 1  # others in every image
+    assert found.states().amplification == alone.states().amplification
     require_gone([*seen, *comfyuis()])
 
 

@@ -1,7 +1,7 @@
 """What a recording on a cluster is divided into: the prompts that are drawn at once, each with its seed and its number.
 
 pieces = drawn_pieces(prompts, seed=0, batch=16, settings="...")   # by the reference runtime
-pieces = queued_pieces(runs)                                       # runs of a workflow on ComfyUI, one prompt each
+pieces = queued_pieces(runs, batch=16)                             # runs of a workflow on ComfyUI, one prompt each
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class Piece:
-    """Images number `first` and on, drawn at once, from `seed` and on; or one run of a `graph`.
+    """Images number `first` and on, drawn at once, from `seed` and on; or runs of `graphs`, one after the other.
 
     `key` is the same in every attempt, and of no other piece; `number` is its place among all of them.
     """
@@ -34,7 +34,7 @@ class Piece:
     first: int
     prompts: tuple[str, ...]
     seed: int = 0
-    graph: Graph = field(default_factory=dict, compare=False, repr=False)
+    graphs: tuple[Graph, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -52,12 +52,16 @@ def drawn_pieces(prompts: Sequence[str], seed: int, batch: int, settings: str) -
     return pieces
 
 
-def queued_pieces(runs: Sequence[Run]) -> list[Piece]:
-    """One run each. Every one is recorded into a folder of its own, so it is told what those before it leave to it: its steps
-    and tokens are drawn by another seed, and amplifications are measured by the first one."""
-    return [
-        Piece(run.key, place, run.number, (run.prompt,), graph=_numbered(run.graph, place)) for place, run in enumerate(runs)
-    ]
+def queued_pieces(runs: Sequence[Run], batch: int) -> list[Piece]:
+    """`batch` runs each, which are recorded into one folder. It is told what those before it leave to it: its steps and tokens
+    are drawn by another seed, and amplifications are measured by the first one."""
+    pieces = []
+    for number, first in enumerate(range(0, len(runs), batch)):
+        some = runs[first : first + batch]
+        key = hashlib.sha256(json.dumps([run.key for run in some]).encode()).hexdigest()[:16]
+        graphs = tuple(_numbered(run.graph, number) for run in some)
+        pieces.append(Piece(key, number, first, tuple(run.prompt for run in some), graphs=graphs))
+    return pieces
 
 
 def _numbered(graph: Graph, place: int) -> Graph:

@@ -89,12 +89,14 @@ class TinyJob:
 class ComfyJob:
     """By ComfyUI: a workflow in API form that records under one name, on servers from the folder `comfyui` of every machine.
 
-    `settings` are NODE.INPUT=VALUE, as `flux-poke queue` takes them; a run that tells nothing for `patience` seconds hangs.
+    `settings` are NODE.INPUT=VALUE, as `flux-poke queue` takes them; what `batch` runs leave is brought together; a run that
+    tells nothing for `patience` seconds hangs.
     """
 
     graph: Graph
     comfyui: Path
     settings: Sequence[str] = ()
+    batch: int = 16
     options: Sequence[str] = ()
     patience: float = 600.0
 
@@ -109,7 +111,7 @@ class ComfyJob:
                 f"The workflow records under {len(names)} names ({', '.join(names) or 'none'}), and one is expected: have one "
                 "Record node in it, or give all of them the same recording."
             )
-        return queued_pieces(runs)
+        return queued_pieces(runs, self.batch)
 
     def worker(self, url: str, needs: Needs) -> tuple[type, tuple[Any, ...]]:
         from .workers import ComfyWorker

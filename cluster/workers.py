@@ -26,6 +26,7 @@ from ..headless.queue import OUTPUT, marked, recording_names
 from ..headless.runs import Run
 from ..headless.server import ComfyServer, start_options
 from ..headless.workflow import follow
+from ..progress import Progress
 from ..recording.drawing import Together, Wanted, record_some
 from ..recording.queued import QueuedRun
 from ..recording.recording import Recording
@@ -72,11 +73,23 @@ class ComfyWorker:
         self._client()
 
     def work(self, piece: Piece) -> Part:
-        run = Run(piece.number, piece.key, dict(piece.graph), piece.prompts[0])
-        (name,) = recording_names([run])
+        (name,) = recording_names([Run(0, "", graph) for graph in piece.graphs])
         recording = Recording.at(self.folder / OUTPUT / name)
         shutil.rmtree(recording.folder, ignore_errors=True)  # of an attempt that failed
-        attempt = str(uuid.uuid4())
+        try:
+            for number, graph in enumerate(piece.graphs):
+                attempt = str(uuid.uuid4())
+                marks = QueuedRun(f"{piece.key}-{number}", attempt)
+                follow(self._client(), marked(graph, marks), self._watch(), piece.name, prompt_id=attempt)
+        except (Unreachable, Restarted, Lost) as error:
+            self.close()
+            raise Lost(f"{error}") from error
+        if "internals" not in recording.kinds:
+            raise UserError("nothing was counted: the workflow draws nothing that Record watches.")
+        return publish(self.shared, recording, piece.key, piece.number, piece.first)
+
+    def _watch(self) -> Progress:
+        """Progress of a run that ends in `Lost` where nothing changes for too long."""
         state, since = "", time.monotonic()
 
         def watch(doing: str, part: float, of: float) -> None:
@@ -86,15 +99,7 @@ class ComfyWorker:
             if time.monotonic() - since > self.patience:
                 raise Lost(f"its ComfyUI was at {doing!r} for more than {self.patience:.0f} s")
 
-        try:
-            graph = marked(run.graph, QueuedRun(piece.key, attempt))
-            follow(self._client(), graph, watch, piece.name, prompt_id=attempt)
-            if "internals" not in recording.kinds:
-                raise UserError("nothing was counted: the workflow draws nothing that Record watches.")
-            return publish(self.shared, recording, piece.key, piece.number, piece.first)
-        except (Unreachable, Restarted, Lost) as error:
-            self.close()
-            raise Lost(f"{error}") from error
+        return watch
 
     def _client(self) -> ComfyClient:
         """A connection to the ComfyUI, which is started where there is none."""

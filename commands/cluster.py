@@ -82,7 +82,7 @@ def record(
     if source.suffix == ".json":
         if comfyui is None:
             raise UserError("A workflow runs on ComfyUI: give the folder in which every machine has it with --comfyui.")
-        job = ComfyJob(read_graph(source), comfyui, set_ or (), patience=patience)
+        job = ComfyJob(read_graph(source), comfyui, set_ or (), what.batch, patience=patience)
     else:
         wanted = what.wanted(seed)
         for kind, size in wanted.estimated_bytes(TinyFlux.load(source), what.steps, len(texts)).items():

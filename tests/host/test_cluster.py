@@ -66,7 +66,7 @@ def test_a_comfyui_that_hangs_is_replaced_and_every_run_counts_once(host, client
             seen[0].send_signal(signal.SIGSTOP)
 
     options = ["--base-directory", str(host.base), *host.options]
-    job = ComfyJob(copy.deepcopy(graph), host.comfyui, options=options, patience=10)
+    job = ComfyJob(copy.deepcopy(graph), host.comfyui, batch=2, options=options, patience=10)
     said: list[str] = []
     with two_nodes(1) as nodes, connected(nodes.address):
         recorded = record(job, PROMPTS, str(tmp_path / "all"), Needs(), 2, 300, progress, said.append)
@@ -82,7 +82,7 @@ def test_a_comfyui_that_hangs_is_replaced_and_every_run_counts_once(host, client
     assert found.states().images("single-0").tolist() == [*range(len(PROMPTS))]
     rows = next(found.states().rows("single-0"))
     assert len(rows) == len(next(alone.states().rows("single-0"))) == 8 * len(PROMPTS)
-    assert len(rows.step.unique()) > 1  # others in every image
+    assert len(rows.step.unique()) > 1  # others in every piece
     assert found.states().amplification == alone.states().amplification
     require_gone([*seen, *comfyuis()])
 

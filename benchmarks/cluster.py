@@ -1,0 +1,159 @@
+"""A recording on a Ray cluster of two machines (both this one): what workers add, what losses cost, what a simulation says.
+
+    OMP_NUM_THREADS=1 uv run python benchmarks/cluster.py [--prompts 200] [--batch 4]
+
+The tiny FLUX draws the same prompts in one process, and on the cluster with 1, 2 and 4 workers of one thread each; then with 4
+workers while workers are killed every few seconds and one machine is lost and comes back. All recordings are compared with that
+of one process, to the last bit. `benchmarks/scale.py` predicts the runs with 2 and 4 workers from that with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from figures import figure
+from flux_poke.cluster.connect import Needs, connected
+from flux_poke.cluster.crew import share
+from flux_poke.cluster.pieces import drawn_pieces
+from flux_poke.cluster.record import TinyJob, record
+from flux_poke.recording.drawing import Wanted
+from flux_poke.recording.drawing import record as record_here
+from flux_poke.recording.manifest import Limit
+from flux_poke.recording.recording import Recording
+from flux_poke.recording.rows import RowChoice
+from flux_poke.tiny.model import FOLDER
+from flux_poke.tiny.words import digit_prompts
+from scale import Service, simulate
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "unit"))
+from two_nodes import Nodes, two_nodes
+
+TINY = FOLDER / "flux.safetensors"
+WANTED = Wanted(internals=True, rows=RowChoice(64), limit=Limit(1.0))
+#: Seconds between two losses, on average.
+LOSSES = 5.0
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Seconds: of all, until the first piece was written, between the first and the last one, and from then on to the end."""
+
+    seconds: float
+    first: float
+    between: float
+    end: float
+
+    @classmethod
+    def of(cls, folder: Path, began: float) -> Timeline:
+        written = sorted(path.stat().st_mtime for path in folder.glob("hidden_states/rows-*.safetensors"))
+        end = time.time()
+        return cls(end - began, written[0] - began, written[-1] - written[0], end - written[-1])
+
+    def service(self, pieces: int) -> Service:
+        """What a run with one worker tells of how long things take."""
+        draw = self.between / (pieces - 1)
+        return Service(start=self.first - draw, draw=draw, finish=self.end)
+
+
+class Losing:
+    """Progress that now and then kills a worker, and once takes a machine away, which comes back."""
+
+    def __init__(self, nodes: Nodes, seed: int):
+        self.nodes, self.random = nodes, random.Random(seed)
+        self.kills, self.machine, self.next = 0, "there", time.monotonic() + LOSSES
+
+    def __call__(self, what: str, done: float, total: float) -> None:
+        if done >= total / 3 and self.machine == "there":
+            self.nodes.lose_machine()
+            self.machine = "lost"
+        elif done >= total / 2 and self.machine == "lost":
+            self.nodes.add_machine()
+            self.machine = "back"
+        if time.monotonic() > self.next:
+            self.kills += self.nodes.lose_worker("TinyWorker.work", self.random.randrange(4))
+            self.next = time.monotonic() + self.random.expovariate(1 / LOSSES)
+
+
+class Idle:
+    """A worker to which nothing is any work."""
+
+    def ready(self) -> None: ...
+
+    def work(self, piece: object) -> None: ...
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    prompts = [digit_prompts(number % 10)[number // 10 % 26] for number in range(given.prompts)]
+    job = TinyJob(TINY, WANTED, batch=given.batch, seed=given.seed)
+    pieces = len(job.pieces(prompts))
+    with tempfile.TemporaryDirectory() as folder:
+        alone, began = Recording.at(Path(folder) / "alone"), time.monotonic()
+        record_here(TINY, prompts, alone, WANTED, given.seed, batch=given.batch)
+        seconds = time.monotonic() - began
+        figure(f"one process: {seconds:.1f} s, {seconds / pieces:.3f} a piece of {pieces}", seconds=seconds, pieces=pieces)
+        with two_nodes() as nodes, connected(nodes.address):
+            runs: dict[int, Timeline] = {}
+            for workers in (1, 2, 4):
+                out, began = Path(folder) / f"{workers}", time.time()
+                record(job, prompts, str(out), Needs(), workers)
+                runs[workers] = run = Timeline.of(out, began)
+                require_equal(alone, Recording.open(out))
+                speed = runs[1].between / run.between * (pieces - workers) / (pieces - 1)
+                figure(
+                    f"{workers} workers: {run.seconds:.1f} s (first piece after {run.first:.1f}, then {run.between:.1f}, end "
+                    f"{run.end:.1f}); {speed:.2f} times as fast between the first and the last piece, equal to one process",
+                    workers=workers, seconds=run.seconds, speed=speed,
+                )  # fmt: skip
+            for workers in (2, 4):
+                expected = simulate(runs[1].service(pieces), pieces, workers, cores=os.cpu_count()).seconds
+                part = expected / runs[workers].seconds
+                figure(
+                    f"{workers} workers, simulated: {expected:.1f} s, {part:.2f} of what was measured",
+                    workers=workers,
+                    part=part,
+                )
+            losing, out, began = Losing(nodes, given.seed), Path(folder) / "losses", time.time()
+            recorded = record(job, prompts, str(out), Needs(), 4, progress=losing)
+            require_equal(alone, Recording.open(out))
+            seconds = time.time() - began
+            figure(
+                f"4 workers, {losing.kills} killed and a machine lost ({losing.machine}): {recorded.lost} pieces done again, "
+                f"{seconds:.1f} s, equal to one process",
+                kills=losing.kills, lost=recorded.lost, seconds=seconds,
+            )  # fmt: skip
+            import ray
+
+            nothing, began = drawn_pieces(["-"] * 400, 0, 1, ""), time.monotonic()
+            share(nothing, lambda: ray.remote(num_cpus=1)(Idle).remote(), 4, lambda piece, _: None, 60)
+            took = time.monotonic() - began
+            figure(f"the head: {1000 * took / 400:.1f} ms for each of 400 pieces that are no work", ms=1000 * took / 400)
+
+
+def require_equal(one: Recording, other: Recording) -> None:
+    """To the last count, and the last bit of every row."""
+    for name, site in one.internals().sites.items():
+        found = other.internals().sites[name]
+        assert site.tokens == found.tokens
+        for part in ("fires", "sum", "sum_sq"):
+            assert torch.equal(getattr(site, part), getattr(found, part)), name
+        for rows, same in zip(one.states().rows(name), other.states().rows(name), strict=True):
+            assert torch.equal(rows.x, same.x), name
+            assert torch.equal(rows.image, same.image), name
+
+
+if __name__ == "__main__":
+    main()

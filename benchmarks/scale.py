@@ -2,8 +2,8 @@
 
     uv run --with simpy python benchmarks/scale.py [--seconds 15] [--start 90] [--price 2.5]
 
-Workers take pieces from the head, draw them, and write what they recorded to one shared folder; parts are merged `FAN` at a time,
-and workers are lost and begin again. `benchmarks/cluster.py` compares it with what was measured on two cores. `--seconds` an
+Workers take pieces from the head, draw them, and write what they recorded to one shared folder; parts are merged `FAN` at a
+time, and workers are lost and begin again. `benchmarks/cluster.py` compares it with what was measured on two cores. `--seconds` an
 image, `--start` of a worker and `--price` of a GPU and hour are assumptions: put your own.
 """
 
@@ -67,6 +67,7 @@ class Cluster:
         self.ended, self.parts, self.lost = 0, 0, 0
         self.used = {"drawn": 0.0, "folder": 0.0, "head": 0.0}
         self.pieces, self.all = pieces, self.env.event()
+        self.merges: list[simpy.Process] = []
 
     def run(self) -> Simulated:
         for _ in range(self.workers):
@@ -97,7 +98,7 @@ class Cluster:
             self.parts += 1
             if self.parts >= FAN:
                 self.parts -= FAN
-                self.env.process(self._merge(FAN))
+                self.merges.append(self.env.process(self._merge(FAN)))
             if self.ended == self.pieces:
                 self.all.succeed()
 
@@ -108,6 +109,7 @@ class Cluster:
         yield from self._compute(share * parts * self.service.merge)
 
     def _finish(self) -> Generator:
+        yield self.env.all_of(self.merges)
         yield self.env.timeout(self.service.finish)
 
     def _compute(self, seconds: float) -> Generator:
@@ -157,8 +159,8 @@ def main() -> None:
                     hours = found.seconds / 3600
                     figure(
                         f"{place}, {batch:>2} a piece, {prompts:>7,} prompts, {workers:>5,} workers: {hours:>7.2f} h, "
-                        f"{workers * hours * given.price:>9,.0f} $, workers {found.useful:.0%} useful, folder {found.folder:.0%}, "
-                        f"head {found.head:.0%}, {found.lost} lost",
+                        f"{workers * hours * given.price:>9,.0f} $, workers {found.useful:.0%} useful, "
+                        f"folder {found.folder:.0%}, head {found.head:.0%}, {found.lost} lost",
                         place=place, batch=batch, prompts=prompts, workers=workers, hours=hours,
                         price=workers * hours * given.price, useful=found.useful, folder=found.folder, head=found.head,
                     )  # fmt: skip

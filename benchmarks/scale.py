@@ -3,8 +3,8 @@
     uv run --with simpy python benchmarks/scale.py [--seconds 15] [--start 90] [--price 2.5]
 
 Workers take pieces from the head, draw them, and write what they recorded to one shared folder; parts are merged `FAN` at a
-time, and workers are lost and begin again. `benchmarks/cluster.py` compares it with what was measured on two cores. `--seconds` an
-image, `--start` of a worker and `--price` of a GPU and hour are assumptions: put your own.
+time, and workers are lost and begin again. `benchmarks/cluster.py` compares it with what was measured on two cores.
+`--seconds` an image, `--start` of a worker and `--price` of a GPU and hour are assumptions: put your own.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def _texts(source: str) -> Iterator[str]:
     except ImportError as error:
         raise UserError("Prompts from datasets need the package datasets: pip install 'flux-poke[datasets]'.") from error
     try:
-        rows = load_dataset(name, split=split or "train", streaming=True)
+        rows = load_dataset(name, split=split or "train", streaming=True)  # nosec B615 # texts, of which none is run
         for row in rows:
             if column not in row:
                 raise UserError(f"{source} has no column {column}: it has {', '.join(sorted(row))}.")

@@ -105,6 +105,7 @@ with ComfyServer(Path(sys.argv[1]), [*start_options(), "--base-directory", sys.a
     time.sleep(600)
 """
     starter = subprocess.Popen([sys.executable, "-c", code, host.comfyui, host.base], stdout=subprocess.PIPE, text=True)
+    assert starter.stdout is not None
     assert starter.stdout.readline().startswith("127.0.0.1:")
     started = psutil.Process(starter.pid).children(recursive=True)
     assert started

@@ -61,10 +61,10 @@ def require_equal(one: Recording, other: Recording) -> None:
         assert one.states().manifest.images == other.states().manifest.images
         assert one.states().manifest.amplification == other.states().manifest.amplification
         for name in one.internals().sites:
-            for piece, found in zip(one.states().rows(name), other.states().rows(name), strict=True):
-                assert torch.equal(piece.x, found.x)
-                assert torch.equal(piece.image, found.image)
-                assert torch.equal(piece.step, found.step)
+            for rows, same in zip(one.states().rows(name), other.states().rows(name), strict=True):
+                assert torch.equal(rows.x, same.x)
+                assert torch.equal(rows.image, same.image)
+                assert torch.equal(rows.step, same.step)
 
 
 class AsItGoes:

@@ -149,11 +149,6 @@ class ByBudget:
                 f"{len(needed) - len(unmeasured)} of {len(needed)} MLPs (not of {unmeasured[0]}, for one): record again with "
                 "probe steps (Record, or `uv run flux-poke record`) for a better plan with a predicted error."
             )
-        if not touches_neurons:  # measured: 1 / 1.4 to 1 / 2.1 of it (benchmarks/README.md)
-            notes.append(
-                "The predicted error is over all noise levels, and for texts that were not recorded: drawing was measured to "
-                "have half to two thirds of it."
-            )
         images = len(recording.states().images(layout.sites[0].name)) if touches_neurons else FEW
         if images < FEW:
             notes.append(

@@ -197,6 +197,11 @@ class HiddenStates:
         found = [self._read(shard, site, ("image",))["image"] for shard in self._shards(site)]
         return torch.cat(found).long().unique() if found else torch.empty(0, dtype=torch.int64)
 
+    def sigmas(self, site: str) -> Tensor:
+        """Noise levels of the rows of a site [n], float32, in the order of recording."""
+        found = [self._read(shard, site, ("sigma",))["sigma"] for shard in self._shards(site)]
+        return torch.cat(found).float() if found else torch.empty(0)
+
     def rows(self, site: str, images: Set[int] | None = None, size: int = 8192) -> Iterator[Rows]:
         """The rows of a site in pieces of at most `size`, in the order of recording; only of `images` where given."""
         waiting: list[Rows] = []

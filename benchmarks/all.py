@@ -60,6 +60,7 @@ BENCHMARKS = (
     Benchmark("importance.py", 1, "--splits 1"),
     Benchmark("poking.py", 1.5),
     Benchmark("images.py", 1),
+    Benchmark("levels.py", 1),
     Benchmark("retrain.py", 1.5, "--images 20 --only layers"),
     Benchmark("rehearsal.py", 8, "--device cpu --double 1 --single 1", "--device cuda --double 19 --single 38"),
 )

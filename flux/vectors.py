@@ -24,9 +24,8 @@ from .weights import full_precision
 VECTOR = "vector_in"
 #: Distilled guidance as people use it, from 1 to 10; by most 2.5 to 4.
 GUIDANCES = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 10.0)
-#: Noise levels, evenly from the last step of a run of 64 to its first; and those between, on which what is fitted is judged.
+#: Noise levels, evenly from the last step of a run of 64 to its first.
 SIGMAS = tuple((index + 1) / 64 for index in range(64))
-BETWEEN = tuple((index + 0.5) / 64 for index in range(64))
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from ..pruning.certificate import certificate, facts
 from ..pruning.checkpoint import LOADED_BY, Pruned, save_pruned, save_weights
 from ..pruning.dense import PRUNED_FORMAT
 from ..pruning.lora import convert_lora
-from ..pruning.modulation import Vectors
+from ..pruning.low_rank import Vectors
 from ..pruning.plan import PruningPlan
 from ..pruning.planning import open_dense, open_recording
 from ..pruning.precision import PRECISIONS, dense_bytes

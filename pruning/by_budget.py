@@ -18,10 +18,12 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import size_text
 from ..flux.layout import Layout
+from ..flux.vectors import VECTOR
 from ..progress import Progress, part
 from ..prompts import ENOUGH
 from ..recording.amplification import MODULATION
 from ..recording.recording import Recording
+from ..recording.store import HiddenStates
 from .budget import Amounts, BudgetCurve, neuron_parameters, neuron_steps, protected_sites, rank_steps, velocity_error
 from .checkpoint import overhead
 from .curves import Ranking
@@ -36,6 +38,9 @@ from .surgery import shape_of
 
 #: Below so many recorded images, errors on other prompts were up to 35 times those predicted (benchmarks/README.md).
 FEW = 24
+#: Where less than a share of the rows lie on one side of a middle noise level, drawings whose steps lie evenly had errors
+#: 2 to 100 times those predicted; where more did, up to 2.2 times (benchmarks/README.md).
+MIDDLE, SCARCE = 0.5, 0.3
 #: Widths are rounded to multiples of this at most.
 MOST_MULTIPLE = 65_536
 
@@ -149,17 +154,7 @@ class ByBudget:
                 f"{len(needed) - len(unmeasured)} of {len(needed)} MLPs (not of {unmeasured[0]}, for one): record again with "
                 "probe steps (Record, or `uv run flux-poke record`) for a better plan with a predicted error."
             )
-        if not touches_neurons:  # measured: 1 / 1.4 to 1 / 2.1 of it (benchmarks/README.md)
-            notes.append(
-                "The predicted error is over all noise levels, and for texts that were not recorded: drawing was measured to "
-                "have half to two thirds of it."
-            )
-        images = len(recording.states().images(layout.sites[0].name)) if touches_neurons else FEW
-        if images < FEW:
-            notes.append(
-                f"The rows are of {images} images: prompts that say anything else may come out far worse than predicted. "
-                f"Record {ENOUGH} images of different prompts."
-            )
+        notes += _narrow(recording.states(), layout.sites[0].name if touches_neurons else VECTOR)
         return replace(planned, plan=plan, notes=tuple(notes))
 
     def _planned(self, dense: Dense, rankings: Mapping[str, Ranking], curve: BudgetCurve, extra: int) -> Planned:
@@ -244,6 +239,25 @@ class ByBudget:
                 "smaller one."
             )
         return curve.until(whole + extra - self.size * 1e9, "bytes")
+
+
+def _narrow(store: HiddenStates, site: str) -> list[str]:
+    """Sentences where what was recorded of a site is too little of what people draw for predictions to hold there."""
+    notes, images, sigma = [], len(store.images(site)), store.sigmas(site)
+    if images < FEW:
+        notes.append(
+            f"The rows are of {images} images: prompts that say anything else may come out far worse than predicted. "
+            f"Record {ENOUGH} images of different prompts."
+        )
+    below = (sigma < MIDDLE).float().mean().item()
+    if min(below, 1 - below) < SCARCE:
+        rare = f"{below:.0%} of them below {MIDDLE:g}" if below < SCARCE else f"{1 - below:.0%} of them from {MIDDLE:g} on"
+        notes.append(
+            f"The rows are of noise levels {sigma.min().item():.2g} to {sigma.max().item():.2g}, {rare}: with another shift, "
+            "number of steps or denoise, errors may be several times those predicted. Record with the sampler settings that "
+            "you draw with."
+        )
+    return notes
 
 
 def _relative(errors: Tensor, rank: int) -> float:

@@ -72,11 +72,11 @@ def _by_cuts(changed: Changed, report: Mapping[str, RepairReport], recording: Re
             return None
         left = torch.tensor([site.after * site.energy], dtype=torch.float64)
         total += velocity_error(Ranking(torch.empty(0), left, site.energy), amplification, name).item()
+    if any(f"{name}{MODULATION}" not in amplification for name in plan.ranks):
+        return None
     truncated = modulation_errors(changed.dense, recording) if plan.ranks else {}
     for name, rank in plan.ranks.items():
         errors = truncated[name]
-        if f"{name}{MODULATION}" not in amplification:
-            return None
         total += amplification[f"{name}{MODULATION}"] * (errors[rank].item() if rank < len(errors) else 0.0)
     return total
 

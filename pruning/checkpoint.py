@@ -8,7 +8,7 @@
 
 The reduced tensors stand under their usual names; `flux_poke.kept.S` int32 are the kept neurons of site S. A LoRA needs
 `flux_poke.fold.S.offset` and, where asked for, `.matrix` to follow cut neurons, and `flux_poke.vectors.mean` and `.spread`
-(what modulation layers read, `modulation.py`) to follow truncated layers (`lora.py`). The header holds the plan, the repair
+(what modulation layers read, `low_rank.py`) to follow truncated layers (`lora.py`). The header holds the plan, the repair
 with its held-out error by site, a certificate (`certificate.py`), and the fingerprint of the dense model, beside what the dense
 file's header held.
 """
@@ -35,7 +35,7 @@ from ..parsing import from_json
 from ..progress import Progress, part, silent
 from .certificate import certificate, certificate_text, read_certificate
 from .dense import KEPT, PRUNED_FORMAT, Dense
-from .modulation import Vectors
+from .low_rank import Vectors
 from .plan import PruningPlan
 from .precision import ENTRIES, require_precision, rounded_layers
 from .refit import Fold, RepairReport

@@ -32,7 +32,7 @@ from ..flux.diffusers import CLASSES, modules
 from ..flux.layout import Layout, Site
 from ..flux.weights import full_precision
 from ..progress import Progress, silent
-from .modulation import Vectors, regression
+from .low_rank import Vectors, regression
 from .plan import PruningPlan
 from .refit import Fold, RepairReport
 from .surgery import down_columns, len_up, up_rows

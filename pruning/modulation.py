@@ -1,157 +1,52 @@
 """Low-rank modulation (FLUX.1): two thin factors in the place of every layer that makes shift, scale and gate from the vector.
 
-    vectors = Vectors.sample(dense, pooled)          # mean and covariance of what all these layers read
-    errors = rank_errors(weight, vectors, held_out)  # squared error at every rank, on prompts that were not fitted to
-    layer = low_rank(weight, bias, vectors, rank=16)
-    layer.up @ (layer.down @ s) + layer.bias
+How a layer of a rank is found is in `low_rank.py`. What it reads is sampled from the embedders alone (`flux/vectors.py`), over
+all noise levels and guidances for every recorded text; noise levels weigh what an error at them does to the velocity
+(`HiddenStates.importance`). What it costs is judged on texts held out, at the noise levels that were recorded: errors and what
+they do differ tenfold between levels, and are largest close to 0, where few runs have a step. What that gives for a whole model
+is kept in the recording's cache:
 
-For one layer y = W s + b, with mean mu and covariance C of s, the best map of rank r is found by reduced-rank regression
-(Izenman 1975): with U S V^T = SVD(W C^(1/2)), W_r = U_r U_r^T W and b_r = b + (W - W_r) mu. Its error is the sum of S_i^2
-beyond r. It costs r (out + hidden) parameters in place of out * hidden, and almost nothing in quality: a vector that is a
-function of noise level, guidance and pooled text spans few dimensions. A plain SVD of W is a hundred times worse.
-
-s is sampled from the embedders alone (`flux/vectors.py`), over all noise levels and guidances for every recorded text. Noise
-levels weigh what an error at them does to the velocity (`HiddenStates.importance`). What that gives for a whole model is kept
-in the recording's cache:
-
-    errors = modulation_errors(dense, recording)     # by site and rank, on texts held out
+    errors = modulation_errors(dense, recording)     # by site and rank
     layers = LowRanks(dense, plan, recording)        # by site, of the rank that the plan says
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Set
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..flux.layout import Layout, Site
-from ..flux.vectors import BETWEEN, SIGMAS, VECTOR, Embedders, modulation_inputs
+from ..flux.layout import Site
+from ..flux.vectors import VECTOR
 from ..flux.weights import full_precision
 from ..progress import Progress, silent
 from ..recording.amplification import MODULATION
 from ..recording.recording import Recording
 from ..recording.split import held_out
+from ..recording.store import HiddenStates
 from .cache import cache_key, read_cached, recorded_rows, write_cached
 from .dense import Dense
+from .low_rank import LowRank, Vectors, low_rank, rank_errors
 from .plan import PruningPlan
 
 #: Its number changes with what goes into the errors or the layers.
-FORMAT = "flux-poke modulation 1"
-
-#: Directions of s that vary less than this, relative to the one that varies most, are left out.
-NEGLIGIBLE = 1e-10
-#: Prompts that s is sampled for at once.
-BATCH = 16
-
-
-@dataclass(frozen=True)
-class Vectors:
-    """What the modulation layers of a model read: s = silu(vec), over noise levels, guidances and texts.
-
-    Attributes:
-        mean: float64 [hidden].
-        spread: float64 [hidden, k] with spread spread^T their covariance; directions of negligible variance are left out.
-    """
-
-    mean: Tensor
-    spread: Tensor
-
-    @classmethod
-    def sample(
-        cls,
-        tensors: Mapping[str, Tensor],
-        layout: Layout,
-        pooled: Tensor,
-        importance: Callable[[Tensor], Tensor] | None = None,
-        device: torch.device | str = "cpu",
-        sigmas: Sequence[float] = SIGMAS,
-    ) -> Vectors:
-        """From the embedders among `tensors` (canonical keys) and pooled texts [prompts, vector width].
-
-        `importance` gives the weights of noise levels [n]; without it, all weigh 1.
-        """
-        embedders = Embedders.load(tensors, layout, device)
-        weights = torch.ones(len(sigmas)) if importance is None else importance(torch.tensor(sigmas))
-        count, total = 0.0, torch.zeros(layout.hidden, dtype=torch.float64, device=device)
-        second = torch.zeros(layout.hidden, layout.hidden, dtype=torch.float64, device=device)
-        for texts in pooled.to(device).float().split(BATCH):
-            inputs = modulation_inputs(embedders, layout, texts, sigmas)
-            for weight, (_, s) in zip(weights.tolist(), inputs, strict=True):
-                s = s.double()
-                count += weight * len(s)
-                total += weight * s.sum(0)
-                second.addmm_(s.T, s, alpha=weight)
-        mean = total / count
-        variance, directions = torch.linalg.eigh(second.div_(count).addr_(mean, mean, alpha=-1.0))
-        kept = variance > NEGLIGIBLE * variance[-1]
-        return cls(mean, directions[:, kept] * variance[kept].sqrt())
-
-    def to(self, device: torch.device | str) -> Vectors:
-        return Vectors(self.mean.to(device), self.spread.to(device))
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """A layer of rank r: up [out, r], down [r, hidden], bias [out], all float32."""
-
-    up: Tensor
-    down: Tensor
-    bias: Tensor
-
-
-def low_rank(weight: Tensor, bias: Tensor, vectors: Vectors, rank: int, stored: torch.dtype = torch.float32) -> LowRank:
-    """The layer of `rank` that is nearest to y = W s + b over `vectors`; `weight` [out, hidden], `bias` [out].
-
-    The factors are rounded to what they will be `stored` as before the bias makes up for the mean of what they lose, which is
-    most of what rounding does.
-    """
-    wide = weight.double()
-    up = _directions(wide, vectors)[:, :rank]
-    up, down = up.to(stored).double(), (up.T @ wide).to(stored).double()
-    lost = wide @ vectors.mean - up @ (down @ vectors.mean)
-    return LowRank(up.float().contiguous(), down.float().contiguous(), (bias.double() + lost).float())
-
-
-def rank_errors(weight: Tensor, vectors: Vectors, held_out: Vectors) -> Tensor:
-    """E|y - y_r|^2 of layers that are fitted to `vectors`, over `held_out`, for r from 0 to the rank where no error is left on
-    those fitted to; float64 [ranks + 1]."""
-    wide = weight.double()
-    seen = _directions(wide, vectors).T @ wide
-    apart = (held_out.mean - vectors.mean)[:, None]
-    away = torch.cat((held_out.spread, apart), dim=1)
-    total = (wide @ away).square().sum()
-    left = total - torch.cat((total.new_zeros(1), (seen @ away).square().sum(1).cumsum(0)))
-    return left.clamp(min=0).cpu()
-
-
-def regression(down: Tensor, vectors: Vectors) -> tuple[Tensor, Tensor]:
-    """The best guess of s from what a truncated layer is left with of it, s ~ P z + c with z = down s; `down` [r, hidden].
-
-    P = C down^T (down C down^T)^-1 [hidden, r] and c = mu - P down mu [hidden], float64.
-    """
-    seen = down.double() @ vectors.spread
-    weights = vectors.spread @ torch.linalg.pinv(seen, rtol=NEGLIGIBLE**0.5)
-    return weights, vectors.mean - weights @ (down.double() @ vectors.mean)
-
-
-def _directions(weight: Tensor, vectors: Vectors) -> Tensor:
-    """U of W C^(1/2), by falling S [out, k]; from the k x k Gram matrix, since there are far more channels than k."""
-    outputs = weight @ vectors.spread
-    strength, turned = torch.linalg.eigh(outputs.T @ outputs)
-    kept = strength > NEGLIGIBLE * strength[-1]
-    return ((outputs @ turned[:, kept]) / strength[kept].sqrt()).flip(1)
+FORMAT = "flux-poke modulation 2"
+#: Noise levels that layers are judged at, of those recorded: more would tell no more of a rank.
+JUDGED = 16
 
 
 def modulation_errors(
     dense: Dense, recording: Recording, device: torch.device | str = "cpu", progress: Progress = silent
 ) -> dict[str, Tensor]:
-    """By site, what truncating its modulation layer costs at every rank (`rank_errors`), on texts of held-out images and
-    between the noise levels that it is fitted to.
+    """By site, what truncating its modulation layer costs at every rank (`rank_errors`): on texts of held-out images, at the
+    recorded noise levels, where each counts what an error of this site does to the velocity there. So times the site's
+    amplification, which has to have been measured, it is the predicted error of the velocity.
 
     Raises `UserError` where the model's blocks have no modulation layers of their own, or the recording no texts.
     """
@@ -160,12 +55,17 @@ def modulation_errors(
     known = read_cached(path, FORMAT, {site.name: None for site in sites})
     if known is not None:
         return known
-    fit, others = held_out(recording.states().images(VECTOR))
-    vectors, judges = _sampled(dense, recording, fit, device), _sampled(dense, recording, others, device, BETWEEN)
+    store = recording.states()
+    fit, others = held_out(store.images(VECTOR))
+    vectors, texts = _sampled(dense, recording, fit, device), _texts(recording, others)
+    levels, counts = _judged(store)
+    judges = [Vectors.sample(dense.tensors, dense.layout, texts, None, device, [level]) for level in levels]
     found = {}
     for done, site in enumerate(sites):
         progress(f"truncating the modulation of {site.name}", done, len(sites))
-        found[site.name] = rank_errors(full_precision(dense.tensors, f"{site.modulation}.weight", device), vectors, judges)
+        amplified = store.amplification_at(f"{site.name}{MODULATION}", levels) * counts
+        weight = full_precision(dense.tensors, f"{site.modulation}.weight", device)
+        found[site.name] = rank_errors(weight, vectors, Vectors.mixed(judges, amplified.tolist()))
         dense.release()
     for other in path.parent.glob("modulation.*.safetensors"):
         other.unlink(missing_ok=True)
@@ -276,22 +176,29 @@ def recorded_vectors(dense: Dense, recording: Recording, device: torch.device | 
     return found
 
 
-def _sampled(
-    dense: Dense,
-    recording: Recording,
-    images: Set[int] | None,
-    device: torch.device | str,
-    sigmas: Sequence[float] = SIGMAS,
-) -> Vectors:
+def _sampled(dense: Dense, recording: Recording, images: Set[int] | None, device: torch.device | str) -> Vectors:
     """From the recorded texts, of `images` alone where given; noise levels weigh what errors there do to the velocity."""
     store = recording.states()
-    texts = torch.cat([rows.x.float() for rows in store.rows(VECTOR, images)]).unique(dim=0)
     names = [f"{site.name}{MODULATION}" for site in dense.layout.modulated]
 
     def importance(sigma: Tensor) -> Tensor:
         return torch.stack([store.importance(name, sigma) for name in names]).mean(0)
 
-    return Vectors.sample(dense.tensors, dense.layout, texts, importance, device, sigmas)
+    return Vectors.sample(dense.tensors, dense.layout, _texts(recording, images), importance, device)
+
+
+def _texts(recording: Recording, images: Set[int] | None) -> Tensor:
+    """The pooled texts that were recorded, of `images` alone where given, each once [texts, vector width]."""
+    return torch.cat([rows.x.float() for rows in recording.states().rows(VECTOR, images)]).unique(dim=0)
+
+
+def _judged(store: HiddenStates) -> tuple[np.ndarray, np.ndarray]:
+    """The recorded noise levels that layers are judged at, and how much each counts: all where they are few, else from every
+    few neighbours the middle one, which counts for them all."""
+    levels, counts = store.probed()
+    each = math.ceil(len(levels) / JUDGED)
+    starts = np.arange(0, len(levels), each)
+    return levels[np.minimum(starts + each // 2, len(levels) - 1)], np.add.reduceat(counts, starts)
 
 
 def _key(dense: Dense, recording: Recording) -> str:

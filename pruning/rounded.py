@@ -25,7 +25,8 @@ from ..flux.weights import BESIDE_WEIGHT, full_precision
 from ..progress import Progress, part, silent
 from ..recording.recording import Recording
 from .cache import cache_key, read_cached, recorded_rows, write_cached
-from .modulation import Vectors, has_texts, recorded_vectors
+from .low_rank import Vectors
+from .modulation import has_texts, recorded_vectors
 from .precision import FP8, comfy_quant, rounds_to_fp8
 from .refit import Fold, RepairReport
 from .rounding import RoundedLayer, RoundedSite, RoundingErrors, plain, round_site, scale_of

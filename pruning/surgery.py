@@ -30,7 +30,8 @@ from ..flux.weights import require_plain, stored_like
 from ..progress import Progress, silent
 from ..recording.recording import Recording
 from .dense import Dense
-from .modulation import Vectors, thin_dtype
+from .low_rank import Vectors
+from .modulation import thin_dtype
 from .plan import PruningPlan
 from .refit import Fold, RepairReport
 from .repair import Repairs

@@ -154,10 +154,18 @@ class HiddenStates:
     def amplification(self) -> dict[str, float]:
         """Mean amplification by site, of those where it was measured: over the noise levels of all sites together, so that
         sites whose runs had other levels compare. The lowest level, which stands for the last step alone, counts half."""
+        sigma, weights = self.probed()
         measured = self.manifest.amplification
-        sigma = np.array(sorted({level for levels in measured.values() for level in levels}))
-        weights = np.where(np.arange(len(sigma)) == 0, 0.5, 1.0)
         return {name: float(np.average(_at(levels, sigma), weights=weights)) for name, levels in measured.items() if levels}
+
+    def probed(self) -> tuple[np.ndarray, np.ndarray]:
+        """The noise levels at which amplification was measured, ascending [n], and how much each counts [n]."""
+        sigma = np.array(sorted({level for levels in self.manifest.amplification.values() for level in levels}))
+        return sigma, np.where(np.arange(len(sigma)) == 0, 0.5, 1.0)
+
+    def amplification_at(self, site: str, sigma: np.ndarray) -> np.ndarray:
+        """Amplification of a site that was measured, at noise levels [n]."""
+        return _at(self.manifest.amplification[site], sigma)
 
     def importance(self, site: str, sigma: Tensor) -> Tensor:
         """How much an error at a site counts at these noise levels [n]: its amplification there, relative to its mean;
@@ -196,6 +204,11 @@ class HiddenStates:
         """Numbers of the images that gave rows to a site, ascending, int64."""
         found = [self._read(shard, site, ("image",))["image"] for shard in self._shards(site)]
         return torch.cat(found).long().unique() if found else torch.empty(0, dtype=torch.int64)
+
+    def sigmas(self, site: str) -> Tensor:
+        """Noise levels of the rows of a site [n], float32, in the order of recording."""
+        found = [self._read(shard, site, ("sigma",))["sigma"] for shard in self._shards(site)]
+        return torch.cat(found).float() if found else torch.empty(0)
 
     def rows(self, site: str, images: Set[int] | None = None, size: int = 8192) -> Iterator[Rows]:
         """The rows of a site in pieces of at most `size`, in the order of recording; only of `images` where given."""

@@ -28,7 +28,8 @@ from ..flux.weights import full_precision, stored_like
 from ..parsing import from_json
 from ..progress import Progress, silent
 from ..pruning.dense import KEPT, Dense
-from ..pruning.modulation import LowRanks, Vectors
+from ..pruning.low_rank import Vectors
+from ..pruning.modulation import LowRanks
 from ..pruning.plan import PruningPlan, require_indices
 from ..pruning.planning import open_dense, open_recording
 from ..pruning.refit import RepairReport

@@ -23,7 +23,7 @@ LOW_RANK = ("double_blocks.0.img_mod.lin.up", "double_blocks.1.txt_mod.lin.down"
 def low_rank_tensors() -> dict[str, torch.Tensor]:
     """The tiny FLUX with every modulation layer of another rank."""
     from flux_poke.flux.layout import read_layout
-    from flux_poke.pruning.modulation import Vectors, low_rank
+    from flux_poke.pruning.low_rank import Vectors, low_rank
 
     tensors = load_file(FOLDER / "flux.safetensors")
     layout = read_layout({key: tensor.shape for key, tensor in tensors.items()})

@@ -15,7 +15,7 @@ from flux_poke.flux.sampling import FluxTimer
 from flux_poke.flux.vectors import modulation_inputs
 from flux_poke.pruning.dense import Dense
 from flux_poke.pruning.lora import ConvertedLora, convert_lora
-from flux_poke.pruning.modulation import Vectors
+from flux_poke.pruning.low_rank import Vectors
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.pruning.planning import ByBudget, make_plan
 from flux_poke.pruning.repair import Repairs

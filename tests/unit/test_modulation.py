@@ -12,7 +12,7 @@ from flux_poke.flux.layout import Layout, Site
 from flux_poke.flux.model import Flux
 from flux_poke.flux.sampling import FluxTimer
 from flux_poke.flux.vectors import GUIDANCES, SIGMAS, VECTOR, modulation_inputs
-from flux_poke.pruning.modulation import Vectors, low_rank, rank_errors
+from flux_poke.pruning.low_rank import Vectors, low_rank, rank_errors
 from flux_poke.recording.amplification import AmplificationProbe
 from flux_poke.recording.drawing import Wanted, record
 from flux_poke.recording.recording import Recording
@@ -61,6 +61,17 @@ def test_moments_are_those_of_all_vectors_at_once(tiny):
     torch.testing.assert_close(vectors.mean, (weights.double()[:, None] * s).sum(0) / weights.sum())
     covariance = torch.cov(s.T, correction=0, aweights=weights.double())
     torch.testing.assert_close(vectors.spread @ vectors.spread.T, covariance, rtol=1e-6, atol=1e-8)
+
+
+def test_vectors_of_several_noise_levels_are_mixed_by_their_weights(tiny):
+    texts, sigmas, weights = pooled(tiny, range(3)), [0.1, 0.4, 0.9], [3.0, 0.5, 1.0]
+    parts = [Vectors.sample(tiny.flux.state_dict(), tiny.flux.layout, texts, None, "cpu", [sigma]) for sigma in sigmas]
+    mixed = Vectors.mixed(parts, weights)
+    s = torch.cat([s for _, s in modulation_inputs(tiny.flux, tiny.flux.layout, texts, sigmas)]).double()
+    weight = torch.tensor(weights).double().repeat_interleave(len(texts))
+    torch.testing.assert_close(mixed.mean, (weight[:, None] * s).sum(0) / weight.sum())
+    covariance = torch.cov(s.T, correction=0, aweights=weight)
+    torch.testing.assert_close(mixed.spread @ mixed.spread.T, covariance, rtol=1e-6, atol=1e-8)
 
 
 def test_errors_by_rank_are_those_of_the_layers_on_the_vectors_themselves(tiny):

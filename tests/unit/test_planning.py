@@ -2,6 +2,7 @@
 # mypy: disable-error-code="union-attr"
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,9 +30,13 @@ def dense(tensors, tmp_path) -> Dense:
 
 @pytest.fixture
 def recording(dense, tmp_path) -> Recording:
+    return recorded(dense, tmp_path / "recording", torch.linspace(0.02, 1, 700))
+
+
+def recorded(dense: Dense, folder: Path, sigma: torch.Tensor) -> Recording:
     """100 tokens of every site; neuron j fired j % 50 times; 700 rows of thirty images, and what errors do."""
     generator = torch.Generator().manual_seed(0)
-    recording = Recording.at(tmp_path / "recording")
+    recording = Recording.at(folder)
     sites = {}
     for site in dense.layout.sites:
         h = torch.randn(100, site.width, generator=generator, dtype=torch.float64) + torch.rand(site.width, generator=generator)
@@ -44,7 +49,7 @@ def recording(dense, tmp_path) -> Recording:
         if site.stream == "single":
             rows[f"{site.name}.attn"] = torch.randn(700, 128, generator=generator)
         rows[f"{site.name}.image"], rows[f"{site.name}.step"] = torch.arange(700) % 30, torch.zeros(700).long()
-        rows[f"{site.name}.sigma"] = torch.ones(700)
+        rows[f"{site.name}.sigma"] = sigma.clone()
     store.append("rows", rows)
     store.add_amplification({site.name: {1.0: (2.0, 1)} for site in dense.layout.sites})
     return recording
@@ -191,6 +196,22 @@ def test_rows_of_so_few_images_that_predictions_do_not_hold_are_told(dense, reco
     told = make_plan(dense, recording, ByBudget(neurons=0.5))
     assert (planned.notes, len(told.notes)) == ((), 1)
     assert told.notes[0].startswith("The rows are of 30 images: prompts that say anything else may come out far worse")
+
+
+@pytest.mark.parametrize(
+    ("sigma", "said"),
+    [
+        (torch.linspace(0.3, 1, 700), "noise levels 0.3 to 1, 29% of them below 0.5: with another shift, number of steps or"),
+        (torch.linspace(0.01, 0.6, 700), "noise levels 0.01 to 0.6, 17% of them from 0.5 on: with another shift"),
+        (torch.ones(700), "noise levels 1 to 1, 0% of them below 0.5"),
+        (torch.tensor([0.25, 0.5, 0.75, 1]).repeat(175), "noise levels 0.25 to 1, 25% of them below 0.5"),
+    ],
+    ids=["shifted", "denoise", "one step", "four steps"],
+)
+def test_rows_of_noise_levels_that_leave_others_out_are_told(dense, tmp_path, sigma, said):
+    (note,) = make_plan(dense, recorded(dense, tmp_path / "other", sigma), ByBudget(neurons=0.5)).notes
+    assert said in note
+    assert note.endswith("Record with the sampler settings that you draw with.")
 
 
 def test_one_unmeasured_mlp_is_said_in_a_note(dense, recording):

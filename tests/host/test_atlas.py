@@ -8,7 +8,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from flux_poke.analysis.atlas_sheet import neurons_sheet
+from flux_poke.analysis.written import Writer, written_pictures
 from flux_poke.errors import UserError
+from flux_poke.flux.checkpoint import Checkpoint
 from flux_poke.flux.integrators import euler
 from flux_poke.headless.client import ComfyClient
 from flux_poke.recording.call import Call, TokenMask
@@ -88,6 +91,29 @@ def test_the_same_picture_counts_once_and_others_add_up(client: ComfyClient, hos
         client.run(graph(name, 3, maps=True, blocks="single"))
 
 
+def test_a_sheet_shows_what_neurons_write_as_without_a_host(client: ComfyClient, host, graph, tiny_family):
+    name, chosen = f"atlas of what is written {tiny_family.family}", [("single-3", 5), ("double-img-0", 7), ("double-txt-1", 2)]
+    shown = graph(name)
+    inputs = {"names": ", ".join(f"{site}:{neuron}" for site, neuron in chosen), "count": 1, "places": 2}
+    links = {"recording": ["2", 1], "after": ["6", 0], "model": ["1", 0], "vae": ["1", 2]}
+    shown["9"] = {"class_type": "FluxPokeShowNeurons", "inputs": inputs | links}
+    (file,) = client.run(shown).files("images", "9")
+    sheet = Image.open(io.BytesIO(client.fetch(file)))
+    recording, checkpoint = Recording.open(host.output / "flux_poke" / name), Checkpoint(tiny_family.checkpoint)
+    writer, atlas = Writer(checkpoint, checkpoint.layout), recording.atlas()
+    written = written_pictures(writer, tiny_family.load().autoencoder.decode, atlas, chosen)
+    assert [picture is None for picture in written] == [False, False, True]
+    expected = neurons_sheet(recording, atlas, chosen, 2, written)
+    assert sheet.size == expected.size
+    assert np.abs(np.asarray(sheet, float) - np.asarray(expected, float)).max() <= 6  # ComfyUI cuts off where we round
+    family = "FLUX.2" if tiny_family.family == "flux1" else "FLUX.1"
+    other = {"class_type": "FluxPokeLoadTinyFlux", "inputs": {"family": family}}
+    recorded = {"class_type": "FluxPokeLoadRecording", "inputs": {"name": name}}
+    inputs |= {"recording": ["2", 0], "model": ["1", 0], "vae": ["1", 2]}
+    with pytest.raises(UserError, match="was recorded on another model than this model"):
+        client.run({"1": other, "2": recorded, "9": {"class_type": "FluxPokeShowNeurons", "inputs": inputs}})
+
+
 def test_the_shipped_graph_shows_what_neurons_look_for(client: ComfyClient, host, workflow):
     shipped = workflow("what_neurons_look_for_tiny")
     shipped["2"]["inputs"]["name"] = "atlas as shipped"
@@ -97,8 +123,8 @@ def test_the_shipped_graph_shows_what_neurons_look_for(client: ComfyClient, host
         result = client.run(shipped)
     assert "16 images" in result.texts["2"]
     assert "8 of 4,096 neurons" in result.texts["9"]
-    (sheet,) = result.files("images", "9")
-    assert Image.open(io.BytesIO(client.fetch(sheet))).width > 1000
+    (file,) = result.files("images", "9")
+    assert Image.open(io.BytesIO(client.fetch(file))).width > 1100
     shipped["9"]["inputs"] |= {"names": "single-0:3, double-txt-9:1"}
     with pytest.raises(UserError, match="'double-txt-9:1' is no neuron of this atlas"):
         client.run(shipped)

@@ -103,7 +103,7 @@ def _cell(recording: Recording, name: str, site: Places, image: AtlasImage, neur
         cell.paste(Image.new("RGB", size, HEAT), where, strength.resize(size, Image.Resampling.NEAREST))
     draw, text = ImageDraw.Draw(cell), font(10)
     if of_text:
-        word = image.texts[token] if token < len(image.texts) else ("(padding)" if image.texts else f"word {token}")
+        word = "".join(image.texts[token : token + 1]) or ("(padding)" if image.texts else f"word {token}")
         _label(draw, (0, 0), word)
     else:
         corner = where[0] + column * pixel, where[1] + row * pixel

@@ -17,6 +17,7 @@ from flux_poke.headless.client import ComfyClient
 from flux_poke.recording.call import Call, TokenMask
 from flux_poke.recording.places import PlacesRecorder
 from flux_poke.recording.recording import Recording
+from flux_poke.tiny.words import words_of
 from PIL import Image
 
 PROMPT = "a handwritten three"
@@ -34,7 +35,7 @@ def graph(workflow, tiny_family):
         graph["8"]["inputs"]["images"] = ["7", 0]
         del graph["9"], graph["10"]
         if name:
-            inputs = {"model": ["1", 0], "name": name, "blocks": "all", "maps": True, "vae": ["1", 2]} | atlas
+            inputs = {"model": ["1", 0], "name": name, "blocks": "all", "maps": True, "vae": ["1", 2], "clip": ["1", 1]} | atlas
             graph["2"] = {"class_type": "FluxPokeRecordAtlas", "inputs": inputs}
         else:
             graph["6"]["inputs"]["model"] = ["1", 0]
@@ -55,6 +56,9 @@ def test_places_are_those_of_an_independent_computation(client: ComfyClient, hos
     recording = Recording.open(host.output / "flux_poke" / name)
     atlas = recording.atlas()
     assert {(image.prompt, image.seed) for image in atlas.images} == {(PROMPT, 1)}
+    padded = 504 if tiny_family.family == "flux2" else 0  # zeros that ComfyUI sets before
+    assert {image.texts for image in atlas.images} == {("",) * padded + ("a", "handwritten", "three")}
+    assert atlas.images[0].words == padded + 8
     stored = [np.asarray(Image.open(recording.atlas_picture(image.key))).astype(int) for image in atlas.images]
     nearest = [min(range(3), key=lambda n: np.abs(picture - drawn[n]).sum()) for picture in stored]
     assert sorted(nearest) == [0, 1, 2]
@@ -81,11 +85,14 @@ def test_places_are_those_of_an_independent_computation(client: ComfyClient, hos
 def test_the_same_picture_counts_once_and_others_add_up(client: ComfyClient, host, graph, tiny_family):
     name = f"atlas of several runs {tiny_family.family}"
     for seed in (1, 1, 2):
-        result = client.run(graph(name, seed, maps=False, blocks="single"))
+        longer = "a handwritten three by hand in chalk on black"
+        result = client.run(graph(name, seed, maps=False, blocks="single", prompt=longer))
     assert result.texts["2"].startswith("6 images")
+    assert "words of its text are not known" in result.texts["2"]  # another prompt is named than the one that is drawn
     atlas = Recording.open(host.output / "flux_poke" / name).atlas()
     assert (len(atlas.images), atlas.mapped) == (6, False)
     assert all(site.startswith("single") for site in atlas.sites)
+    assert {image.texts for image in atlas.images} == {()}
     assert all((places.image[:, :6] >= 0).all() for places in atlas.sites.values())
     with pytest.raises(UserError, match="is an atlas of other MLPs, or without maps"):
         client.run(graph(name, 3, maps=True, blocks="single"))
@@ -122,6 +129,8 @@ def test_the_shipped_graph_shows_what_neurons_look_for(client: ComfyClient, host
         shipped["6"]["inputs"]["seed"] = seed
         result = client.run(shipped)
     assert "16 images" in result.texts["2"]
+    atlas = Recording.open(host.output / "flux_poke" / "atlas as shipped").atlas()
+    assert all(image.prompt and image.texts == tuple(words_of(image.prompt)) for image in atlas.images)
     assert "8 of 4,096 neurons" in result.texts["9"]
     (file,) = result.files("images", "9")
     assert Image.open(io.BytesIO(client.fetch(file))).width > 1100

@@ -51,17 +51,28 @@ def strongest_neurons(atlas: Atlas, count: int) -> list[tuple[str, int]]:
     return [(name, neuron) for _, name, neuron in sorted(known, reverse=True)[:count]]
 
 
-def neurons_sheet(recording: Recording, atlas: Atlas, neurons: Sequence[tuple[str, int]], places: int = 8) -> Image.Image:
+def neurons_sheet(
+    recording: Recording,
+    atlas: Atlas,
+    neurons: Sequence[tuple[str, int]],
+    places: int = 8,
+    written: Sequence[Image.Image | None] | None = None,
+) -> Image.Image:
     """A row for each neuron of the recording's `atlas` with its first `places`: the picture around the token, how strong it was
-    over it where maps were recorded, and the token's own square or word. Without pictures, the prompts."""
+    over it where maps were recorded, and the token's own square or word. Without pictures, the prompts. What each writes comes
+    first, where that is `written`."""
     text, small = font(13), font(10)
-    left = MARGIN + round(max(text.getlength(f"{name}:{neuron}") for name, neuron in neurons)) + 12
+    named = MARGIN + round(max(text.getlength(f"{name}:{neuron}") for name, neuron in neurons)) + 12
+    left = named + (CELL + 4 * GAP if written else 0)
     whole = Image.new("RGB", (left + places * (CELL + GAP) + MARGIN, 2 * MARGIN + len(neurons) * (CELL + GAP)), GROUND)
     draw = ImageDraw.Draw(whole)
     for row, (name, neuron) in enumerate(neurons):
         site, top = atlas.sites[name], MARGIN + row * (CELL + GAP)
         draw.text((MARGIN, top + CELL / 2 - 16), f"{name}:{neuron}", INK, text)
         draw.text((MARGIN, top + CELL / 2 + 2), f"up to {site.value[neuron, 0].item():.3g}", PALE, small)
+        if written and (writes := written[row]) is not None:
+            whole.paste(writes.resize((CELL, CELL), Image.Resampling.BICUBIC), (named, top))
+            _label(draw, (named, top), "writes")
         for place in range(min(places, site.value.shape[1])):
             number = int(site.image[neuron, place])
             if number >= 0:
@@ -92,12 +103,18 @@ def _cell(recording: Recording, name: str, site: Places, image: AtlasImage, neur
         cell.paste(Image.new("RGB", size, HEAT), where, strength.resize(size, Image.Resampling.NEAREST))
     draw, text = ImageDraw.Draw(cell), font(10)
     if of_text:
-        word = image.texts[token] if token < len(image.texts) else ("(padding)" if image.texts else f"word {token}")
-        draw.rectangle((0, CELL - 16, CELL, CELL), (0, 0, 0))
-        draw.text((CELL / 2, CELL - 8), word, INK, text, anchor="mm")
+        word = "".join(image.texts[token : token + 1]) or ("(padding)" if image.texts else f"word {token}")
+        _label(draw, (0, 0), word)
     else:
         corner = where[0] + column * pixel, where[1] + row * pixel
         draw.rectangle((*corner, corner[0] + pixel - 1, corner[1] + pixel - 1), outline=MARK, width=2)
     if not path.is_file() and image.prompt:
         draw.text((4, 4), "\n".join(image.prompt[start : start + 18] for start in range(0, 72, 18)), PALE, text)
     return cell
+
+
+def _label(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str) -> None:
+    """On a dark strip at the bottom of the cell at `corner`."""
+    left, top = corner
+    draw.rectangle((left, top + CELL - 16, left + CELL - 1, top + CELL - 1), (0, 0, 0))
+    draw.text((left + CELL / 2, top + CELL - 8), text, INK, font(10), anchor="mm")

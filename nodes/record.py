@@ -235,6 +235,8 @@ class RecordAtlas(RecordNode):
     def define_schema(cls) -> io.Schema:
         maps = "Also keep how strong the neuron was over the whole picture, in 8 by 8 cells: 1 KB more for every neuron."
         vae = "The model's autoencoder: also keeps every picture, which flux-poke atlas show cuts the places out of."
+        clip = "The model's text encoder: also keeps the words of its text, token by token."
+        prompt = "The prompt that is drawn, where another node gives it; by default the nearest text in the graph."
         return cls.schema(
             "Record Atlas",
             "Keeps where every MLP neuron of a FLUX was strongest: the strongest token of each picture, of the 16 pictures in "
@@ -243,11 +245,15 @@ class RecordAtlas(RecordNode):
                 inputs.text("blocks", "all", "Such as 'double 0-3, single 37'."),
                 inputs.switch("maps", True, maps),
                 io.Vae.Input("vae", optional=True, tooltip=vae),
+                io.Clip.Input("clip", optional=True, tooltip=clip),
+                io.String.Input("prompt", optional=True, force_input=True, tooltip=prompt),
             ],
         )
 
     @classmethod
-    def execute(cls, model, name, blocks, maps, recording=None, vae=None) -> io.NodeOutput:
+    def execute(
+        cls, model, name, blocks, maps, recording=None, vae=None, clip=None, prompt: str | None = None
+    ) -> io.NodeOutput:
         where, node_id = cls.target(model, name, recording), cls.hidden.unique_id
         chosen = {block.path for block in choose_blocks(blocks, where.layout)}
         sites = [site for site in where.layout.sites if site.block in chosen]
@@ -256,6 +262,6 @@ class RecordAtlas(RecordNode):
         decode = None if vae is None else host.decoder(vae)
 
         def start() -> list:
-            return [AtlasRun(where, PlacesRecorder(where.layout, sites, maps), decode, node_id)]
+            return [AtlasRun(where, PlacesRecorder(where.layout, sites, maps), decode, node_id, clip, prompt)]
 
         return cls.watched(model, where, start, "atlas")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,9 +25,14 @@ from ..recording.states import StateRecorder
 from ..recording.store import HiddenStates
 from . import computing, host
 from .graph import inputs_of, prompt_below, running_graph
+from .tokens import token_texts
 from .watching import SampledCall, SamplingWatcher
 
 LEFT_OUT = "The run did not finish: what it recorded was left out."
+UNKNOWN_WORDS = (
+    "The words of its text are not known: connect the text encoder that encodes it to clip, and where another node gives the "
+    "prompt, that to prompt."
+)
 
 
 @dataclass(frozen=True)
@@ -90,17 +96,25 @@ def prompted(call: SampledCall, node_id: str) -> SampledCall:
 
 
 class AtlasRun(SamplingWatcher):
-    """One sampling run whose neurons' strongest places are recorded, with its pictures where there is an autoencoder."""
+    """One sampling run whose neurons' strongest places are recorded, with its pictures where there is an autoencoder, and the
+    words of its text where there is its encoder. The prompt is the graph's where none is given."""
 
-    def __init__(self, target: Recorded, recorder: PlacesRecorder, decode: Decode | None, node_id: str):
+    def __init__(
+        self, target: Recorded, recorder: PlacesRecorder, decode: Decode | None, node_id: str, clip: Any = None,
+        prompt: str | None = None,
+    ):  # fmt: skip
         sites = [site.name for site in recorder.sites]
         check_atlas(target.recording.atlas_file, target.fingerprint, sites, recorder.maps)  # before the work, not after it
         self.target, self.recorder, self.decode, self.node_id = target, recorder, decode, node_id
+        self.clip, self.prompt = clip, prompt
+        self.context: torch.Tensor | None = None
         self.latents: torch.Tensor | None = None
 
     def watching(self, model: nn.Module, call: SampledCall):
         if not self.recorder.images:
-            call = prompted(call, self.node_id)
+            told = None if self.prompt is None else (self.prompt,) * call.count
+            call = prompted(call, self.node_id) if told is None else replace(call, prompts=told)
+            self.context = None if call.context is None or not call.rows else call.context[call.rows[0]]
         return self.recorder.watching(model, call.counting(self.target.layout))
 
     def drew(self, latents: torch.Tensor) -> None:
@@ -110,12 +124,17 @@ class AtlasRun(SamplingWatcher):
         found, recording = self.recorder.results(), self.target.recording
         if not found:
             return self.recorder.note or "The sampler made no step: nothing was recorded."
-        new = Atlas.new(self.target.layout.family, self.target.fingerprint, found, self.recorder.images)
+        family, images, note = self.target.layout.family, self.recorder.images, ""
+        if self.clip is not None:
+            prompt = images[0].prompt if self.prompt is None else self.prompt
+            texts = token_texts(self.clip, prompt, self.context) if prompt and self.context is not None else ()
+            images, note = tuple(replace(image, texts=texts) for image in images), "" if texts else UNKNOWN_WORDS
+        new = Atlas.new(family, self.target.fingerprint, found, images)
         if self.decode is not None and self.latents is not None:
-            recording.write_atlas_pictures(self.recorder.images, self.decode(self.latents))
+            recording.write_atlas_pictures(images, self.decode(self.latents))
         total = add_to_atlas(recording.atlas_file, new)
         size = f"{recording.atlas_file.stat().st_size / 1e9:.3g} GB"
-        return "\n".join(filter(None, [f"{len(total.images)} images, {size}", self.recorder.note]))
+        return "\n".join(filter(None, [f"{len(total.images)} images, {size}", note, self.recorder.note]))
 
     def abandon(self) -> str:
         return LEFT_OUT

@@ -78,7 +78,7 @@ class TinyTokenizer:
         return {"l": [tokens], "t5xxl": [tokens]}
 
     def untokenize(self, pairs):
-        return pairs
+        return [(pair, self.vocabulary[pair[0]]) for pair in pairs]
 
     def state_dict(self):
         return {}

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,8 @@ from .neurons import Neurons, unit
 
 Part = Literal["attention", "mlp", "both"]
 Stream = Literal["img", "txt", "both"]
+#: Tokens that are turned together on a CPU: what is read of them is in the cache when it is written.
+TILE = 16
 
 
 @dataclass(frozen=True)
@@ -280,11 +283,15 @@ def _of_neurons(poke: Poke, site: Site, strength: Strength, kept: Tensor | None)
 
 
 def _turn(site: Site, columns: Tensor, centre: Tensor, strength: Strength, factor: float, given: Tensor) -> None:
-    places = columns.to(given.device)
-    picked = given.index_select(-1, places).float()
-    weight = strength.of(site.stream, given.shape[-2], factor)
-    turned = torch.lerp(centre.to(picked).expand_as(picked), picked, weight)
-    given.index_copy_(-1, places, turned.to(given.dtype))
+    places, middle, tokens = columns.to(given.device), centre.to(given.device), given.shape[-2]
+    weight = strength.of(site.stream, tokens, factor)
+    tile = TILE if given.device.type == "cpu" else max(tokens, 1)
+    each = isinstance(weight, Tensor) and weight.shape[-2] > 1
+    weights = weight.split(tile, -2) if each else repeat(weight)  # type: ignore[union-attr]
+    for rows, own in zip(given.split(tile, -2), weights, strict=False):
+        picked = rows.gather(-1, places.expand(*rows.shape[:-1], -1)).float()
+        turned = torch.lerp(middle.expand_as(picked), picked, own)
+        rows.index_copy_(-1, places, turned.to(rows.dtype))
 
 
 def _spanned(vectors: Tensor, means: Tensor | None, about: float) -> tuple[Tensor, Tensor]:

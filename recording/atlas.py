@@ -51,7 +51,7 @@ class AtlasImage:
 
     `key` tells it from all others: it is made of its noise, text and noise levels, so that the same image drawn again has the
     same. `tokens` of the image stand in `rows` and `columns`, after `words` of text in a single block; `texts` are these
-    words, where they are known.
+    words, where they are known; "" is padding, as are those at the end that it leaves out.
     """
 
     key: str

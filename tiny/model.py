@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..flux.autoencoder import Autoencoder, Pixels, load_autoencoder
 from ..flux.checkpoint import Checkpoint, read_finite
 from ..flux.integrators import Velocity, euler
-from ..flux.layout import Family
+from ..flux.layout import Family, Layout
 from ..flux.model import Flux
 from ..flux.sampling import FluxTimer
 from ..flux.weights import Plain
@@ -55,18 +55,15 @@ class TinyFlux:
         """
         path = flux or SHIPPED[family] / "flux.safetensors"
         checkpoint = Checkpoint(path)
-        layout = checkpoint.layout
-        shipped = SHIPPED.get(layout.family, FOLDER)
-        words = _beside(path, shipped, "words.safetensors", WordEncoder.load, "the words of a tiny FLUX")
-        vector = words.width if layout.family == "flux1" else None
-        if (layout.context, layout.vector) != (words.width, vector):  # told before a large model is read
+        layout, words = checkpoint.layout, _words(checkpoint)
+        if (layout.context, layout.vector) != (given := _widths(words, layout)):  # told before a large model is read
             raise UserError(
                 f"{path} takes text of width {layout.context} and a vector of width {layout.vector}; the tiny "
-                f"word encoder gives {words.width} and {vector}. Models of other text encoders run in ComfyUI: record them "
+                f"word encoder gives {given[0]} and {given[1]}. Models of other text encoders run in ComfyUI: record them "
                 "there, or name it to `draw` or `fit` with --comfyui FOLDER or --server HOST:PORT."
             )
         model = Flux.load(dict(Plain(checkpoint)), dtype, source=str(path))
-        return cls(model, words, _beside(path, shipped, "autoencoder.safetensors", load_autoencoder, "an autoencoder"))
+        return cls(model, words, _autoencoder(checkpoint))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -158,16 +155,35 @@ class TinyFlux:
         return self.autoencoder.decode(self.sample(prompts, self.noise(len(prompts), seed), references=latents))
 
 
+def autoencoder_of(checkpoint: Checkpoint) -> Autoencoder | Pixels | None:
+    """The autoencoder of a FLUX of the tiny kind, from beside it or of those that ship; None where the model is of another
+    kind. Raises `UserError` where a file is damaged."""
+    layout = checkpoint.layout
+    return _autoencoder(checkpoint) if (layout.context, layout.vector) == _widths(_words(checkpoint), layout) else None
+
+
+def _words(checkpoint: Checkpoint) -> WordEncoder:
+    return _beside(checkpoint, "words.safetensors", WordEncoder.load, "the words of a tiny FLUX")
+
+
+def _autoencoder(checkpoint: Checkpoint) -> Autoencoder | Pixels:
+    return _beside(checkpoint, "autoencoder.safetensors", load_autoencoder, "an autoencoder")
+
+
+def _widths(words: WordEncoder, layout: Layout) -> tuple[int, int | None]:
+    """Of the text and the vector that `words` give a model of this layout's family."""
+    return words.width, words.width if layout.family == "flux1" else None
+
+
 def _beside(
-    checkpoint: Path,
-    shipped: Path,
+    checkpoint: Checkpoint,
     name: str,
     load: Callable[[Mapping[str, Tensor], Mapping[str, str] | None], Loaded],
     what: str,
 ) -> Loaded:
-    """What `load` makes of the file called `name` beside a checkpoint, or of the one in `shipped` where there is none."""
-    path = checkpoint.parent / name
-    path = path if path.exists() else shipped / name
+    """What `load` makes of the file called `name` beside a checkpoint, or of its family's that ships where there is none."""
+    path = checkpoint.path.parent / name
+    path = path if path.exists() else SHIPPED.get(checkpoint.layout.family, FOLDER) / name
     tensors, metadata = read_finite(path)
     try:
         return load(tensors, metadata)

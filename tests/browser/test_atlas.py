@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from flux_poke.analysis.written import Writer, written_pictures
 from flux_poke.cli import app
+from flux_poke.flux.checkpoint import Checkpoint
 from flux_poke.recording.drawing import Wanted, record
 from flux_poke.recording.recording import Recording
 from flux_poke.recording.rows import RowChoice
-from flux_poke.tiny.model import SHIPPED
+from flux_poke.tiny.model import SHIPPED, autoencoder_of
+from PIL import Image
 from playwright.sync_api import Page, expect
 from typer.testing import CliRunner
 
@@ -94,6 +99,37 @@ def test_a_neuron_tells_its_prompts_its_likes_and_its_histogram(page, recording)
     assert page.locator(".bars span").count() == 40
     page.locator("dialog .link").first.click()
     expect(page.locator("dialog h2")).not_to_have_text(f"double-img-0:{neuron}")
+
+
+def test_a_neuron_shows_what_it_writes_and_those_of_the_text_do_not(page, recording):
+    checkpoint, atlas = Checkpoint(SHIPPED["flux1"] / "flux.safetensors"), recording.atlas()
+    page.locator("#site").select_option("single-1")
+    expect(page.locator(".card .name").first).to_contain_text("single-1")
+    page.wait_for_function(
+        """async () => {
+          const sheet = new Image()
+          sheet.src = "sites/single-1.jpg"
+          await sheet.decode()
+          return true
+        }"""
+    )
+    neurons = shown(page)[:6]
+    autoencoder = autoencoder_of(checkpoint)
+    assert autoencoder is not None
+    writer = Writer(checkpoint, checkpoint.layout)
+    found = written_pictures(writer, autoencoder.decode, atlas, [("single-1", neuron) for neuron in neurons])
+    pictures = [picture for picture in found if picture is not None]
+    assert len(pictures) == len(neurons)
+    for card in range(len(pictures)):
+        page.locator(".card").nth(card).click()
+        square = Image.open(io.BytesIO(page.locator("dialog .writes").screenshot()))
+        seen, *drawn = (np.asarray(one.convert("L").resize((32, 32)), float)[2:-2, 2:-2] for one in (square, *pictures))
+        far = [np.abs(seen - other).mean() for other in drawn]
+        assert far[card] == min(far) < 12  # corners are round, and JPEG loses a little
+        page.locator("#close").click()
+    page.locator("#site").select_option("double-txt-1")
+    expect(page.locator(".card .name").first).to_contain_text("double-txt-1")
+    expect(page.locator(".card .writes")).to_have_count(0)
 
 
 def test_only_a_page_is_replaced(recording, tmp_path: Path):

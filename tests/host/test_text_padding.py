@@ -146,3 +146,40 @@ def test_calibrate_leaves_padding_out(encoder, model, in_process, tmp_path, name
     assert internals.sites["double-txt-0"].tokens == 20 * 2 * sum(spoken)
     assert internals.sites["single-0"].tokens == 20 * (2 * sum(spoken) + 4 * 64)
     assert internals.padded is False
+
+
+@pytest.mark.parametrize("family", ["flux1", "chroma", "flux2"])
+def test_the_words_that_a_model_reads_are_told_token_by_token(encoder, family: str):
+    from flux_poke.nodes.tokens import token_texts
+    from transformers import Qwen2Tokenizer
+
+    clip, prompt = encoder(family), "a (red:1.2) fox, quietly"
+    context = encoded(clip, prompt)[0][0][0]
+    texts = token_texts(clip, prompt, context)
+    assert len(texts) <= len(context)
+    inner = getattr(clip.tokenizer, "qwen3_4b" if family == "flux2" else "t5xxl", None) or clip.tokenizer.clip_t5xxl
+    assert isinstance(inner.tokenizer, Qwen2Tokenizer) == (family == "flux2")
+    if family == "flux2":  # ComfyUI sets the prompt into a template, without weights
+        whole = "<|im_start|>user\na (red:1.2) fox, quietly<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+        pieces = [inner.tokenizer.convert_tokens_to_string([piece]) for piece in inner.tokenizer.tokenize(whole)]
+        assert len(texts) == len(pieces)
+        assert "\\n" in texts
+        assert [text for text in texts if text.isalnum()] == [piece.strip() for piece in pieces if piece.strip().isalnum()]
+        assert {"red", "fox", "quietly"} <= {*texts}
+    else:
+        assert texts[-1] == "</s>"
+        spoken = [text for text in texts[:-1] if text != "\u2581"]  # which stands for a space
+        assert spoken == ["a", "red", "fox", ",", "quietly"]
+    zeros = torch.zeros(2, context.shape[1])  # as ComfyUI sets before the texts of FLUX.2
+    assert token_texts(clip, prompt, torch.cat([zeros, context])) == ("", "", *texts)
+    # Not the prompt's text alone: more words were added, or another prompt is read.
+    assert token_texts(clip, prompt, torch.cat([context, torch.ones(7, context.shape[1])])) == ()
+    assert token_texts(clip, prompt, context[:3]) == ()
+
+
+def test_an_encoder_that_does_not_tell_its_words_tells_none(in_process):
+    from types import SimpleNamespace
+
+    from flux_poke.nodes.tokens import token_texts
+
+    assert token_texts(SimpleNamespace(tokenizer=None), "a fox", torch.ones(8, 4)) == ()

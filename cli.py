@@ -77,7 +77,7 @@ for command in (neurons.find, neurons.show, neurons.join, neurons.subtract, neur
 app.add_typer(of_concepts, name="neurons")
 
 clusters = typer.Typer(help="The same work on many machines, on Ray.", no_args_is_help=True)
-for command in (cluster.record, cluster_sites.rank, cluster_sites.repair, cluster_sites.retrain):
+for command in (cluster.record, cluster_sites.rank, cluster_sites.repair, cluster_sites.retrain, cluster_sites.sweep):
     clusters.command()(command)
 app.add_typer(clusters, name="cluster")
 

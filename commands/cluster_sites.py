@@ -11,7 +11,7 @@ import typer
 from ..errors import UserError
 from .cluster import Cluster
 from .layers import Training
-from .terminal import Device, number, progress_bar, spread, typed
+from .terminal import Device, number, progress_bar, seed, spread, table, typed, whole
 
 if TYPE_CHECKING:
     from ..cluster.sites import Source
@@ -144,3 +144,54 @@ def retrain(
     typer.echo(stats_table(stats_of(done)))
     written = f"{folder}\n{typed('replace', folder, '-o', 'replaced.safetensors')}"
     _told(done, "layers" if options.thickness == 1 else "groups of layers", "" if options.just_evaluate else written)
+
+
+@spread
+def sweep(
+    recording: Annotated[str, typer.Argument(help="Folder of a recording that all machines reach, or its URL.")],
+    checkpoint: Annotated[str, typer.Option(help="A FLUX of the tiny kind, where all machines reach it; or a URL.")],
+    prompts: Annotated[str, typer.Option(help="Held-out prompts to measure on: text file, or hf:DATASET#COLUMN.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder that all machines reach, or a URL.")],
+    cluster: Cluster,
+    budgets: Annotated[str, typer.Option(help="Shares of the neurons to cut.")] = ".25,.5,.75",
+    scores: Annotated[
+        str, typer.Option(help="Of obs (by budget), frequency, magnitude and fluctuation (the same share of every MLP).")
+    ] = "obs,fluctuation,frequency",
+    precisions: Annotated[str, typer.Option(help="Of stored, bf16 and fp8.")] = "stored,bf16,fp8",
+    count: Annotated[int, whole(help="As many of the prompts.", least=1, most=10_000)] = 50,
+    seed: Annotated[int, seed("Seed of the first image's noise; each image takes the next.", most=2**62)] = 500_000,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the pruned checkpoints in the folder.")] = False,
+    patience: Patience = 14_400.0,
+    device: Device = "cpu",
+) -> None:
+    """Cut a model in many ways and measure each on held-out prompts: what is worth its gigabytes, as a table and a picture."""
+    from ..cluster.prompts import prompts_from
+    from ..cluster.sites import Source
+    from ..cluster.sweep import PICTURE, TABLE, Measuring, grid, measured
+    from ..cluster.sweep import sweep as sweep_there
+
+    points = grid(
+        [*map(_share, budgets.split(","))], scores.replace(" ", "").split(","), precisions.replace(" ", "").split(",")
+    )
+    measuring = Measuring(tuple(prompts_from(prompts, count)), seed, keep)
+    with cluster.connected(), progress_bar() as progress:
+        terms = _terms(cluster, patience, progress)
+        done = sweep_there(Source(checkpoint, recording), measuring, points, out, terms, _device(cluster, device))
+    columns = ("point", "GB", "velocity_error", "latent_error", "PSNR", "s_a_step", "none_is_better")
+    rows: list[list[object]] = [
+        [p.name, p.gb, p.velocity_error, p.latent_error, p.psnr, p.seconds_a_step, "*" if p.best else ""]
+        for p in measured(done)
+    ]
+    table(columns, rows)
+    _told(done, "points", f"{out}/{TABLE}, {out}/{PICTURE}")
+
+
+def _listed(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UserError(f"--budgets are shares of the neurons such as .25,.5; found {text!r}.") from error

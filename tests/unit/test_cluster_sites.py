@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from flux_poke.tiny.words import digit_prompts
 from safetensors.torch import load_file
 
 CHECKPOINT = FOLDER / "flux.safetensors"
-TRAINING = {"steps": 4, "eval_every": 2, "batch": 4, "thickness": 2, "save_dtype": "float32"}
+TRAINING: dict[str, Any] = {"steps": 4, "eval_every": 2, "batch": 4, "thickness": 2, "save_dtype": "float32"}
 __all__ = ["cluster_address"]
 
 

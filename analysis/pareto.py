@@ -26,7 +26,7 @@ def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 
 def pareto_figure(series: Mapping[str, Sequence[Point]], title: str, xlabel: str, ylabel: str) -> Figure:
     """Points of every series, `y` on a logarithmic scale (those at 0 are left out), with a line through those that no other
-    one beats."""
+    one beats. What lies at about one place shares a word."""
     figure = Figure(figsize=(8.5, 5.5), layout="constrained", facecolor="white")
     axes = figure.subplots()
     shown = {name: [point for point in points if point[1] > 0] for name, points in series.items()}
@@ -38,11 +38,27 @@ def pareto_figure(series: Mapping[str, Sequence[Point]], title: str, xlabel: str
         if points:
             x, y, _ = zip(*points, strict=True)
             axes.scatter(x, y, 55, marker=_MARKERS[number % len(_MARKERS)], color=f"C{number % 10}", label=name, zorder=2)
-        for x_at, y_at, word in points:
-            bold = "bold" if (x_at, y_at) in best else "normal"
-            axes.annotate(word, (x_at, y_at), (6, 5), textcoords="offset points", fontsize=8, fontweight=bold)
+        words: dict[tuple[str, str], list[Point]] = {}
+        for point in points:  # one word for those that look alike
+            words.setdefault((f"{point[0]:.2g}", f"{point[1]:.2g}"), []).append(point)
+        for alike in words.values():
+            bold = "bold" if any(point[:2] in best for point in alike) else "normal"
+            right = alike[0][0] > every[0][0] + 0.75 * (every[-1][0] - every[0][0])
+            axes.annotate(
+                _joined([point[2] for point in alike]), alike[0][:2], (-6, 5) if right else (6, 5),
+                textcoords="offset points", ha="right" if right else "left", fontsize=8, fontweight=bold,
+            )  # fmt: skip
     axes.set(yscale="log", title=title, xlabel=xlabel, ylabel=ylabel)
-    axes.margins(x=0.12)
+    axes.margins(x=0.05)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=min(len(shown) + 1, 5), fontsize=9)
     return figure
+
+
+def _joined(words: Sequence[str]) -> str:
+    """Such as 50 % bf16, fp8 of 50 % bf16 and 50 % fp8."""
+    heads: dict[str, list[str]] = {}
+    for word in dict.fromkeys(words):
+        head, _, last = word.rpartition(" ")
+        heads.setdefault(head, []).append(last)
+    return "; ".join(f"{head} {', '.join(sorted(lasts))}".strip() for head, lasts in heads.items())

@@ -1,6 +1,6 @@
 """How much main memory ranking, repairing and retraining hold at most: what Ray's scheduler is told.
 
-    ranking_bytes(site)                              # of the arithmetic on covariances, beside Python with torch
+    ranking_bytes(site, hidden)                      # FLUX.1: 5.8 GB in a double block, 8.6 GB in a single one
     retraining_bytes(dense, group, data)
 
 By how many values the down projection reads (R: neurons, in single blocks attention channels too): each covariance is R x R

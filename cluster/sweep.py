@@ -98,6 +98,11 @@ class Measured:
     seconds: float
     best: bool = False
 
+    @property
+    def word(self) -> str:
+        """Beside it in a picture."""
+        return f"{100 * self.share:g} % {self.precision}" if self.share else self.precision
+
 
 @dataclass(frozen=True)
 class Measuring:
@@ -241,17 +246,15 @@ def _describe(shared: Shared, found: Sequence[Measured]) -> None:
     table.writeheader()
     table.writerows(asdict(point) for point in found)
     shared.write(TABLE, text.getvalue())
-    scores = dict.fromkeys(point.score for point in found)
+    small, scores = found[-1].gb < 0.1, dict.fromkeys(point.score for point in found)
     series = {
         ("uncut" if score == UNCUT else f"{score}, repair {REPAIR_OF[score]}"): [
-            (point.gb, point.velocity_error, f"{100 * point.share:g} % {point.precision}" if point.share else point.precision)
-            for point in found
-            if point.score == score
+            (point.gb * (1000 if small else 1), point.velocity_error, point.word) for point in found if point.score == score
         ]
         for score in scores
     }
     title = "Size against error: share of the neurons cut, and precision"
-    figure = pareto_figure(series, title, "size of the file, GB", "velocity error on held-out prompts")
+    figure = pareto_figure(series, title, f"size of the file, {'MB' if small else 'GB'}", "velocity error (uncut as stored: 0)")
     with tempfile.TemporaryDirectory() as folder:
         write_picture(Path(folder) / PICTURE, figure)
         shared.put(Path(folder) / PICTURE, PICTURE)

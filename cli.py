@@ -12,7 +12,22 @@ from typing import Annotated
 
 import typer
 
-from .commands import atlas, captures, cluster, convert, draw, fit, layers, models, neurons, plans, queue, recordings, views
+from .commands import (
+    atlas,
+    captures,
+    cluster,
+    cluster_sites,
+    convert,
+    draw,
+    fit,
+    layers,
+    models,
+    neurons,
+    plans,
+    queue,
+    recordings,
+    views,
+)
 from .errors import UserError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -62,7 +77,8 @@ for command in (neurons.find, neurons.show, neurons.join, neurons.subtract, neur
 app.add_typer(of_concepts, name="neurons")
 
 clusters = typer.Typer(help="The same work on many machines, on Ray.", no_args_is_help=True)
-clusters.command()(cluster.record)
+for command in (cluster.record, cluster_sites.rank, cluster_sites.repair, cluster_sites.retrain, cluster_sites.sweep):
+    clusters.command()(command)
 app.add_typer(clusters, name="cluster")
 
 

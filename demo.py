@@ -18,15 +18,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .analysis.exam import Exam as Drawings
+from .analysis.exam import Nearness
 from .analysis.report import internals_figure
 from .errors import UserError
 from .files import check_text, write_picture, write_text
 from .flux.layout import Family
-from .flux.model import Flux
 from .progress import Progress, part, renamed, silent
 from .pruning.checkpoint import save_changed, save_pruned
 from .pruning.dense import Dense
@@ -38,7 +38,7 @@ from .pruning.surgery import Cut
 from .recording.drawing import Wanted, record
 from .recording.recording import Recording
 from .recording.rows import RowChoice
-from .recording.trajectories import Trajectories, relative_error, trajectory, velocity_error
+from .recording.trajectories import Trajectories, trajectory
 from .retrain.distill import distill
 from .tiny.data import digit_accuracy
 from .tiny.model import SHIPPED, STEPS, TinyFlux
@@ -47,8 +47,6 @@ from .tiny.words import digit_prompts
 SUMMARY = "summary.json"
 
 RECORDED, MEASURED, TAUGHT = 200, 100, 60
-#: Velocities are compared on the first of the measured images, all else on all of them.
-COMPARED = 50
 
 
 @dataclass(frozen=True)
@@ -156,36 +154,20 @@ def _make_room(out: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class Exam:
+class Exam(Drawings):
     """Drawings of the dense model that no recording saw, and how near a changed model comes to them."""
 
     def __init__(self, tiny: TinyFlux, prompts: list[str], seed: int):
         """`prompts` are for the digits 0 to 9, over and over."""
-        self.tiny, self.prompts = tiny, prompts
+        super().__init__(tiny, prompts, tiny.noise(len(prompts), 500_000 + 1_000 * seed))
         self.digits = [number % 10 for number in range(len(prompts))]
-        self.noise = tiny.noise(len(prompts), 500_000 + 1_000 * seed)
-        points, self.latents = trajectory(tiny.flux, self.noise, tiny.sigmas(), *tiny.words(prompts))
-        self.points = [point[:COMPARED] for point in points]
-        self.images = {"dense": self.decoded(self.latents)}
-
-    def decoded(self, latents: Tensor) -> Tensor:
-        """Images in 0..1; by tens, which stay in the processor's cache."""
-        return torch.cat([self.tiny.autoencoder.decode(some) for some in latents.split(10)])
 
     def measured(
         self, name: str, tensors: Mapping[str, Tensor], plan: PruningPlan, repair: str, size: int, seconds: float = 0.0
     ) -> Variant:
         """How the model with these tensors does."""
         kept, neurons = plan.neurons
-        velocity, latent, psnr = 0.0, 0.0, None
-        if name != "dense":
-            changed = TinyFlux(Flux.load(tensors, torch.float32), self.tiny.words, self.tiny.autoencoder)
-            velocity = velocity_error(changed.flux, self.points)
-            latents = changed.sample(self.prompts, self.noise)
-            latent = relative_error(self.latents, latents)
-            self.images[name] = self.decoded(latents)
-            mse = (self.images[name] - self.images["dense"]).square().mean((1, 2, 3))
-            psnr = (-10 * mse.log10()).mean().item()
+        near = Nearness() if name == "dense" else self.compared(name, tensors)
         return Variant(
             name=name,
             score=plan.score,
@@ -194,9 +176,9 @@ class Exam:
             neurons=neurons,
             parameters=sum(tensors[key].numel() for key in tensors),
             bytes=size,
-            velocity_error=velocity,
-            latent_error=latent,
-            psnr=psnr,
+            velocity_error=near.velocity_error,
+            latent_error=near.latent_error,
+            psnr=near.psnr,
             digit_accuracy=digit_accuracy(self.images[name], self.digits),
             seconds=round(seconds, 2),
         )

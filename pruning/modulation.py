@@ -30,7 +30,7 @@ from ..recording.amplification import MODULATION
 from ..recording.recording import Recording
 from ..recording.split import held_out
 from ..recording.store import HiddenStates
-from .cache import cache_key, read_cached, recorded_rows, write_cached
+from .cache import Shapes, cache_key, cached_header, read_cached, recorded_rows, write_cached
 from .dense import Dense
 from .low_rank import LowRank, Vectors, low_rank, rank_errors
 from .plan import PruningPlan
@@ -51,7 +51,7 @@ def modulation_errors(
     Raises `UserError` where the model's blocks have no modulation layers of their own, or the recording no texts.
     """
     sites = require_modulated(dense, recording)
-    path = recording.cache / "rankings" / f"modulation.{_key(dense, recording)}.safetensors"
+    path = _errors_file(dense, recording)
     known = read_cached(path, FORMAT, {site.name: None for site in sites})
     if known is not None:
         return known
@@ -71,6 +71,15 @@ def modulation_errors(
         other.unlink(missing_ok=True)
     write_cached(path, FORMAT, found)
     return found
+
+
+def lacks_modulation_errors(dense: Dense, recording: Recording) -> bool:
+    """Whether `modulation_errors` are still to be worked out."""
+    return cached_header(_errors_file(dense, recording), FORMAT, {site.name: None for site in dense.layout.modulated}) is None
+
+
+def _errors_file(dense: Dense, recording: Recording) -> Path:
+    return recording.cache / "rankings" / f"modulation.{_key(dense, recording)}.safetensors"
 
 
 class LowRanks(Mapping[str, LowRank]):
@@ -167,13 +176,24 @@ def require_modulated(dense: Dense, recording: Recording | None = None) -> tuple
 def recorded_vectors(dense: Dense, recording: Recording, device: torch.device | str = "cpu") -> Vectors:
     """What all modulation layers read, over all recorded texts; worked out once, on `device`, and kept in the recording's
     cache; on the CPU."""
-    path = recording.cache / "modulation" / _key(dense, recording) / "vectors.safetensors"
-    known = read_cached(path, FORMAT, {"mean": (dense.layout.hidden,), "spread": None})
+    path, shapes = _vectors_file(dense, recording)
+    known = read_cached(path, FORMAT, shapes)
     if known is not None:
         return Vectors(**known)
     found = _sampled(dense, recording, None, device).to("cpu")
     write_cached(path, FORMAT, {"mean": found.mean, "spread": found.spread})
     return found
+
+
+def lacks_vectors(dense: Dense, recording: Recording) -> bool:
+    """Whether `recorded_vectors` are still to be worked out."""
+    path, shapes = _vectors_file(dense, recording)
+    return cached_header(path, FORMAT, shapes) is None
+
+
+def _vectors_file(dense: Dense, recording: Recording) -> tuple[Path, Shapes]:
+    shapes = {"mean": (dense.layout.hidden,), "spread": None}
+    return recording.cache / "modulation" / _key(dense, recording) / "vectors.safetensors", shapes
 
 
 def _sampled(dense: Dense, recording: Recording, images: Set[int] | None, device: torch.device | str) -> Vectors:

@@ -125,12 +125,16 @@ class Repairs(Mapping[str, Repaired]):
             self.progress(f"truncating the modulation of {name}", done, total)
             if self.low_ranks.lacks(name):
                 self.low_ranks[name]
-        for done, (name, site) in enumerate(self.sites.items(), start=len(self.low_ranks)):
+        for done, name in enumerate(self.sites, start=len(self.low_ranks)):
             self.progress(f"repairing {name}", done, total)
-            if self.lacks(name, fold):
-                self._compute(site, fold, part(self.progress, done, total))
+            self.work_out(name, fold, part(self.progress, done, total))
         self.progress("repaired", total, total)
         return self.reports()
+
+    def work_out(self, name: str, fold: bool = False, progress: Progress = silent) -> None:
+        """Works out one site, and with `fold` also what LoRAs need of it, unless that was done."""
+        if self.lacks(name, fold):
+            self._compute(self.sites[name], fold, progress)
 
     def complete(self, fold: bool = False) -> bool:
         """Whether nothing is left to be worked out by `compute`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import astuple
 from functools import cached_property
@@ -33,6 +34,8 @@ from .rounding import RoundedLayer, RoundedSite, RoundingErrors, plain, round_si
 from .surgery import Changed
 
 FORMAT = "flux-poke rounding 1"
+#: Seconds after which what was worked out for another file is taken to be of a save that was given up.
+ABANDONED = 86_400.0
 #: What a tensor becomes: itself, bf16, float8, or the scale or format beside a float8 weight.
 AS_IS, BF16, EIGHT, SCALE, QUANT = "as it is", "bf16", "float8", "scale", "format"
 
@@ -119,7 +122,7 @@ class Rounded(Changed):
             found = recorded_rows(self.recording), self.plan.digest, self.dense.fingerprint.digest, methods
             self._folder = self.recording.cache / "rounding" / cache_key(FORMAT, *found)
             for other in self._folder.parent.glob("*"):
-                if other != self._folder:  # one plan's is kept, until its file is written
+                if other != self._folder and _age(other) > ABANDONED:  # a younger one may be in the making
                     shutil.rmtree(other, ignore_errors=True)
             within = part(progress, 1, 2)
             for done, site in enumerate(self._sites.values()):
@@ -200,3 +203,11 @@ def _stored(found: RoundedSite) -> dict[str, Tensor]:
         if layer.bias is not None:
             tensors[f"{which}.bias"] = layer.bias
     return tensors
+
+
+def _age(folder: Path) -> float:
+    """Seconds since something was last written there."""
+    try:
+        return time.time() - folder.stat().st_mtime
+    except OSError:  # gone by now
+        return 0.0

@@ -16,6 +16,7 @@ ones, the lower index.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from ..recording.recording import Recording
 from ..recording.split import held_out
 from ..recording.statistics import SiteInternals
 from ..recording.store import HiddenStates
-from .cache import cache_key, read_cached, recorded_rows, write_cached
+from .cache import Shapes, cache_key, cached_header, read_cached, recorded_rows, write_cached
 from .curves import Ranking, measure_affine, ridge_for
 from .dense import Dense
 from .moments import Moments, gather_recorded
@@ -114,10 +115,8 @@ def _by_rows(
     dense: Dense, site: Site, recording: Recording, rows: HiddenStates, device: torch.device | str, progress: Progress
 ) -> Ranking:
     """The ranking by obs, from the cache or worked out; those of earlier rows are removed there."""
-    folder = recording.cache / "rankings"
-    key = cache_key(RANKING_FORMAT, recorded_rows(recording), dense.fingerprint.digest)
-    path = folder / f"obs.{site.name}.{key}.safetensors"
-    known = read_cached(path, RANKING_FORMAT, {"order": (site.width,), "error": (site.width + 1,), "energy": ()})
+    path = _ranking_file(dense, site, recording)
+    known = read_cached(path, RANKING_FORMAT, _ranking_shapes(site))
     if known is not None and torch.equal(known["order"].sort().values, torch.arange(site.width)):
         return Ranking(known["order"], known["error"], known["energy"].item())
     weights = SiteWeights.read(dense.tensors, site, device)
@@ -127,11 +126,25 @@ def _by_rows(
     kept_back = gather_recorded(weights, rows, others, part(progress, 3, 4))
     ranking = measure_affine(ranking, weights, moments, kept_back, ridge_for(site.width, moments.rows))
     assert ranking.error is not None
-    for other in folder.glob(f"obs.{site.name}.*.safetensors"):
+    for other in path.parent.glob(f"obs.{site.name}.*.safetensors"):
         other.unlink(missing_ok=True)
     energy = torch.tensor(ranking.energy, dtype=torch.float64)
     write_cached(path, RANKING_FORMAT, {"order": ranking.order, "error": ranking.error, "energy": energy})
     return ranking
+
+
+def lacks_ranking(dense: Dense, site: Site, recording: Recording) -> bool:
+    """Whether the ranking of a site by obs is still to be worked out."""
+    return cached_header(_ranking_file(dense, site, recording), RANKING_FORMAT, _ranking_shapes(site)) is None
+
+
+def _ranking_file(dense: Dense, site: Site, recording: Recording) -> Path:
+    key = cache_key(RANKING_FORMAT, recorded_rows(recording), dense.fingerprint.digest)
+    return recording.cache / "rankings" / f"obs.{site.name}.{key}.safetensors"
+
+
+def _ranking_shapes(site: Site) -> Shapes:
+    return {"order": (site.width,), "error": (site.width + 1,), "energy": ()}
 
 
 def _by_internals(score: str, dense: Dense, site: Site, recorded: SiteInternals) -> Ranking:

@@ -185,9 +185,7 @@ class Output:
 
     def _list(self) -> None:
         """Writes down the stats of all layers in the folder, unless they are."""
-        content = {f"layer{stats.layer}": asdict(stats) for stats in read_stats(self.folder)}
-        text = yaml.dump(content, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False)
-        path = self.folder / STATS
+        text, path = stats_text(read_stats(self.folder)), self.folder / STATS
         if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
             write_text(path, text)
 
@@ -220,6 +218,12 @@ def read_stats(folder: Path) -> list[LayerStats]:
     """Of all layers in `folder` that this program trained, from their headers."""
     found = (LayerStats.read(path) for path in layer_files(folder).values())
     return [stats for stats in found if stats is not None]
+
+
+def stats_text(stats: Sequence[LayerStats]) -> str:
+    """What `layer_stats.yaml` holds."""
+    content = {f"layer{layer.layer}": asdict(layer) for layer in stats}
+    return yaml.dump(content, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False)
 
 
 def layer_files(folder: Path) -> dict[int, Path]:

@@ -93,52 +93,92 @@ def retrain_layers(
     An exception from `report` or `progress` cancels: finished layers stay. Raises `UserError` where plan, data and model do not
     belong together, the folder holds something else, or there is nothing to do.
     """
-    options = options or Options()
-    plan.require(dense)
-    blocks = blocks_of(dense.layout)
-    chosen = [blocks.index(block) for block in choose_blocks(layers, dense.layout)]
-    longest = max(map(len, grouped(chosen, len(chosen))))
-    if options.thickness > longest:
-        raise UserError(
-            f"thickness is {options.thickness}, but no more than {longest} consecutive layers are chosen ({layers}): choose at "
-            f"most {longest}, or more layers."
-        )
-    touched = {*cut_blocks(dense, plan)}
-    groups = [group for group in grouped(chosen, options.thickness) if touched & {*group}]
-    if not groups:
-        raise UserError(f"The plan cuts nothing of the layers {layers}: there is nothing to retrain. Choose other layers.")
-    if isinstance(data, BlockStates):
-        data.require(dense.fingerprint, dense.layout.hidden, dense.source)
-        name, digest = "block states", data.digest
-    elif options.thickness > 1 or options.sequential:
-        raise UserError("Rows train each MLP by itself: for thickness or sequential training, record block states.")
-    else:
-        name, digest = "rows", data.digest("rows")
-    cut = start(dense, plan, recording, device=options.device)
-    output = Output(folder, cut, options, name, digest)
-    before: list[Chain] = []  # in sequential training, the retrained layers that lead up to the next
+    work = Layerwise(dense, plan, data, layers, folder, options or Options(), recording)
     stats: list[LayerStats] = []
-    for number, group in enumerate(groups):
-        if before and before[-1].span.stop != group.start:
-            before.clear()  # across a gap it goes on from the recorded states
-        key = output.key(range(before[0].span.start if before else group.start, group.stop))
-        found = output.finished(group, key)
-        if found is None:
-            if not cut.repairs.complete():  # modulation layers alone, for all blocks
-                cut.work_out(part(progress, number, len(groups), 0.1))
-            begun, saved = time.monotonic(), partial(output.saved, key)
-            told = report and _numbered(report, number, len(groups)), part(progress, number, len(groups))
-            if isinstance(data, BlockStates):
-                trained = train_blocks(cut, data, group, options, before, saved, *told)
-            else:
-                trained = train_rows(cut, data, group.start, options, saved, *told)
-            origin = "cut" if trained.start == trained.cut else "closed form"
-            found = output.write(group, key, trained, options.method, origin, begun)
-        stats += found
-        if options.sequential and not options.just_evaluate:
-            replaced = Replaced(dense, RetrainedLayers.open(folder, dense, group.start, group[-1]))
-            before.append(Chain.load(replaced, group, options.device))
+    for number, group in enumerate(work.groups):
+        told = report and _numbered(report, number, len(work.groups)), part(progress, number, len(work.groups))
+        stats += work.finished(group) or work.train(group, *told)
     return stats
+
+
+class Layerwise:
+    """The training of chosen layers, a group of `thickness` of them at a time: what `retrain_layers` goes through, and what
+    others may give out, where it is not `sequential`.
+
+        work = Layerwise(dense, plan, data, "0-18", folder, options)
+        for group in work.groups:
+            stats = work.finished(group) or work.train(group)
+
+    Raises `UserError` as `retrain_layers`.
+    """
+
+    def __init__(
+        self,
+        dense: Dense,
+        plan: PruningPlan,
+        data: Data,
+        layers: str,
+        folder: str | os.PathLike[str],
+        options: Options,
+        recording: Recording | None = None,
+    ):
+        plan.require(dense)
+        blocks = blocks_of(dense.layout)
+        chosen = [blocks.index(block) for block in choose_blocks(layers, dense.layout)]
+        longest = max(map(len, grouped(chosen, len(chosen))))
+        if options.thickness > longest:
+            raise UserError(
+                f"thickness is {options.thickness}, but no more than {longest} consecutive layers are chosen ({layers}): "
+                f"choose at most {longest}, or more layers."
+            )
+        touched = {*cut_blocks(dense, plan)}
+        self.groups = [group for group in grouped(chosen, options.thickness) if touched & {*group}]
+        if not self.groups:
+            raise UserError(f"The plan cuts nothing of the layers {layers}: there is nothing to retrain. Choose other layers.")
+        if isinstance(data, BlockStates):
+            data.require(dense.fingerprint, dense.layout.hidden, dense.source)
+            name, digest = "block states", data.digest
+        elif options.thickness > 1 or options.sequential:
+            raise UserError("Rows train each MLP by itself: for thickness or sequential training, record block states.")
+        else:
+            name, digest = "rows", data.digest("rows")
+        self.dense, self.data, self.folder, self.options = dense, data, folder, options
+        #: What training starts from.
+        self.cut = start(dense, plan, recording, device=options.device)
+        self.output = Output(folder, self.cut, options, name, digest)
+        self.before: list[Chain] = []  # in sequential training, the retrained layers that lead up to the next
+
+    def finished(self, group: range) -> list[LayerStats] | None:
+        """The stats of layers that were made before, in the very same way; else None."""
+        found = self.output.finished(group, self._key(group))
+        if found is not None:
+            self._go_on_after(group)
+        return found
+
+    def train(self, group: range, report: Report | None = None, progress: Progress = silent) -> list[LayerStats]:
+        """Trains and writes them; modulation layers are truncated first, for all blocks, where that was not done."""
+        key = self._key(group)
+        if not self.cut.repairs.complete():
+            self.cut.work_out(part(progress, 0, 1, 0.1))
+        begun, saved = time.monotonic(), partial(self.output.saved, key)
+        if isinstance(self.data, BlockStates):
+            trained = train_blocks(self.cut, self.data, group, self.options, self.before, saved, report, progress)
+        else:
+            trained = train_rows(self.cut, self.data, group.start, self.options, saved, report, progress)
+        origin = "cut" if trained.start == trained.cut else "closed form"
+        stats = self.output.write(group, key, trained, self.options.method, origin, begun)
+        self._go_on_after(group)
+        return stats
+
+    def _key(self, group: range) -> str:
+        if self.before and self.before[-1].span.stop != group.start:
+            self.before.clear()  # across a gap it goes on from the recorded states
+        return self.output.key(range(self.before[0].span.start if self.before else group.start, group.stop))
+
+    def _go_on_after(self, group: range) -> None:
+        if self.options.sequential and not self.options.just_evaluate:
+            replaced = Replaced(self.dense, RetrainedLayers.open(self.folder, self.dense, group.start, group[-1]))
+            self.before.append(Chain.load(replaced, group, self.options.device))
 
 
 def _numbered(report: Report, done: int, layers: int) -> Report:

@@ -267,12 +267,17 @@ def forked(work: Callable[[Path], Any], folder: Path, at: int = 0, seconds: floa
         os.close(reading)
         _child(work, folder, at, writing)
     os.close(writing)
-    if seconds < math.inf:
-        time.sleep(seconds)
+    try:
+        if seconds < math.inf:
+            time.sleep(seconds)
+            os.kill(process, signal.SIGKILL)
+        with open(reading, "rb") as pipe:
+            said = pipe.read().decode()
+        status = os.waitpid(process, 0)[1]
+    except KeyboardInterrupt:  # or it would go on in a folder that is removed
         os.kill(process, signal.SIGKILL)
-    with open(reading, "rb") as pipe:
-        said = pipe.read().decode()
-    status = os.waitpid(process, 0)[1]
+        os.waitpid(process, 0)
+        raise
     if os.WIFSIGNALED(status):
         return "killed", 0
     words, _, count = said.rpartition(" ")
@@ -425,6 +430,7 @@ def main() -> None:
                     chosen = every if given.every else moments(trial, given.kills, random.Random(seed + 1000 * round_ + number))
                     for moment in chosen:
                         trial.kill(**moment)
+                    print(f"{trial.name}: {trial.kills} kills, {len(trial.losses)} losses", file=sys.stderr, flush=True)
                 if given.minutes is None or time.monotonic() - began > 60 * given.minutes:
                     break
     told = {

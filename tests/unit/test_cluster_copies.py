@@ -74,8 +74,13 @@ def test_a_file_is_copied_once_and_again_when_it_changes(store, machine, tmp_pat
     (tmp_path / "it").write_bytes(b"first")
     shared = Shared(f"{store}/changing")
     shared.put(tmp_path / "it", "it")
-    fetched, fetch = [], Shared.fetch
-    monkeypatch.setattr(Shared, "fetch", lambda self, name, to: fetched.append(name) or fetch(self, name, to))
+    fetched, fetch = list[str](), Shared.fetch
+
+    def counted(self: Shared, name: str, to: Path) -> Path:
+        fetched.append(name)
+        return fetch(self, name, to)
+
+    monkeypatch.setattr(Shared, "fetch", counted)
     copy = file_at_hand(f"{store}/changing/it")
     assert copy.read_bytes() == b"first"
     assert file_at_hand(f"{store}/changing/it") == copy
@@ -107,13 +112,16 @@ def test_a_layer_goes_to_the_store_and_is_known_again(source, store, machine, mo
     kept = {site.name: torch.arange(site.width // 2) for site in dense.layout.sites if site.block == "single_blocks.0"}
     whole = PruningPlan.keeping_all(dense)
     plan = PruningPlan(whole.family, whole.fingerprint, kept, whole.widths, "magnitude", "the first half")
-    arguments = there, plan, layer_options("closed form"), f"{store}/layers", "2", "rows", 1
-    (stats,) = Retrainer(*arguments).work(Task("single-0", what=(2, 3)))
+
+    def retrainer() -> Retrainer:
+        return Retrainer(there, plan, layer_options("closed form"), f"{store}/layers", "2", "rows", 1)
+
+    (stats,) = retrainer().work(Task("single-0", what=(2, 3)))
     assert stats.relative_final < stats.relative_cut
     assert Shared(f"{store}/layers").exists("2.safetensors")
     machine("two")
     monkeypatch.setattr("flux_poke.retrain.layers.train_rows", None)
-    assert Retrainer(*arguments).work(Task("single-0", what=(2, 3))) == [stats]
+    assert retrainer().work(Task("single-0", what=(2, 3))) == [stats]
 
 
 def test_of_a_recording_what_a_task_needs_is_copied(source, machine):

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from cluster_nodes import Killer, cluster_address
 from flux_poke.cluster.connect import Needs, connected
 from flux_poke.cluster.layers import layer_options, retrain
 from flux_poke.cluster.sites import Source, rank, repair
@@ -24,10 +23,10 @@ from flux_poke.retrain.files import read_stats
 from flux_poke.tiny.model import FOLDER
 from flux_poke.tiny.words import digit_prompts
 from safetensors.torch import load_file
+from two_nodes import Killer, Nodes, two_nodes
 
 CHECKPOINT = FOLDER / "flux.safetensors"
 TRAINING: dict[str, Any] = {"steps": 4, "eval_every": 2, "batch": 4, "thickness": 2, "save_dtype": "float32"}
-__all__ = ["cluster_address"]
 
 
 class Work:
@@ -49,12 +48,12 @@ class Work:
         Repairs(self.dense, plan, "affine", self.recording).compute(fold=True)
         retraining.retrain("both", self.dense, plan, self.recording, self.layers, "0-4", "blocks", **TRAINING)
 
-    def shared(self, address: str) -> None:
-        with connected(address):
-            self.done["rank"] = rank(self.source, self.terms("Ranker"))
+    def shared(self, nodes: Nodes) -> None:
+        with connected(nodes.address):
+            self.done["rank"] = rank(self.source, self.terms(nodes, "Ranker"))
             plan = self.plan()
-            self.done["repair"] = repair(self.source, plan, "affine", self.terms("Repairer"), fold=True)
-            options, terms = layer_options("both", **TRAINING), self.terms("Retrainer")
+            self.done["repair"] = repair(self.source, plan, "affine", self.terms(nodes, "Repairer"), fold=True)
+            options, terms = layer_options("both", **TRAINING), self.terms(nodes, "Retrainer")
             self.done["retrain"] = retrain(self.source, plan, options, f"{self.layers}", terms, "0-4", "blocks")
             again = Terms(self.no_room)  # nothing is left that would need a machine
             self.done["again"] = rank(self.source, again).then(repair(self.source, plan, "affine", again, fold=True))
@@ -62,8 +61,8 @@ class Work:
                 retrain(self.source, plan, options, f"{self.layers}", again, "0-4", "blocks")
             )
 
-    def terms(self, kind: str) -> Terms:
-        killer = Killer(kind)
+    def terms(self, nodes: Nodes, kind: str) -> Terms:
+        killer = Killer(nodes, kind)
 
         def progress(*told: object) -> None:
             killer()
@@ -99,9 +98,10 @@ def alone(recording, tmp_path_factory) -> Work:
 
 
 @pytest.fixture(scope="module")
-def shared(recording, cluster_address, tmp_path_factory) -> Work:
+def shared(recording, tmp_path_factory) -> Work:
     work = Work(shutil.copytree(recording, tmp_path_factory.mktemp("shared") / "it"))
-    work.shared(cluster_address)
+    with two_nodes() as nodes:
+        work.shared(nodes)
     return work
 
 

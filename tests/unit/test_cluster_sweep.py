@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster_nodes import cluster_address
 from flux_poke.analysis.pareto import pareto
 from flux_poke.cluster.connect import Needs, connected
 from flux_poke.cluster.sites import Source
@@ -24,11 +23,11 @@ from flux_poke.recording.recording import Recording
 from flux_poke.recording.trajectories import trajectory
 from flux_poke.tiny.model import FOLDER, TinyFlux
 from flux_poke.tiny.words import digit_prompts
+from two_nodes import two_nodes
 
 CHECKPOINT = FOLDER / "flux.safetensors"
 HELD_OUT = tuple(digit_prompts(digit)[1] for digit in range(4))
 MEASURING = Measuring(HELD_OUT, seed=7)
-__all__ = ["cluster_address"]
 
 
 def room(memory: float) -> Needs:
@@ -49,12 +48,12 @@ def source(run, tmp_path_factory) -> Source:
 
 
 @pytest.fixture(scope="module")
-def swept(source, cluster_address, tmp_path_factory) -> tuple[Path, dict[str, Measured]]:
+def swept(source, tmp_path_factory) -> tuple[Path, dict[str, Measured]]:
     """The folder of a sweep that was done in two halves, and what it found."""
     out = tmp_path_factory.mktemp("sweep")
     points = grid([0.25, 0.5], ["fluctuation"], ["stored", "fp8"])
     terms = Terms(room, 2, 300.0)
-    with connected(cluster_address):
+    with two_nodes() as nodes, connected(nodes.address):
         assert sweep(source, MEASURING, points[:3], f"{out}", terms).before == 0
         done = sweep(source, MEASURING, points, f"{out}", terms)
         assert (done.before, done.total) == (3, len(points))

@@ -57,6 +57,17 @@ class Nodes:
         return bool(workers)
 
 
+class Killer:
+    """Ends one worker of a class in the middle of its work: to be called again and again, as progress is."""
+
+    def __init__(self, nodes: Nodes, kind: str):
+        self.nodes, self.kind, self.killed = nodes, f"{kind}.work", 0
+
+    def __call__(self, *_: object) -> None:
+        if not self.killed:
+            self.killed += self.nodes.lose_worker(self.kind)
+
+
 @contextmanager
 def two_nodes(cpus: int = 2) -> Iterator[Nodes]:
     pytest.importorskip("ray")

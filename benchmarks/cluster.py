@@ -1,6 +1,6 @@
 """A recording on a Ray cluster of two machines (both this one): what workers add, what losses cost, what a simulation says.
 
-    OMP_NUM_THREADS=1 uv run python benchmarks/cluster.py [--prompts 200] [--batch 4]
+    OMP_NUM_THREADS=1 uv run python benchmarks/cluster.py [--prompts 200] [--batch 4] [--steps 80]
 
 The tiny FLUX draws the same prompts in one process, and on the cluster with 1, 2 and 4 workers of one thread each; then with 4
 workers while workers are killed every few seconds and one machine is lost and comes back. All recordings are compared with that
@@ -15,8 +15,12 @@ import random
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 
 import torch
 from figures import figure
@@ -57,10 +61,10 @@ class Timeline:
         end = time.time()
         return cls(end - began, written[0] - began, written[-1] - written[0], end - written[-1])
 
-    def service(self, pieces: int) -> Service:
+    def service(self, pieces: int, crowded: float) -> Service:
         """What a run with one worker tells of how long things take."""
         draw = self.between / (pieces - 1)
-        return Service(start=self.first - draw, draw=draw, finish=self.end)
+        return Service(start=self.first - draw, draw=draw, finish=self.end, crowded=crowded)
 
 
 class Losing:
@@ -94,18 +98,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
     prompts = [digit_prompts(number % 10)[number // 10 % 26] for number in range(given.prompts)]
-    job = TinyJob(TINY, WANTED, batch=given.batch, seed=given.seed)
+    job = TinyJob(TINY, WANTED, given.steps, given.batch, given.seed)
     pieces = len(job.pieces(prompts))
     with tempfile.TemporaryDirectory() as folder:
         alone, began = Recording.at(Path(folder) / "alone"), time.monotonic()
-        record_here(TINY, prompts, alone, WANTED, given.seed, batch=given.batch)
+        record_here(TINY, prompts, alone, WANTED, given.seed, given.steps, given.batch)
         seconds = time.monotonic() - began
         figure(f"one process: {seconds:.1f} s, {seconds / pieces:.3f} a piece of {pieces}", seconds=seconds, pieces=pieces)
+        crowded: dict[int, float] = {}
+        cores, some = os.cpu_count() or 1, partial(drawing, prompts[: 4 * given.batch], given.steps, given.batch)
+        for processes in (1, 2, 4):
+            with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+                took = median(one.result() for one in [pool.submit(some) for _ in range(2 * processes)])
+            crowded[processes] = took / crowded.get(1, 1.0) / (max(1.0, processes / cores) if processes > 1 else 1.0)
+            if processes > 1:
+                speed = min(processes, cores) / crowded[processes]
+                figure(f"{processes} processes beside each other: {speed:.2f} times as fast as one", speed=speed)
         with two_nodes() as nodes, connected(nodes.address):
+            record(job, prompts[:8], str(Path(folder) / "warm"), Needs(), 2)  # Ray's own beginnings
             runs: dict[int, Timeline] = {}
             for workers in (1, 2, 4):
                 out, began = Path(folder) / f"{workers}", time.time()
@@ -119,7 +134,7 @@ def main() -> None:
                     workers=workers, seconds=run.seconds, speed=speed,
                 )  # fmt: skip
             for workers in (2, 4):
-                expected = simulate(runs[1].service(pieces), pieces, workers, cores=os.cpu_count()).seconds
+                expected = simulate(runs[1].service(pieces, crowded[workers]), pieces, workers, cores=os.cpu_count()).seconds
                 part = expected / runs[workers].seconds
                 figure(
                     f"{workers} workers, simulated: {expected:.1f} s, {part:.2f} of what was measured",
@@ -137,10 +152,20 @@ def main() -> None:
             )  # fmt: skip
             import ray
 
-            nothing, began = drawn_pieces(["-"] * 400, 0, 1, ""), time.monotonic()
-            share(nothing, lambda: ray.remote(num_cpus=1)(Idle).remote(), 4, lambda piece, _: None, 60)
-            took = time.monotonic() - began
-            figure(f"the head: {1000 * took / 400:.1f} ms for each of 400 pieces that are no work", ms=1000 * took / 400)
+            nothing, ended = drawn_pieces(["-"] * 2000, 0, 1, ""), list[float]()
+            share(nothing, lambda: ray.remote(num_cpus=1)(Idle).remote(), 4, lambda *_: ended.append(time.monotonic()), 60)
+            took = 1000 * (ended[-1] - ended[0]) / len(ended)
+            figure(f"the head: {took:.1f} ms for each of 2,000 pieces that are no work", ms=took)
+
+
+def drawing(prompts: list[str], steps: int, batch: int) -> float:
+    """Seconds that recording takes here; the first prompts are for what is read and made once."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        record_here(TINY, prompts[:batch], Recording.at(Path(folder) / "first"), WANTED, steps=2, batch=batch)
+        began = time.monotonic()
+        record_here(TINY, prompts, Recording.at(Path(folder) / "all"), WANTED, steps=steps, batch=batch)
+        return time.monotonic() - began
 
 
 def require_equal(one: Recording, other: Recording) -> None:

@@ -32,6 +32,7 @@ class Service:
         internals, states: bytes of a piece: those that are merged, and those that stay where they are.
         bandwidth: bytes a second of the shared folder, read and written, of all workers together.
         lasts: until a worker is lost, on average; None = never.
+        crowded: how much longer computing takes on a core while others compute on all cores of its machine.
     """
 
     start: float
@@ -43,6 +44,7 @@ class Service:
     states: float = 0.0
     bandwidth: float = 1e9
     lasts: float | None = None
+    crowded: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,10 @@ class Cluster:
                 self.all.succeed()
 
     def _merge(self, parts: int) -> Generator:
-        """Reads that many parts and writes one; higher levels of the tree add 1 / (FAN - 1) to it."""
+        """Reads that many parts and writes one; higher levels of the tree add 1 / (FAN - 1) to it. Who merges begins once."""
         share = FAN / (FAN - 1)
+        if len(self.merges) == 1 and self.cores is not None:
+            yield from self._compute(self.service.start)
         yield from self._use(self.folder, "folder", share * (parts + 1) * self.service.internals / self.service.bandwidth)
         yield from self._compute(share * parts * self.service.merge)
 
@@ -121,7 +125,7 @@ class Cluster:
             turn = min(seconds, 0.1)
             with self.cores.request() as core:
                 yield core
-                yield self.env.timeout(turn)
+                yield self.env.timeout(turn * (self.service.crowded if self.cores.count == self.cores.capacity else 1.0))
             seconds -= turn
 
     def _use(self, what: simpy.Resource, name: str, seconds: float) -> Generator:

@@ -129,6 +129,19 @@ def finish(shared: Shared, parts: Sequence[Part]) -> None:
     _remove(shared, parts)
 
 
+class Joiner:
+    """Puts parts together, in a process of its own."""
+
+    def __init__(self, url: str):
+        self.shared = Shared(url)
+
+    def merge(self, parts: Sequence[Part]) -> Part:
+        return merge(self.shared, parts)
+
+    def finish(self, parts: Sequence[Part]) -> None:
+        finish(self.shared, parts)
+
+
 def find_parts(shared: Shared) -> tuple[frozenset[str], list[Part]]:
     """Keys of the pieces that are in the recording, and the parts that are to be added to it; others are removed."""
     known = finished_pieces(shared)

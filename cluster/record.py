@@ -31,13 +31,13 @@ from ..recording.manifest import MANIFEST
 from ..recording.recording import INTERNALS, STATES
 from .connect import Needs, Vanished, require_room, results, watched
 from .crew import share
-from .parts import Part, find_parts, finish, merge
+from .parts import Joiner, Part, find_parts
 from .pieces import Piece, drawn_pieces, queued_pieces
 from .shared import Shared
 
 FORMAT, ABOUT = "flux-poke cluster recording 1", "cluster.json"
-#: Parts that are put together at once.
-FAN = 16
+#: Parts that are put together at once, and workers whose parts one process puts together.
+FAN, JOINED_BY_ONE = 16, 64
 #: Times that Ray starts a worker or a merge again which it lost.
 AGAIN = 10
 
@@ -156,7 +156,8 @@ def record(
     there = known | {key for part in parts for key in part.pieces}
     left = [piece for piece in pieces if piece.key not in there]
     room = require_room(needs)
-    merger = _Merger(url, parts)
+    most = min(workers or room, len(left))
+    merger = _Merger(url, parts, most)
     kind, arguments = job.worker(url, needs)
     actor: Any = ray.remote(max_restarts=-1, max_task_retries=0, **needs.options)(kind)
 
@@ -164,7 +165,7 @@ def record(
         merger.add(part)
 
     try:
-        outcome = share(left, lambda: actor.remote(*arguments), workers or room, done, patience, progress, say)
+        outcome = share(left, lambda: actor.remote(*arguments), most, done, patience, progress, say)
         watched(merger.finish, progress)
     except Vanished as error:
         raise Vanished(f"{error} What was recorded is in {shared}. The same command goes on.") from error
@@ -194,20 +195,20 @@ def _claim(shared: Shared, job: Job, pieces: Sequence[Piece]) -> None:
 
 class _Merger:
     """Puts parts together while others are recorded, `FAN` of about one size at a time: a tree of merges, of which the folder
-    holds few at once."""
+    holds few at once. Those who merge stay, since a process takes longer to start than to merge."""
 
-    def __init__(self, url: str, parts: Sequence[Part]):
+    def __init__(self, url: str, parts: Sequence[Part], workers: int):
         import ray
 
-        def merging(parts: list[Part]) -> Part:
-            return merge(Shared(url), parts)
-
-        def finishing(parts: list[Part]) -> None:
-            finish(Shared(url), parts)
-
-        again = ray.remote(num_cpus=0, max_retries=AGAIN)  # beside workers, which hold all processors
-        self._merge, self._finish = again(merging), again(finishing)
-        self.parts, self.merging = [*parts], list[Any]()
+        alone: dict[str, Any] = {
+            "num_cpus": 0,
+            "max_restarts": -1,
+            "max_task_retries": AGAIN,
+        }  # beside workers, which hold all processors
+        self._new: Any = ray.remote(**alone)(Joiner)
+        self.url, self.parts, self.merging = url, [*parts], list[Any]()
+        self._joiners: list[Any] = []
+        self._most = 1 + workers // JOINED_BY_ONE
 
     def add(self, part: Part) -> None:
         self.parts.append(part)
@@ -215,13 +216,22 @@ class _Merger:
         small = sorted(self.parts, key=lambda part: len(part.pieces))[:FAN]
         if len(small) == FAN and len(small[-1].pieces) < FAN * max(len(small[0].pieces), 1):
             self.parts = [part for part in self.parts if part not in small]
-            self.merging.append(self._merge.remote(small))
+            self.merging.append(self._joiner().merge.remote(small))
 
     def finish(self, progress: Progress) -> None:
         progress("putting the parts together", 0, 1)
         self._collect(wait=True)
-        results([self._finish.remote(self.parts)])
+        if self.parts:
+            results([self._joiner().finish.remote(self.parts)])
         progress("recorded", 1, 1)
+
+    def _joiner(self) -> Any:
+        """The one whose turn it is."""
+        if len(self._joiners) < self._most:
+            self._joiners.append(self._new.remote(self.url))
+        else:
+            self._joiners.append(self._joiners.pop(0))
+        return self._joiners[-1]
 
     def _collect(self, wait: bool) -> None:
         """Takes the parts that were put together by now, or all of them."""

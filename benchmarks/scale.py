@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="of an image, on one GPU")
     parser.add_argument("--start", type=float, default=90.0, help="of a worker: ComfyUI and the model")
     parser.add_argument("--price", type=float, default=2.5, help="of a GPU for an hour")
-    parser.add_argument("--head", type=float, default=0.004, help="seconds of the head for a piece (cluster.py measures it)")
+    parser.add_argument("--head", type=float, default=0.001, help="seconds of the head for a piece (cluster.py measures it)")
     parser.add_argument("--lasts", type=float, default=4.0, help="hours until a worker is lost")
     given = parser.parse_args()
     base = Service(given.start, given.seconds, merge=0.1, finish=5.0, head=given.head, lasts=3600 * given.lasts)

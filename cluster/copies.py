@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from ..files import locked, replacing, write_text
 from ..parsing import from_json
 from ..recording.recording import CACHE, INTERNALS, STATES
@@ -38,6 +39,8 @@ def copies_folder() -> Path:
     """Where this machine has copies: in its folder of temporary files ($TMPDIR), for its user alone."""
     folder = Path(tempfile.gettempdir()) / f"flux_poke_copies_{getpass.getuser()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, "getuid") and (folder.is_symlink() or folder.stat().st_uid != os.getuid()):
+        raise UserError(f"{folder} belongs to another user: remove it, or set TMPDIR to a folder of your own.")
     return folder
 
 

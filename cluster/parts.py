@@ -17,24 +17,28 @@ import hashlib
 import json
 import tempfile
 import uuid
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from ..errors import UserError
 from ..files import write_safetensors
 from ..flux.checkpoint import open_safetensors
 from ..parsing import from_json
 from ..recording.internals import Internals
-from ..recording.manifest import MANIFEST, Manifest
+from ..recording.manifest import MANIFEST, Manifest, Shard
 from ..recording.recording import INTERNALS, STATES, Recording
 from .shared import Shared
 
 FORMAT, PARTS = "flux-poke part 1", ".parts"
-#: Numbers that the shards of one piece may take.
-SHARDS = 1000
+#: Numbers that the shards of one piece may take, and bytes that rows of one file may.
+SHARDS, FILE = 1000, 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -78,16 +82,15 @@ def publish(shared: Shared, recording: Recording, key: str, number: int, first: 
     if manifest is not None:
         by = first - min((drawing.first for drawing in manifest.drawings), default=first)
         shards = []
-        for place, shard in enumerate(manifest.shards):
+        for place, some in enumerate(_together_in_files(manifest.shards)):
             if place == SHARDS:
                 raise UserError(f"Images drawn at once left more than {SHARDS:,} files: record fewer at once.")
-            file = recording.states_folder / shard.file
-            if by:
-                _renumber(file, by)
-            name = f"{shard.kind}-{number * SHARDS + place:05d}.safetensors"
-            captures = tuple(replace(capture, image=capture.image + by) for capture in shard.captures)
+            file = recording.states_folder / some[0].file
+            if by or len(some) > 1:
+                _write_together([recording.states_folder / shard.file for shard in some], by)
+            name = f"{some[0].kind}-{number * SHARDS + place:05d}.safetensors"
             shared.put(file, f"{STATES}/{name}")
-            shards.append(replace(shard, file=name, captures=captures))
+            shards.append(_one(name, some, by))
         drawings = tuple(drawing._replace(first=drawing.first + by) for drawing in manifest.drawings)
         manifest = replace(manifest, images=manifest.images + by, drawings=drawings, shards=tuple(shards))
     return _written(shared, uuid.uuid4().hex, [key], internals, manifest)
@@ -205,12 +208,38 @@ def _remove(shared: Shared, parts: Iterable[Part]) -> None:
         shared.remove(part.folder)
 
 
-def _renumber(file: Path, by: int) -> None:
-    """Adds `by` to the numbers of images in a shard."""
-    with open_safetensors(file) as opened:
-        tensors, header = {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata()
-    moved = {key: tensor + by if key.rpartition(".")[2] == "image" else tensor for key, tensor in tensors.items()}
-    write_safetensors(file, moved, header)
+def _together_in_files(shards: Sequence[Shard]) -> list[list[Shard]]:
+    """Shards that become one file each: rows that follow each other, up to `FILE` bytes of them."""
+    found: list[list[Shard]] = []
+    for shard in shards:
+        last = found[-1] if found else []
+        fits = sum(other.bytes for other in last) + shard.bytes <= FILE
+        if last and fits and shard.kind == last[0].kind == "rows" and shard.halvings == last[0].halvings:
+            last.append(shard)
+        else:
+            found.append([shard])
+    return found
+
+
+def _one(name: str, shards: Sequence[Shard], by: int) -> Shard:
+    """What the manifest says of several shards that became one, whose images are `by` numbers further."""
+    rows: Counter[str] = Counter()
+    for shard in shards:
+        rows.update(shard.rows)
+    captures = tuple(replace(capture, image=capture.image + by) for shard in shards for capture in shard.captures)
+    return replace(shards[0], file=name, bytes=sum(shard.bytes for shard in shards), rows=dict(rows), captures=captures)
+
+
+def _write_together(files: Sequence[Path], by: int) -> None:
+    """Writes what is in all `files` to the first one, with `by` added to the numbers of images."""
+    parts: defaultdict[str, list[Tensor]] = defaultdict(list)
+    for file in files:
+        with open_safetensors(file) as opened:
+            header = opened.metadata()
+            for key in opened.keys():
+                tensor = opened.get_tensor(key)
+                parts[key].append(tensor + by if key.rpartition(".")[2] == "image" else tensor)
+    write_safetensors(files[0], {key: torch.cat(some) for key, some in parts.items()}, header)
 
 
 @contextmanager

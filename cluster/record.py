@@ -30,6 +30,7 @@ from ..recording.drawing import Wanted
 from ..recording.manifest import MANIFEST
 from ..recording.recording import INTERNALS, STATES
 from .connect import Needs, Vanished, require_room, results, watched
+from .copies import absolute
 from .crew import share
 from .parts import Joiner, Part, find_parts
 from .pieces import Piece, drawn_pieces, queued_pieces
@@ -82,7 +83,7 @@ class TinyJob:
     def worker(self, url: str, needs: Needs) -> tuple[type, tuple[Any, ...]]:
         from .workers import TinyWorker
 
-        return TinyWorker, (url, self.checkpoint, self.wanted, self.steps, needs.threads)
+        return TinyWorker, (url, Path(absolute(self.checkpoint)), self.wanted, self.steps, needs.threads)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class ComfyJob:
     def worker(self, url: str, needs: Needs) -> tuple[type, tuple[Any, ...]]:
         from .workers import ComfyWorker
 
-        return ComfyWorker, (url, self.comfyui, [*self.options], self.patience)
+        return ComfyWorker, (url, Path(absolute(self.comfyui.expanduser())), [*self.options], self.patience)
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ def record(
     """
     import ray
 
+    url = absolute(url)
     shared, pieces = Shared(url), job.pieces(prompts)
     _claim(shared, job, pieces)
     known, parts = find_parts(shared)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,6 +73,7 @@ def record(
     from ..cluster.prompts import prompts_from
     from ..cluster.record import ComfyJob, Job, TinyJob
     from ..cluster.record import record as record_there
+    from ..cluster.shared import Shared
     from ..files import size_text
     from ..headless.runs import read_graph
     from ..tiny.model import TinyFlux
@@ -82,7 +83,14 @@ def record(
     if source.suffix == ".json":
         if comfyui is None:
             raise UserError("A workflow runs on ComfyUI: give the folder in which every machine has it with --comfyui.")
+        if replace(what, batch=What.batch) != What() or seed:
+            raise UserError(
+                "What a workflow records, and its steps and seeds, are in it: of the options that say so, leave out all but "
+                "--batch, and change the workflow with --set."
+            )
         job = ComfyJob(read_graph(source), comfyui, set_ or (), what.batch, patience=patience)
+    elif comfyui is not None or set_:
+        raise UserError(f"--comfyui and --set are for workflows (.json), and {source} is none: leave them out.")
     else:
         wanted = what.wanted(seed)
         for kind, size in wanted.estimated_bytes(TinyFlux.load(source), what.steps, len(texts)).items():
@@ -92,9 +100,11 @@ def record(
                     "allowed: keep fewer rows or steps, or raise --max-gb (on a cluster, nothing is thinned out afterwards)."
                 )
         job = TinyJob(source, wanted, what.steps, what.batch, seed)
+    job.pieces(texts), Shared(out)  # what cannot be done is said before a cluster is begun
     with cluster.connected(), progress_bar() as progress:
+        longest = 6 * patience * (what.batch if comfyui else 1)
         recorded = record_there(
-            job, texts, out, cluster.needs(), cluster.workers, 6 * patience, progress, lambda line: typer.echo(line, err=True)
+            job, texts, out, cluster.needs(), cluster.workers, longest, progress, lambda line: typer.echo(line, err=True)
         )
     there = f" ({recorded.before} of them were there)" if recorded.before else ""
     lost = f"; {recorded.lost} times a worker was lost and its piece done again" if recorded.lost else ""

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from flux_poke.cluster.parts import Part, chosen, find_parts, finish, merge
+from flux_poke.cluster.parts import Part, chosen, find_parts, finish, merge, publish
 from flux_poke.cluster.pieces import Piece, drawn_pieces
 from flux_poke.cluster.prompts import prompts_from
 from flux_poke.cluster.shared import Shared
 from flux_poke.cluster.workers import TinyWorker
 from flux_poke.errors import UserError
-from flux_poke.recording.drawing import Wanted
+from flux_poke.recording.drawing import Wanted, record
 from flux_poke.recording.recording import Recording
 from flux_poke.recording.rows import RowChoice
+from flux_poke.recording.store import Rows
 from flux_poke.tiny.model import FOLDER
 
 TINY = FOLDER / "flux.safetensors"
@@ -139,6 +140,24 @@ def test_a_merge_and_a_finish_that_were_killed_at_any_step_are_done_again(parts,
             finish(again, left)
             require_equal(copy, whole)
     assert steps > 12
+
+
+def test_rows_of_several_runs_of_a_piece_become_one_file_and_take_their_numbers(tmp_path):
+    recording = Recording.at(tmp_path / "here")
+    for seed in (0, 50):
+        record(TINY, ["zero", "one"], recording, Wanted(internals=True, rows=RowChoice(8)), seed, steps=2)
+    expected = {site: [*recording.states().rows(site)] for site in ("double-img-0", "single-3")}
+    shared = Shared(str(tmp_path / "shared"))
+    finish(shared, [publish(shared, recording, "a", 2, 30)])
+    found = Recording.open(shared.url).states()
+    assert [shard.file for shard in found.manifest.shards] == ["rows-02000.safetensors"]
+    assert [(drawing.first, drawing.images) for drawing in found.manifest.drawings] == [(30, 2), (32, 2)]
+    for site, pieces in expected.items():
+        assert found.count(site) == sum(map(len, pieces))
+        rows, alone = Rows.joined([*found.rows(site)]), Rows.joined(pieces)
+        assert torch.equal(rows.x, alone.x)
+        assert torch.equal(rows.image, alone.image + 30)
+        assert torch.equal(rows.step, alone.step)
 
 
 def test_of_parts_that_overlap_the_larger_is_taken():

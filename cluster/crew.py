@@ -21,8 +21,9 @@ from .connect import watched
 
 #: Workers that may be lost over one piece before it is taken to be what ends them.
 LOSSES = 4
-#: Seconds between two looks, and those in which no worker can begin before it is given up: machines may have to be started.
-LOOK, PATIENCE = 0.5, 900.0
+#: Seconds between two looks, after which a worker that was lost begins again, and in which no worker can begin before it is
+#: given up: machines may have to be started.
+LOOK, REST, PATIENCE = 0.5, 1.0, 900.0
 
 
 class Lost(UserError):
@@ -51,11 +52,12 @@ class Outcome(Generic[Piece]):
 
 @dataclass
 class _Worker:
-    """An actor, and what it does since when (`time.monotonic`); without a piece, it begins or waits."""
+    """An actor, and what it does since when (`time.monotonic`); without a piece, it begins, rests or waits."""
 
     actor: Any
     piece: Any = None
     since: float = field(default_factory=time.monotonic)
+    rests_until: float = 0.0
 
 
 def share(
@@ -95,6 +97,7 @@ class _Crew(Generic[Piece]):
         self.hire, self.done, self.patience, self.progress, self.say = hire, done, patience, progress, say
         self.busy: dict[Any, _Worker] = {}
         self.idle: list[_Worker] = []
+        self.resting: list[_Worker] = []
         self.losses: Counter[Piece] = Counter()
         self.outcome: Outcome[Piece] = Outcome()
         self.began = time.monotonic()
@@ -107,20 +110,28 @@ class _Crew(Generic[Piece]):
                 self._begin(_Worker(self.hire()))
             while self.ended < self.total:
                 self._tell()
-                ended, _ = ray.wait([*self.busy], timeout=LOOK) if self.busy else ([], [])
-                for result in ended:
-                    self._take(self.busy.pop(result), result)
+                self._begin_rested()
+                if self.busy:
+                    ended, _ = ray.wait([*self.busy], timeout=LOOK)
+                    for result in ended:
+                        self._take(self.busy.pop(result), result)
+                else:
+                    time.sleep(LOOK)
                 self._end_overdue()
                 self._require_any()
             self._tell()
         finally:
-            for worker in (*self.busy.values(), *self.idle):
+            for worker in (*self.busy.values(), *self.idle, *self.resting):
                 ray.kill(worker.actor, no_restart=True)
         return self.outcome
 
     def _begin(self, worker: _Worker) -> None:
-        worker.piece, worker.since = None, time.monotonic()
         self.busy[worker.actor.ready.remote()] = worker
+
+    def _begin_rested(self) -> None:
+        for worker in [worker for worker in self.resting if time.monotonic() > worker.rests_until]:
+            self.resting.remove(worker)
+            self._begin(worker)
 
     def _next(self, worker: _Worker) -> None:
         if not self.waiting:
@@ -137,8 +148,11 @@ class _Crew(Generic[Piece]):
         try:
             found = ray.get(result)
         except ray.exceptions.RayTaskError as error:
-            self._failed(worker, error.cause if isinstance(error.cause, UserError) else error)
-        except ray.exceptions.RayActorError as error:  # the process, or its machine
+            self._failed(worker, error.cause if isinstance(error.cause, Exception) else error)
+        except ray.exceptions.ActorUnavailableError as error:  # its process or its machine; Ray starts it again
+            self._lost(worker, f"its process ended ({_first_line(error)})")
+        except ray.exceptions.RayError as error:  # for good
+            worker.actor = self.hire()
             self._lost(worker, f"its process ended ({_first_line(error)})")
         else:
             if worker.piece is not None:
@@ -147,19 +161,22 @@ class _Crew(Generic[Piece]):
             self._next(worker)
 
     def _failed(self, worker: _Worker, error: Exception) -> None:
-        if worker.piece is None or not isinstance(error, UserError):
-            raise error
         if isinstance(error, Lost):
             return self._lost(worker, f"{error}")
-        self._give_up(worker.piece, f"{error}")
+        if worker.piece is None:
+            raise error
+        self._give_up(
+            worker.piece, f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {_first_line(error)}"
+        )
         self._next(worker)
 
     def _lost(self, worker: _Worker, why: str) -> None:
-        """Gives back its piece; Ray starts the actor again, where it was lost with its process or its machine."""
-        import ray
-
-        piece = worker.piece
+        """Gives back its piece; the worker begins again after a rest."""
+        piece, worker.piece = worker.piece, None
+        worker.rests_until = time.monotonic() + REST
+        self.resting.append(worker)
         if piece is not None:
+            worker.since = time.monotonic()
             self.outcome.lost += 1
             self.losses[piece] += 1
             if self.losses[piece] < LOSSES:
@@ -167,10 +184,6 @@ class _Crew(Generic[Piece]):
                 self.say(f"A worker was lost over {piece.name}, which is given back: {why}.")
             else:
                 self._give_up(piece, f"{LOSSES} workers were lost over it, last: {why}")
-        try:
-            self._begin(worker)
-        except ray.exceptions.RayActorError:
-            self._begin(_Worker(self.hire()))
         while self.waiting and self.idle:
             self._next(self.idle.pop())
 
@@ -189,7 +202,9 @@ class _Crew(Generic[Piece]):
                 ray.kill(worker.actor, no_restart=False)  # what it did ends in an error now
 
     def _require_any(self) -> None:
-        since = [time.monotonic() if worker.piece is not None else worker.since for worker in self.busy.values()]
+        """Raises `UserError` where none is at work, and none could begin for too long."""
+        workers = (*self.busy.values(), *self.resting)
+        since = [time.monotonic() if worker.piece is not None else worker.since for worker in workers]
         if since and time.monotonic() - max(since) > PATIENCE:
             raise UserError(
                 f"No worker could begin for {PATIENCE / 60:.0f} minutes: the cluster has no machine left for one, or they fail "

@@ -42,12 +42,12 @@ class TinyWorker:
 
     def __init__(self, url: str, checkpoint: Path, wanted: Wanted, steps: int, threads: int):
         torch.set_num_threads(threads)
-        self.shared, self.wanted, self.steps = Shared(url), wanted, steps
-        self.tiny = TinyFlux.load(checkpoint)
-        self.fingerprint = Fingerprint.of_checkpoint(Checkpoint(checkpoint))
+        self.url, self.checkpoint, self.wanted, self.steps = url, checkpoint, wanted, steps
 
     def ready(self) -> None:
-        """Returns once the worker can begin."""
+        """Returns once the model is in memory; raises `UserError` where it cannot be read."""
+        self.shared, self.tiny = Shared(self.url), TinyFlux.load(self.checkpoint)
+        self.fingerprint = Fingerprint.of_checkpoint(Checkpoint(self.checkpoint))
 
     def work(self, piece: Piece) -> Part:
         with tempfile.TemporaryDirectory(prefix="flux_poke_piece_") as folder:
@@ -63,13 +63,14 @@ class ComfyWorker:
     """
 
     def __init__(self, url: str, comfyui: Path, options: list[str], patience: float):
-        self.shared, self.comfyui, self.options, self.patience = Shared(url), comfyui, options, patience
+        self.url, self.comfyui, self.options, self.patience = url, comfyui, options, patience
         self.folder = Path(tempfile.mkdtemp(prefix="flux_poke_worker_"))
         self.server: ComfyServer | None = None
         self.client: ComfyClient | None = None
 
     def ready(self) -> None:
-        """Returns once ComfyUI answers."""
+        """Returns once ComfyUI answers; raises `UserError` where it cannot be started."""
+        self.shared = Shared(self.url)
         self._client()
 
     def work(self, piece: Piece) -> Part:

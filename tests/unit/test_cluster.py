@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from flux_poke.cluster import crew
 from flux_poke.cluster.connect import Needs, Vanished, connected
+from flux_poke.cluster.crew import share
+from flux_poke.cluster.pieces import Piece, drawn_pieces
 from flux_poke.cluster.record import TinyJob, record
 from flux_poke.errors import UserError
 from flux_poke.recording.drawing import Wanted
@@ -130,6 +133,53 @@ def test_a_file_that_no_worker_can_read_ends_in_its_sentence(nodes, tmp_path):
     broken.write_bytes(TINY.read_bytes()[:100_000])
     with connected(nodes.address), pytest.raises(UserError, match=r"broken\.safetensors"):
         record(TinyJob(broken, WANTED), PROMPTS, str(tmp_path / "all"), Needs())
+
+
+def test_a_worker_that_cannot_begin_ends_in_its_sentence_and_a_piece_that_breaks_is_one_failure(nodes):
+    class Broken:
+        def __init__(self, begins: bool):
+            self.begins = begins
+
+        def ready(self) -> None:
+            if not self.begins:
+                raise UserError("There is no model here.")
+
+        def work(self, piece: Piece) -> int:
+            if piece.number == 1:
+                raise ZeroDivisionError("of this one")
+            return piece.number
+
+    import ray
+
+    pieces, done = drawn_pieces(["a", "b", "c"], 0, 1, ""), list[int]()
+    with connected(nodes.address):
+        actor = ray.remote(max_restarts=-1)(Broken)
+        with pytest.raises(UserError, match="There is no model here"):
+            share(pieces, lambda: actor.remote(False), 2, lambda _, number: done.append(number), 60)
+        outcome = share(pieces, lambda: actor.remote(True), 2, lambda _, number: done.append(number), 60)
+    assert sorted(done) == [0, 2]
+    assert outcome.failed == {pieces[1]: "ZeroDivisionError: of this one"}
+
+
+def test_workers_that_are_never_born_are_given_up(nodes, monkeypatch):
+    class Unborn:
+        def __init__(self) -> None:
+            raise RuntimeError("no GPU here")
+
+        def ready(self) -> None: ...
+
+    import ray
+
+    monkeypatch.setattr(crew, "PATIENCE", 6.0)
+    hired = []
+
+    def hire() -> Any:
+        hired.append(ray.remote(max_restarts=-1)(Unborn).remote())
+        return hired[-1]
+
+    with connected(nodes.address), pytest.raises(UserError, match=r"No worker could begin for .*its process ended"):
+        share(drawn_pieces(["a"], 0, 1, ""), hire, 2, lambda *_: None, 60)
+    assert 1 < len(hired) < 10
 
 
 def test_a_cluster_that_vanishes_ends_in_a_sentence_and_another_goes_on(alone, tmp_path):

@@ -27,7 +27,9 @@ PIECES = drawn_pieces(["zero", "one", "two", "three", "four", "five", "six"], se
 
 
 def worker(url: str | Path) -> TinyWorker:
-    return TinyWorker(str(url), TINY, Wanted(internals=True, rows=RowChoice(8)), steps=2, threads=torch.get_num_threads())
+    made = TinyWorker(str(url), TINY, Wanted(internals=True, rows=RowChoice(8)), steps=2, threads=torch.get_num_threads())
+    made.ready()
+    return made
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,11 @@ def test_only_nodes_know_the_host(path: Path):
         assert "nodes" not in {name[1] for name in imported(path) if name[0] == "flux_poke" and len(name) > 1}
 
 
+def test_only_the_cluster_knows_ray():
+    knowing = {room_of(path) for path in modules() if "ray" in {name[0] for name in imported(path)}}
+    assert knowing == {"cluster"}
+
+
 def test_code_can_be_read_and_printed_on_any_windows_console():
     files = [*modules(), *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/*.py")]
     assert len(files) > 150

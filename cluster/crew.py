@@ -98,6 +98,7 @@ class _Crew(Generic[Piece]):
         self.busy: dict[Any, _Worker] = {}
         self.idle: list[_Worker] = []
         self.resting: list[_Worker] = []
+        self.why = ""
         self.losses: Counter[Piece] = Counter()
         self.outcome: Outcome[Piece] = Outcome()
         self.began = time.monotonic()
@@ -165,14 +166,13 @@ class _Crew(Generic[Piece]):
             return self._lost(worker, f"{error}")
         if worker.piece is None:
             raise error
-        self._give_up(
-            worker.piece, f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {_first_line(error)}"
-        )
+        said = f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {_first_line(error)}"
+        self._give_up(worker.piece, said)
         self._next(worker)
 
     def _lost(self, worker: _Worker, why: str) -> None:
         """Gives back its piece; the worker begins again after a rest."""
-        piece, worker.piece = worker.piece, None
+        piece, worker.piece, self.why = worker.piece, None, why
         worker.rests_until = time.monotonic() + REST
         self.resting.append(worker)
         if piece is not None:
@@ -208,7 +208,7 @@ class _Crew(Generic[Piece]):
         if since and time.monotonic() - max(since) > PATIENCE:
             raise UserError(
                 f"No worker could begin for {PATIENCE / 60:.0f} minutes: the cluster has no machine left for one, or they fail "
-                "as they start (Ray's dashboard and its logs tell)."
+                f"as they start ({self.why or 'none was lost'}; Ray's dashboard and its logs tell)."
             )
 
     def _tell(self) -> None:

@@ -21,7 +21,7 @@ from flux_poke.recording.recording import Recording
 from flux_poke.tiny.words import digit_prompts
 from two_nodes import two_nodes
 
-PROMPTS = [digit_prompts(number)[3] for number in range(6)]
+PROMPTS = [digit_prompts(number)[3] for number in range(10)]
 
 
 @pytest.fixture

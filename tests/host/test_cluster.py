@@ -32,7 +32,7 @@ def graph(workflow) -> dict:
     record = {"name": "of a cluster", "rows": 8, "steps": 1, "max_gb": 1.0, "probe_steps": 1}
     graph["2"] = {"class_type": "FluxPokeRecord", "inputs": {"model": graph["2"]["inputs"]["model"], **record}}
     graph["5"]["inputs"]["batch_size"] = 1
-    graph["6"]["inputs"] |= {"steps": 3, "seed": 5}
+    graph["6"]["inputs"] |= {"steps": 8, "seed": 5}
     graph["8"]["inputs"] |= {"images": ["7", 0]}
     return graph
 
@@ -61,7 +61,7 @@ def test_a_comfyui_that_hangs_is_replaced_and_every_run_counts_once(host, client
     seen: list[psutil.Process] = []
 
     def progress(what: str, done: float, total: float) -> None:
-        if done >= 1 and not seen:
+        if "2 running" in what and not seen:
             seen.extend(comfyuis())
             seen[0].send_signal(signal.SIGSTOP)
 

@@ -65,6 +65,7 @@ class ComfyWorker:
     def __init__(self, url: str, comfyui: Path, options: list[str], patience: float):
         self.url, self.comfyui, self.options, self.patience = url, comfyui, options, patience
         self.folder = Path(tempfile.mkdtemp(prefix="flux_poke_worker_"))
+        self.output = self.folder / "output"
         self.server: ComfyServer | None = None
         self.client: ComfyClient | None = None
 
@@ -75,8 +76,9 @@ class ComfyWorker:
 
     def work(self, piece: Piece) -> Part:
         (name,) = recording_names([Run(0, "", graph) for graph in piece.graphs])
-        recording = Recording.at(self.folder / OUTPUT / name)
-        shutil.rmtree(recording.folder, ignore_errors=True)  # of an attempt that failed
+        recording = Recording.at(self.output / OUTPUT / name)
+        shutil.rmtree(self.output, ignore_errors=True)  # of earlier pieces, pictures too
+        self.output.mkdir()
         try:
             for number, graph in enumerate(piece.graphs):
                 attempt = str(uuid.uuid4())
@@ -105,7 +107,7 @@ class ComfyWorker:
     def _client(self) -> ComfyClient:
         """A connection to the ComfyUI, which is started where there is none."""
         if self.client is None:
-            own = ["--output-directory", str(self.folder), "--temp-directory", str(self.folder / "temp")]
+            own = ["--output-directory", str(self.output), "--temp-directory", str(self.folder / "temp")]
             options = [*start_options(), *own, *self.options]
             self.server = ComfyServer(self.comfyui, options, log=self.folder / "comfyui.log")
             self.server.__enter__()

@@ -24,24 +24,19 @@ DEFAULT_SERVER = "127.0.0.1:8188"
 #: Seconds that it may take to come up, and to end.
 PATIENCE, ENDING = 180.0, 10.0
 
-#: Runs the command that follows until that ends, or whoever started it is gone and nobody holds the other end of its input: a
-#: ComfyUI that was left behind would keep its GPU.
-_TETHER = f"""
-import signal, subprocess, sys, threading
+#: Ends the process with the given id where whoever holds the other end of its input is gone without a word: a ComfyUI that was
+#: left behind would keep its GPU.
+_WATCH = f"""
+import os, signal, sys, time
 
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-
-def end():
-    sys.stdin.buffer.read()
-    process.terminate()
-    try:
-        process.wait({ENDING})
-    except subprocess.TimeoutExpired:
-        process.kill()
-
-threading.Thread(target=end, daemon=True).start()
-sys.exit(process.wait())
+if not sys.stdin.buffer.read():
+    for kind in ("SIGTERM", "SIGKILL"):
+        try:
+            os.kill(int(sys.argv[1]), getattr(signal, kind, signal.SIGTERM))
+        except OSError:
+            break
+        time.sleep({ENDING})
 """
 
 
@@ -63,10 +58,10 @@ class ComfyServer:
             raise UserError(f"{self.folder} holds no ComfyUI: expected its main.py there.")
         self.address = f"127.0.0.1:{free_port()}"
         self.log = log
-        server = [sys.executable, "main.py", "--listen", "127.0.0.1", "--port", self.address.split(":")[1], *options]
-        self._command = [sys.executable, "-I", "-c", _TETHER, *server]
+        self._command = [sys.executable, "main.py", "--listen", "127.0.0.1", "--port", self.address.split(":")[1], *options]
         self._environment = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
+        self._watch: subprocess.Popen[bytes] | None = None
         self._output: IO[bytes] | None = None
 
     def __enter__(self) -> ComfyServer:
@@ -75,9 +70,15 @@ class ComfyServer:
             self._command,
             cwd=self.folder,
             env=self._environment,
-            stdin=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
             stdout=self._output or subprocess.DEVNULL,
             stderr=subprocess.STDOUT,
+        )
+        self._watch = subprocess.Popen(  # nosec B603 # Python itself, with a text of ours
+            [sys.executable, "-I", "-c", _WATCH, str(process.pid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         try:
             wait_until_up(self.address, PATIENCE, lambda: process.poll() is None)
@@ -91,13 +92,15 @@ class ComfyServer:
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
+            self._process.terminate()
             try:
-                self._process.wait(2 * ENDING)
+                self._process.wait(ENDING)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        if self._watch is not None:
+            self._watch.communicate(b"ended")
+            self._watch = None
         if self._output is not None:
             self._output.close()
 

@@ -30,6 +30,8 @@ Result = TypeVar("Result")
 SILENCE = 15.0
 #: Seconds that saying goodbye to it may take, and between two looks at it.
 GOODBYE, LOOK = 20.0, 0.5
+#: Seconds in which a small result that is there must come: Ray waits for ever for one that was lost with its machine.
+FETCH = 30.0
 
 
 class Vanished(UserError):
@@ -169,10 +171,12 @@ def results(references: Sequence[Any]) -> list[Any]:
     import ray
 
     try:
-        return ray.get([*references])
+        for reference in references:
+            ray.wait([reference])
+        return ray.get([*references], timeout=FETCH)
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, UserError) else error) from error
-    except (ray.exceptions.RaySystemError, ray.exceptions.ObjectLostError, ConnectionError) as error:
+    except (ray.exceptions.RayError, ConnectionError) as error:
         raise Vanished(f"The Ray cluster lost what it did ({type(error).__name__}).") from error
 
 

@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from ..errors import UserError
 from ..progress import Progress, silent
-from .connect import watched
+from .connect import FETCH, watched
 
 #: Workers that may be lost over one piece before it is taken to be what ends them.
 LOSSES = 4
@@ -147,12 +147,13 @@ class _Crew(Generic[Piece]):
         import ray
 
         try:
-            found = ray.get(result)
+            found = ray.get(result, timeout=FETCH)
         except ray.exceptions.RayTaskError as error:
             self._failed(worker, error.cause if isinstance(error.cause, Exception) else error)
         except ray.exceptions.ActorUnavailableError as error:  # its process or its machine; Ray starts it again
             self._lost(worker, f"its process ended ({_first_line(error)})")
-        except ray.exceptions.RayError as error:  # for good
+        except ray.exceptions.RayError as error:  # for good; or what it returned was lost with its machine
+            ray.kill(worker.actor)
             worker.actor = self.hire()
             self._lost(worker, f"its process ended ({_first_line(error)})")
         else:

@@ -32,7 +32,7 @@ from ..recording.recording import INTERNALS, STATES
 from .connect import Needs, Vanished, require_room, results, watched
 from .copies import absolute
 from .crew import share
-from .parts import Joiner, Part, find_parts
+from .parts import PARTS, Joiner, Part, find_parts
 from .pieces import Piece, drawn_pieces, queued_pieces
 from .shared import Shared
 
@@ -169,6 +169,8 @@ def record(
     try:
         outcome = share(left, lambda: actor.remote(*arguments), most, done, patience, progress, say)
         watched(merger.finish, progress)
+        if not outcome.failed:  # of attempts that nobody heard of
+            shared.remove(PARTS)
     except Vanished as error:
         raise Vanished(f"{error} What was recorded is in {shared}. The same command goes on.") from error
     failed = {piece.name: why for piece, why in outcome.failed.items()}

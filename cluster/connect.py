@@ -74,6 +74,7 @@ def connected(address: str) -> Iterator[None]:
         raise UserError("Work on a cluster runs on Ray, which is not installed: pip install 'flux-poke[cluster]'.")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # to any other cluster, where this one is lost
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # it would send all that stands in this folder to workers
     if address == "local":  # nobody else is to reach it; Ray looks at this when it is imported
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray

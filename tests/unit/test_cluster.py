@@ -199,7 +199,7 @@ def test_a_cluster_that_vanishes_ends_in_a_sentence_and_another_goes_on(alone, t
         again = subprocess.run([*map(str, [*command, "--address", second.address])], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     (before,) = re.findall(r"12 of 12 pieces \((\d+) of them were there\)", again.stdout)
-    assert 3 <= int(before) < 12
+    assert int(before) >= 3  # those that other machines ended meanwhile are there too
     require_equal(alone, Recording.open(out))
 
 

@@ -113,22 +113,22 @@ def finish(shared: Shared, parts: Sequence[Part]) -> None:
 
     A kill in the middle of it loses nothing and counts nothing twice: it is done again.
     """
-    known = finished_pieces(shared)
-    new = [part for part in parts if not known & {*part.pieces}]
-    if not new:
-        return _remove(shared, parts)
     with _folder() as folder:
-        internals, manifest = _together(shared, new, folder)
-        if manifest is not None:
-            if shared.exists(f"{STATES}/{MANIFEST}"):
-                earlier = Manifest.load(shared.fetch(f"{STATES}/{MANIFEST}", folder / "earlier" / MANIFEST).parent)
-                manifest = Manifest.joined([manifest, _without(earlier, manifest)])
-            manifest.save(folder)
-            shared.put(folder / MANIFEST, f"{STATES}/{MANIFEST}")
-        if shared.exists(INTERNALS):
-            internals = Internals.load(shared.fetch(INTERNALS, folder / "earlier" / INTERNALS)).merge(internals)
-        internals.save(folder / INTERNALS)
-        shared.put(folder / INTERNALS, INTERNALS)  # last: from now on these pieces are there
+        earlier = _recorded(shared, folder)
+        known = earlier.queued if earlier else frozenset[str]()
+        new = [part for part in parts if not known & {*part.pieces}]
+        if new:
+            internals, manifest = _together(shared, new, folder)
+            if manifest is not None:
+                if shared.exists(f"{STATES}/{MANIFEST}"):
+                    there = Manifest.load(shared.fetch(f"{STATES}/{MANIFEST}", folder / "earlier" / MANIFEST).parent)
+                    manifest = Manifest.joined([manifest, _without(there, manifest)])
+                manifest.save(folder)
+                shared.put(folder / MANIFEST, f"{STATES}/{MANIFEST}")
+            if earlier is not None:
+                internals = earlier.merge(internals)
+            internals.save(folder / INTERNALS)
+            shared.put(folder / INTERNALS, INTERNALS)  # last: from now on these pieces are there
     _remove(shared, parts)
 
 
@@ -147,19 +147,20 @@ class Joiner:
 
 def find_parts(shared: Shared) -> tuple[frozenset[str], list[Part]]:
     """Keys of the pieces that are in the recording, and the parts that are to be added to it; others are removed."""
-    known = finished_pieces(shared)
+    with _folder() as folder:
+        recorded = _recorded(shared, folder)
+    known = recorded.queued if recorded else frozenset[str]()
     found = [Part.read(shared, name) for name in shared.names(PARTS, ".json")]
     taken = chosen(found, known)
     _remove(shared, [part for part in found if part not in taken])
     return known, taken
 
 
-def finished_pieces(shared: Shared) -> frozenset[str]:
-    """Keys of the pieces that are in the recording."""
+def _recorded(shared: Shared, folder: Path) -> Internals | None:
+    """The recording's internals as they are by now, fetched to `folder`."""
     if not shared.exists(INTERNALS):
-        return frozenset()
-    with _folder() as folder:
-        return Internals.load(shared.fetch(INTERNALS, folder / INTERNALS)).queued
+        return None
+    return Internals.load(shared.fetch(INTERNALS, folder / "earlier" / INTERNALS))
 
 
 def chosen(parts: Iterable[Part], known: Iterable[str] = ()) -> list[Part]:

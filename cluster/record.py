@@ -2,7 +2,7 @@
 
     job = TinyJob(checkpoint, Wanted(internals=True, rows=RowChoice()), steps=20, batch=16)
     recorded = record(job, prompts, "out/digits", Needs(cpus=1), workers=4)
-    recorded.pieces, recorded.failed                 # out/digits is a recording like any other
+    recorded.total, recorded.failed                  # out/digits is a recording like any other
 
 What is recorded is the same as on one machine, to the last count, however often workers are lost on the way: a piece's images
 are drawn together, have their numbers in the whole, and count once (`parts.py`). Called again with the same arguments, it goes
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,7 @@ from .crew import share
 from .parts import PARTS, Joiner, Part, find_parts
 from .pieces import Piece, drawn_pieces, queued_pieces
 from .shared import Shared
+from .tasks import Done
 
 FORMAT, ABOUT = "flux-poke cluster recording 1", "cluster.json"
 #: Parts that are put together at once, and workers whose parts one process puts together.
@@ -120,16 +121,6 @@ class ComfyJob:
         return ComfyWorker, (url, Path(absolute(self.comfyui.expanduser())), [*self.options], self.patience)
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """How many pieces there are, how many of them were there before, why some failed, and how often a worker was lost."""
-
-    pieces: int
-    before: int
-    failed: dict[str, str] = field(default_factory=dict)
-    lost: int = 0
-
-
 def record(
     job: Job,
     prompts: Sequence[str],
@@ -139,7 +130,7 @@ def record(
     patience: float = 3600.0,
     progress: Progress = silent,
     say: Callable[[str], None] = lambda _: None,
-) -> Recorded:
+) -> Done:
     """Draws every prompt once, on the cluster that is connected, and adds it up in the folder at `url`.
 
     Args:
@@ -174,7 +165,7 @@ def record(
     except Vanished as error:
         raise Vanished(f"{error} What was recorded is in {shared}. The same command goes on.") from error
     failed = {piece.name: why for piece, why in outcome.failed.items()}
-    return Recorded(len(pieces), len(pieces) - len(left), failed, outcome.lost)
+    return Done(len(pieces), len(pieces) - len(left), failed, outcome.lost)
 
 
 def _claim(shared: Shared, job: Job, pieces: Sequence[Piece]) -> None:

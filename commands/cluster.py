@@ -16,6 +16,7 @@ from .terminal import number, progress_bar, seed, spread, typed, whole
 
 if TYPE_CHECKING:
     from ..cluster.connect import Needs
+    from ..cluster.tasks import Done
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,17 @@ def record(
         recorded = record_there(
             job, texts, out, cluster.needs(), cluster.workers, longest, progress, lambda line: typer.echo(line, err=True)
         )
-    there = f" ({recorded.before} of them were there)" if recorded.before else ""
-    lost = f"; {recorded.lost} times a worker was lost and its piece done again" if recorded.lost else ""
-    typer.echo(f"{out}: {recorded.pieces - len(recorded.failed)} of {recorded.pieces} pieces{there}{lost}")
-    if recorded.failed:
-        first, why = next(iter(recorded.failed.items()))
+    tell(recorded, "pieces", typed("internals", "show", out), f"{out}: ", "piece")
+
+
+def tell(done: Done, what: str, then: str, where: str = "", each: str = "task") -> None:
+    """What was done, and what to do next; raises `UserError` where some of it failed."""
+    there = f" ({done.before} of them were there)" if done.before else ""
+    lost = f"; {done.lost} times a worker was lost and its {each} done again" if done.lost else ""
+    typer.echo(f"{where}{done.total - len(done.failed)} of {done.total} {what}{there}{lost}")
+    if done.failed:
+        first, why = next(iter(done.failed.items()))
         raise UserError(
-            f"{len(recorded.failed)} of {recorded.pieces} pieces failed, first {first}: {why} The same command tries them "
-            "again."
+            f"{len(done.failed)} of {done.total} {what} failed, first {first}: {why} The same command tries them again."
         )
-    typer.echo(typed("internals", "show", out))
+    typer.echo(then)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..errors import UserError
-from .cluster import Cluster
-from .layers import Training
+from .cluster import Cluster, tell
+from .layers import Layers, TrainedOn, Training
+from .plans import Repair
 from .terminal import Device, number, progress_bar, seed, spread, table, typed, whole
 
 if TYPE_CHECKING:
     from ..cluster.sites import Source
-    from ..cluster.tasks import Done, Terms
+    from ..cluster.tasks import Terms
     from ..progress import Progress
     from ..pruning.plan import PruningPlan
 
@@ -49,19 +50,6 @@ def _known(place: str, what: str) -> str:
     return place
 
 
-def _told(done: Done, what: str, then: str) -> None:
-    """What was done, and what to do next; raises `UserError` where some of it failed."""
-    there = f" ({done.before} of them were there)" if done.before else ""
-    lost = f"; {done.lost} times a worker was lost and its task done again" if done.lost else ""
-    typer.echo(f"{done.total - len(done.failed)} of {done.total} {what}{there}{lost}")
-    if done.failed:
-        first, why = next(iter(done.failed.items()))
-        raise UserError(
-            f"{len(done.failed)} of {done.total} {what} failed, first {first}: {why} The same command tries them again."
-        )
-    typer.echo(then)
-
-
 @spread
 def rank(
     recording: Annotated[str, typer.Argument(help="Folder of a recording that all machines reach, or its URL.")],
@@ -77,16 +65,14 @@ def rank(
     source = Source(checkpoint, recording)
     with cluster.connected(), progress_bar() as progress:
         done = rank_there(source, _terms(cluster, patience, progress), _device(cluster, device))
-    _told(done, "rankings", typed("plan", recording, "--checkpoint", checkpoint, "--neurons", 0.5))
+    tell(done, "rankings", typed("plan", recording, "--checkpoint", checkpoint, "--neurons", 0.5))
 
 
 @spread
 def repair(
     plan: Annotated[Path, typer.Argument(help="A plan, as `plan` makes it.")],
     cluster: Cluster,
-    repair: Annotated[
-        str | None, typer.Option(help="none, bias or affine (needs rows); default: what goes with the plan's score.")
-    ] = None,
+    repair: Repair = None,
     fold: Annotated[bool, typer.Option("--fold", help="With affine: also what exact conversion of LoRAs needs.")] = False,
     checkpoint: Checkpoint = None,
     recording: Recorded = None,
@@ -107,7 +93,7 @@ def repair(
     source = _source(loaded, checkpoint, recording)
     with cluster.connected(), progress_bar() as progress:
         done = repair_there(source, loaded, method, _terms(cluster, patience, progress), fold, _device(cluster, device))
-    _told(done, "MLPs and modulation layers" if loaded.ranks else "MLPs", typed("prune", plan, "-o", "pruned.safetensors"))
+    tell(done, "MLPs and modulation layers" if loaded.ranks else "MLPs", typed("prune", plan, "-o", "pruned.safetensors"))
 
 
 @spread
@@ -115,7 +101,7 @@ def retrain(
     plan: Annotated[Path, typer.Argument(help="A plan, as `plan` makes it.")],
     cluster: Cluster,
     training: Training,
-    layers: Annotated[str, typer.Option(help="0-18, or 0,3,7 (single blocks count on), or 'double 3, single'.")] = "all",
+    layers: Layers = "all",
     out: Annotated[
         str | None,
         typer.Option("--out", "-o", help="Folder that all machines reach, or a URL (default: named by the plan)."),
@@ -124,7 +110,7 @@ def retrain(
         Literal["closed form", "gradient", "both", "distill"],
         typer.Option(help="distill trains all layers at once: `flux-poke retrain` does."),
     ] = "both",
-    on: Annotated[Literal["auto", "blocks", "rows"], typer.Option(help="What of the recording to train on.")] = "auto",
+    on: TrainedOn = "auto",
     checkpoint: Checkpoint = None,
     recording: Recorded = None,
     task_patience: Patience = 86_400.0,
@@ -143,7 +129,7 @@ def retrain(
         done = retrain_there(source, loaded, options, folder, _terms(cluster, task_patience, progress), layers, on)
     typer.echo(stats_table(stats_of(done)))
     written = f"{folder}\n{typed('replace', folder, '-o', 'replaced.safetensors')}"
-    _told(done, "layers" if options.thickness == 1 else "groups of layers", "" if options.just_evaluate else written)
+    tell(done, "layers" if options.thickness == 1 else "groups of layers", "" if options.just_evaluate else written)
 
 
 @spread
@@ -183,11 +169,7 @@ def sweep(
         for p in measured(done)
     ]
     table(columns, rows)
-    _told(done, "points", f"{out}/{TABLE}, {out}/{PICTURE}")
-
-
-def _listed(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",")]
+    tell(done, "points", f"{out}/{TABLE}, {out}/{PICTURE}")
 
 
 def _share(text: str) -> float:

@@ -10,6 +10,9 @@ import typer
 
 from .terminal import Device, MovedCheckpoint, number, progress_bar, say_written, seed, spread, typed, whole
 
+Layers = Annotated[str, typer.Option(help="0-18, or 0,3,7 (single blocks count on), or 'double 3, single'.")]
+TrainedOn = Annotated[Literal["auto", "blocks", "rows"], typer.Option(help="What of the recording to train on.")]
+
 
 @dataclass(frozen=True)
 class Training:
@@ -43,7 +46,7 @@ class Training:
 def retrain(
     plan: Annotated[Path, typer.Argument(help="A plan, as `plan` makes it.")],
     training: Training,
-    layers: Annotated[str, typer.Option(help="0-18, or 0,3,7 (single blocks count on), or 'double 3, single'.")] = "all",
+    layers: Layers = "all",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the layers (default: one that is named by the plan).")
     ] = None,
@@ -51,7 +54,7 @@ def retrain(
         Literal["closed form", "gradient", "both", "distill"],
         typer.Option(help="distill: all layers at once, on trajectories."),
     ] = "both",
-    on: Annotated[Literal["auto", "blocks", "rows"], typer.Option(help="What of the recording to train on.")] = "auto",
+    on: TrainedOn = "auto",
     checkpoint: MovedCheckpoint = None,
     recording: Annotated[
         Path | None,

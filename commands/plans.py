@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from ..pruning.planning import ByBudget, Request
     from ..recording.recording import Recording
 
+Repair = Annotated[
+    str | None, typer.Option(help="none, bias or affine (needs rows); default: what goes with the plan's score.")
+]
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -145,9 +149,7 @@ def _default_plan(recording: Recording, what: Request) -> Path:
 def prune(
     plan: Annotated[Path, typer.Argument(help="A plan, as `plan` makes it.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Pruned checkpoint to write.")],
-    repair: Annotated[
-        str | None, typer.Option(help="none, bias or affine (needs rows); default: what goes with the plan's score.")
-    ] = None,
+    repair: Repair = None,
     precision: Annotated[
         str | None, typer.Option(help="stored (as the dense file), bf16 or fp8; default: what the plan's size was counted in.")
     ] = None,

@@ -21,6 +21,8 @@ from flux_poke.recording.rows import RowChoice, RowRecorder
 from flux_poke.recording.states import StateChoice, StateRecorder
 from flux_poke.recording.store import HiddenStates
 from flux_poke.recording.trajectories import trajectory
+from flux_poke.tiny.model import FOLDER
+from flux_poke.tiny.words import digit_prompts
 from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -141,6 +143,21 @@ def _run(*arguments: object) -> str:
 def run() -> Callable[..., str]:
     """What a command prints; raises its `UserError`."""
     return _run
+
+
+@pytest.fixture(scope="session")
+def record_digits() -> Callable[..., Path]:
+    """Records internals and rows of the tiny FLUX on twenty prompts to a folder, and `blocks` if they are wanted too."""
+
+    def record(folder: Path, blocks: bool = False) -> Path:
+        (folder / "prompts.txt").write_text("\n".join(digit_prompts(number % 10)[0] for number in range(20)))
+        given = ("record", FOLDER / "flux.safetensors", folder, "--prompts", folder / "prompts.txt", "--steps", 4)
+        _run(*given, "--what", "internals,rows", "--keep-steps", 4)
+        if blocks:
+            _run(*given, "--what", "blocks", "--keep-steps", 2)
+        return folder
+
+    return record
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ def test_what_is_recorded_is_not_recorded_again_and_other_arguments_are_refused(
     with connected(nodes.address):
         few = record(JOB, PROMPTS[:8], str(tmp_path / "all"), Needs(), workers=2)
         again = record(JOB, PROMPTS[:8], str(tmp_path / "all"), Needs(), workers=2)
-        assert (few.pieces, few.before, again.before) == (2, 0, 2)
+        assert (few.total, few.before, again.before) == (2, 0, 2)
         with pytest.raises(UserError, match=r"holds another recording of a cluster \(other pieces\)"):
             record(JOB, PROMPTS[:12], str(tmp_path / "all"), Needs())
         with pytest.raises(UserError, match="other pieces, steps"):

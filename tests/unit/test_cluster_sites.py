@@ -21,7 +21,6 @@ from flux_poke.pruning.scores import rank as rank_alone
 from flux_poke.retrain import layers as retraining
 from flux_poke.retrain.files import read_stats
 from flux_poke.tiny.model import FOLDER
-from flux_poke.tiny.words import digit_prompts
 from safetensors.torch import load_file
 from two_nodes import Killer, Nodes, two_nodes
 
@@ -80,14 +79,9 @@ class Work:
 
 
 @pytest.fixture(scope="module")
-def recording(run, tmp_path_factory) -> Path:
+def recording(record_digits, tmp_path_factory) -> Path:
     """Internals, rows and block states of the tiny FLUX on twenty prompts."""
-    folder = tmp_path_factory.mktemp("to_share")
-    (folder / "prompts.txt").write_text("\n".join(digit_prompts(number % 10)[0] for number in range(20)))
-    given = ("record", CHECKPOINT, folder, "--prompts", folder / "prompts.txt", "--steps", 4)
-    run(*given, "--what", "internals,rows", "--keep-steps", 4)
-    run(*given, "--what", "blocks", "--keep-steps", 2)
-    return folder
+    return record_digits(tmp_path_factory.mktemp("to_share"), blocks=True)
 
 
 @pytest.fixture(scope="module")

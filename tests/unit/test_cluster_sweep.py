@@ -39,11 +39,8 @@ def no_room(memory: float) -> Needs:
 
 
 @pytest.fixture(scope="module")
-def source(run, tmp_path_factory) -> Source:
-    folder = tmp_path_factory.mktemp("to_sweep")
-    (folder / "prompts.txt").write_text("\n".join(digit_prompts(number % 10)[0] for number in range(20)))
-    given = ("record", CHECKPOINT, folder, "--prompts", folder / "prompts.txt", "--steps", 4)
-    run(*given, "--what", "internals,rows", "--keep-steps", 4)
+def source(record_digits, tmp_path_factory) -> Source:
+    folder = record_digits(tmp_path_factory.mktemp("to_sweep"))
     return Source(f"{CHECKPOINT}", f"{folder}")
 
 

@@ -5,21 +5,15 @@ from pathlib import Path
 import pytest
 from flux_poke.errors import UserError
 from flux_poke.tiny.model import FOLDER
-from flux_poke.tiny.words import digit_prompts
 
 CHECKPOINT = FOLDER / "flux.safetensors"
 QUICK = ("--layers", "0, 3", "--method", "closed form", "--save-dtype", "float32")
 
 
 @pytest.fixture(scope="module")
-def recorded(run, tmp_path_factory) -> Path:
+def recorded(record_digits, tmp_path_factory) -> Path:
     """Internals, rows and block states of the tiny FLUX on twenty prompts."""
-    folder = tmp_path_factory.mktemp("recorded")
-    (folder / "prompts.txt").write_text("\n".join(digit_prompts(number % 10)[0] for number in range(20)))
-    given = ("record", CHECKPOINT, folder, "--prompts", folder / "prompts.txt", "--steps", 4)
-    run(*given, "--what", "internals,rows", "--keep-steps", 4)
-    run(*given, "--what", "blocks", "--keep-steps", 2)
-    return folder
+    return record_digits(tmp_path_factory.mktemp("recorded"), blocks=True)
 
 
 @pytest.mark.parametrize("cuts", [(), ("--img-cut", 9, "--neurons", 0.5), ("--img-threshold", 3, "--saved", 1)])

@@ -26,6 +26,7 @@ import torch
 from figures import figure
 from flux_poke.cluster.connect import Needs, connected
 from flux_poke.cluster.crew import share
+from flux_poke.cluster.parts import Joiner
 from flux_poke.cluster.pieces import drawn_pieces
 from flux_poke.cluster.record import TinyJob, record
 from flux_poke.recording.drawing import Wanted
@@ -48,23 +49,31 @@ LOSSES = 5.0
 
 @dataclass(frozen=True)
 class Timeline:
-    """Seconds: of all, until the first piece was written, between the first and the last one, and from then on to the end."""
+    """Seconds: of all, until every worker had written its first piece, from then on to the last one, of which there were
+    `pieces`, and to the end."""
 
     seconds: float
     first: float
     between: float
+    pieces: int
     end: float
 
     @classmethod
-    def of(cls, folder: Path, began: float) -> Timeline:
-        written = sorted(path.stat().st_mtime for path in folder.glob("hidden_states/rows-*.safetensors"))
-        end = time.time()
-        return cls(end - began, written[0] - began, written[-1] - written[0], end - written[-1])
+    def of(cls, folder: Path, began: float, workers: int) -> Timeline:
+        end, files = time.time(), sorted(folder.glob("hidden_states/rows-*.safetensors"))  # by piece
+        written = [path.stat().st_mtime for path in files]
+        first, last = max(written[:workers]), max(written)  # each worker begins with one of the first pieces
+        return cls(end - began, first - began, last - first, sum(one > first for one in written), end - last)
 
-    def service(self, pieces: int, crowded: float) -> Service:
+    @property
+    def rate(self) -> float:
+        """Pieces a second, while all workers work."""
+        return self.pieces / self.between
+
+    def service(self, joins: float, crowded: float) -> Service:
         """What a run with one worker tells of how long things take."""
-        draw = self.between / (pieces - 1)
-        return Service(start=self.first - draw, draw=draw, finish=self.end, crowded=crowded)
+        draw = 1 / self.rate
+        return Service(start=self.first - draw, draw=draw, joins=joins, finish=self.end, crowded=crowded)
 
 
 class Losing:
@@ -120,21 +129,27 @@ def main() -> None:
                 speed = min(processes, cores) / crowded[processes]
                 figure(f"{processes} processes beside each other: {speed:.2f} times as fast as one", speed=speed)
         with two_nodes() as nodes, connected(nodes.address):
+            import ray
+
             record(job, prompts[:8], str(Path(folder) / "warm"), Needs(), 2)  # Ray's own beginnings
+            joiner, began = ray.remote(num_cpus=0)(Joiner).remote(f"{Path(folder) / 'warm'}"), time.monotonic()
+            ray.get(joiner.__ray_ready__.remote())
+            begins = time.monotonic() - began
+            ray.kill(joiner)
             runs: dict[int, Timeline] = {}
             for workers in (1, 2, 4):
                 out, began = Path(folder) / f"{workers}", time.time()
                 record(job, prompts, str(out), Needs(), workers)
-                runs[workers] = run = Timeline.of(out, began)
+                runs[workers] = run = Timeline.of(out, began, workers)
                 require_equal(alone, Recording.open(out))
-                speed = runs[1].between / run.between * (pieces - workers) / (pieces - 1)
+                speed = run.rate / runs[1].rate
                 figure(
-                    f"{workers} workers: {run.seconds:.1f} s (first piece after {run.first:.1f}, then {run.between:.1f}, end "
-                    f"{run.end:.1f}); {speed:.2f} times as fast between the first and the last piece, equal to one process",
+                    f"{workers} workers: {run.seconds:.1f} s (a piece of each after {run.first:.1f}, then {run.between:.1f}, "
+                    f"end {run.end:.1f}); {speed:.2f} times as many pieces a second, equal to one process",
                     workers=workers, seconds=run.seconds, speed=speed,
                 )  # fmt: skip
             for workers in (2, 4):
-                expected = simulate(runs[1].service(pieces, crowded[workers]), pieces, workers, cores=os.cpu_count()).seconds
+                expected = simulate(runs[1].service(begins, crowded[workers]), pieces, workers, cores=os.cpu_count()).seconds
                 part = expected / runs[workers].seconds
                 figure(
                     f"{workers} workers, simulated: {expected:.1f} s, {part:.2f} of what was measured",
@@ -150,8 +165,6 @@ def main() -> None:
                 f"{seconds:.1f} s, equal to one process",
                 kills=losing.kills, lost=recorded.lost, seconds=seconds,
             )  # fmt: skip
-            import ray
-
             nothing, ended = drawn_pieces(["-"] * 2000, 0, 1, ""), list[float]()
             share(nothing, lambda: ray.remote(num_cpus=1)(Idle).remote(), 4, lambda *_: ended.append(time.monotonic()), 60)
             took = 1000 * (ended[-1] - ended[0]) / len(ended)

@@ -25,6 +25,7 @@ class Service:
 
     Attributes:
         start: of a worker, until it takes its first piece.
+        joins: until who merges can begin, which is beside the workers.
         draw: of a piece, until it is to be written.
         merge: of one part that is merged.
         finish: of putting the last parts together.
@@ -37,6 +38,7 @@ class Service:
 
     start: float
     draw: float
+    joins: float = 0.0
     merge: float = 0.0
     finish: float = 0.0
     head: float = 0.0
@@ -74,6 +76,8 @@ class Cluster:
     def run(self) -> Simulated:
         for _ in range(self.workers):
             self.env.process(self._worker())
+        if self.cores is not None:  # on machines of their own, they begin before there is anything to merge
+            self.env.process(self._compute(self.service.joins))
         self.env.run(self.all)
         self.env.run(self.env.process(self._finish()))
         now = self.env.now
@@ -105,10 +109,8 @@ class Cluster:
                 self.all.succeed()
 
     def _merge(self, parts: int) -> Generator:
-        """Reads that many parts and writes one; higher levels of the tree add 1 / (FAN - 1) to it. Who merges begins once."""
+        """Reads that many parts and writes one; higher levels of the tree add 1 / (FAN - 1) to it."""
         share = FAN / (FAN - 1)
-        if len(self.merges) == 1 and self.cores is not None:
-            yield from self._compute(self.service.start)
         yield from self._use(self.folder, "folder", share * (parts + 1) * self.service.internals / self.service.bandwidth)
         yield from self._compute(share * parts * self.service.merge)
 

@@ -19,8 +19,8 @@ from ..errors import UserError
 from ..progress import Progress, silent
 from .connect import FETCH, watched
 
-#: Workers that may be lost over one piece before it is taken to be what ends them.
-LOSSES = 4
+#: Workers that may be lost over one piece before it is taken to be what ends them, and times that one may fail to begin.
+LOSSES, BEGINNINGS = 4, 3
 #: Seconds between two looks, after which a worker that was lost begins again, and in which no worker can begin before it is
 #: given up: machines may have to be started.
 LOOK, REST, PATIENCE = 0.5, 1.0, 900.0
@@ -58,6 +58,7 @@ class _Worker:
     piece: Any = None
     since: float = field(default_factory=time.monotonic)
     rests_until: float = 0.0
+    failed: int = 0  # to begin, in a row
 
 
 def share(
@@ -77,8 +78,8 @@ def share(
         progress: told at least every second; an exception from it stops all.
         say: told of workers that are lost.
 
-    A piece that ends in `UserError` failed, and the others go on. Raises `UserError` where a worker cannot begin, or none does
-    within `PATIENCE` seconds, and `Vanished` where the cluster no longer answers.
+    A piece that ends in `UserError` failed, and the others go on. Raises what a worker does that cannot begin, `BEGINNINGS`
+    times in a row, `UserError` where none begins within `PATIENCE` seconds, and `Vanished` where the cluster no longer answers.
     """
     return watched(lambda told: _Crew(pieces, hire, done, patience, told, say).run(min(workers, len(pieces))), progress)
 
@@ -157,6 +158,7 @@ class _Crew(Generic[Piece]):
             worker.actor = self.hire()
             self._lost(worker, f"its process ended ({_first_line(error)})")
         else:
+            worker.failed = 0
             if worker.piece is not None:
                 self.ended += 1
                 self.done(worker.piece, found)
@@ -166,16 +168,18 @@ class _Crew(Generic[Piece]):
         if isinstance(error, Lost):
             return self._lost(worker, f"{error}")
         if worker.piece is None:
-            raise error
-        said = f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {_first_line(error)}"
-        self._give_up(worker.piece, said)
+            worker.failed += 1
+            if worker.failed == BEGINNINGS:
+                raise error
+            self.say(f"A worker could not begin, and tries again: {_said(error)}")
+            return self._rest(worker)
+        self._give_up(worker.piece, _said(error))
         self._next(worker)
 
     def _lost(self, worker: _Worker, why: str) -> None:
         """Gives back its piece; the worker begins again after a rest."""
         piece, worker.piece, self.why = worker.piece, None, why
-        worker.rests_until = time.monotonic() + REST
-        self.resting.append(worker)
+        self._rest(worker)
         if piece is not None:
             worker.since = time.monotonic()
             self.outcome.lost += 1
@@ -187,6 +191,10 @@ class _Crew(Generic[Piece]):
                 self._give_up(piece, f"{LOSSES} workers were lost over it, last: {why}")
         while self.waiting and self.idle:
             self._next(self.idle.pop())
+
+    def _rest(self, worker: _Worker) -> None:
+        worker.rests_until = time.monotonic() + REST
+        self.resting.append(worker)
 
     def _give_up(self, piece: Piece, why: str) -> None:
         self.ended += 1
@@ -220,6 +228,10 @@ class _Crew(Generic[Piece]):
         left = f", {_time((self.total - self.ended) / rate)} left" if rate else ""
         parts = [f"{done:,} of {self.total:,} done", f"{running} running", *([f"{failed} failed"] if failed else [])]
         self.progress(f"{', '.join(parts)}, {60 * rate:.3g} a minute{left}", self.ended, self.total)
+
+
+def _said(error: Exception) -> str:
+    return f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:

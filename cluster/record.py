@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,20 +192,16 @@ def _claim(shared: Shared, job: Job, pieces: Sequence[Piece]) -> None:
 
 class _Merger:
     """Puts parts together while others are recorded, `FAN` of about one size at a time: a tree of merges, of which the folder
-    holds few at once. Those who merge stay, since a process takes longer to start than to merge."""
+    holds few at once. Those who merge begin with the workers and stay: a process takes longer to start than to merge, and
+    takes a processor from them while it does."""
 
     def __init__(self, url: str, parts: Sequence[Part], workers: int):
         import ray
 
-        alone: dict[str, Any] = {
-            "num_cpus": 0,
-            "max_restarts": -1,
-            "max_task_retries": AGAIN,
-        }  # beside workers, which hold all processors
-        self._new: Any = ray.remote(**alone)(Joiner)
-        self.url, self.parts, self.merging = url, [*parts], list[Any]()
-        self._joiners: list[Any] = []
-        self._most = 1 + workers // JOINED_BY_ONE
+        beside: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": AGAIN}  # workers hold all processors
+        new: Any = ray.remote(**beside)(Joiner)
+        self.parts, self.merging = [*parts], list[Any]()
+        self._joiners = deque(new.remote(url) for _ in range(max(bool(parts), math.ceil(workers / JOINED_BY_ONE))))
 
     def add(self, part: Part) -> None:
         self.parts.append(part)
@@ -222,11 +220,8 @@ class _Merger:
 
     def _joiner(self) -> Any:
         """The one whose turn it is."""
-        if len(self._joiners) < self._most:
-            self._joiners.append(self._new.remote(self.url))
-        else:
-            self._joiners.append(self._joiners.pop(0))
-        return self._joiners[-1]
+        self._joiners.rotate()
+        return self._joiners[0]
 
     def _collect(self, wait: bool) -> None:
         """Takes the parts that were put together by now, or all of them."""

@@ -108,6 +108,7 @@ class ComfyWorker:
         """A connection to the ComfyUI, which is started where there is none."""
         if self.client is None:
             own = ["--output-directory", str(self.output), "--temp-directory", str(self.folder / "temp")]
+            own += ["--database-url", f"sqlite:///{self.folder / 'comfyui.db'}"]  # two that make one at once end each other
             options = [*start_options(), *own, *self.options]
             self.server = ComfyServer(self.comfyui, options, log=self.folder / "comfyui.log")
             self.server.__enter__()

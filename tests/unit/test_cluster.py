@@ -137,11 +137,12 @@ def test_a_file_that_no_worker_can_read_ends_in_its_sentence(nodes, tmp_path):
 
 def test_a_worker_that_cannot_begin_ends_in_its_sentence_and_a_piece_that_breaks_is_one_failure(nodes):
     class Broken:
-        def __init__(self, begins: bool):
+        def __init__(self, begins: int):
             self.begins = begins
 
         def ready(self) -> None:
-            if not self.begins:
+            self.begins -= 1
+            if self.begins:
                 raise UserError("There is no model here.")
 
         def work(self, piece: Piece) -> int:
@@ -151,14 +152,19 @@ def test_a_worker_that_cannot_begin_ends_in_its_sentence_and_a_piece_that_breaks
 
     import ray
 
-    pieces, done = drawn_pieces(["a", "b", "c"], 0, 1, ""), list[int]()
+    pieces, done, said = drawn_pieces(["a", "b", "c"], 0, 1, ""), list[int](), list[str]()
     with connected(nodes.address):
         actor = ray.remote(max_restarts=-1)(Broken)
         with pytest.raises(UserError, match="There is no model here"):
-            share(pieces, lambda: actor.remote(False), 2, lambda _, number: done.append(number), 60)
-        outcome = share(pieces, lambda: actor.remote(True), 2, lambda _, number: done.append(number), 60)
+            share(pieces, lambda: actor.remote(crew.BEGINNINGS + 1), 2, lambda _, number: done.append(number), 60)
+        assert not done
+        outcome = share(
+            pieces, lambda: actor.remote(crew.BEGINNINGS), 1, lambda _, number: done.append(number), 60, say=said.append
+        )
     assert sorted(done) == [0, 2]
     assert outcome.failed == {pieces[1]: "ZeroDivisionError: of this one"}
+    again = "A worker could not begin, and tries again: There is no model here."
+    assert said == [*[again] * (crew.BEGINNINGS - 1), f"{pieces[1].name} failed: ZeroDivisionError: of this one"]
 
 
 def test_workers_that_are_never_born_are_given_up(nodes, monkeypatch):

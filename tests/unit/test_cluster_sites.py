@@ -36,7 +36,7 @@ class Work:
         self.recording, self.layers = self.source.recorded(), folder / "layers"
         self.dense = self.source.dense()
         self.done: dict[str, Done] = {}
-        self.killed: dict[str, int] = {}
+        self.killers: dict[str, Killer] = {}
 
     def plan(self) -> PruningPlan:
         return make_plan(self.dense, self.recording, ByBudget(share=0.5, multiple=4)).plan
@@ -48,26 +48,20 @@ class Work:
         retraining.retrain("both", self.dense, plan, self.recording, self.layers, "0-4", "blocks", **TRAINING)
 
     def shared(self, nodes: Nodes) -> None:
+        terms, options = Terms(lambda memory: Needs(memory=int(memory)), 2, 300.0), layer_options("both", **TRAINING)
         with connected(nodes.address):
-            self.done["rank"] = rank(self.source, self.terms(nodes, "Ranker"))
+            with Killer(nodes, "Ranker") as self.killers["rank"]:
+                self.done["rank"] = rank(self.source, terms)
             plan = self.plan()
-            self.done["repair"] = repair(self.source, plan, "affine", self.terms(nodes, "Repairer"), fold=True)
-            options, terms = layer_options("both", **TRAINING), self.terms(nodes, "Retrainer")
-            self.done["retrain"] = retrain(self.source, plan, options, f"{self.layers}", terms, "0-4", "blocks")
+            with Killer(nodes, "Repairer") as self.killers["repair"]:
+                self.done["repair"] = repair(self.source, plan, "affine", terms, fold=True)
+            with Killer(nodes, "Retrainer") as self.killers["retrain"]:
+                self.done["retrain"] = retrain(self.source, plan, options, f"{self.layers}", terms, "0-4", "blocks")
             again = Terms(self.no_room)  # nothing is left that would need a machine
             self.done["again"] = rank(self.source, again).then(repair(self.source, plan, "affine", again, fold=True))
             self.done["again"] = self.done["again"].then(
                 retrain(self.source, plan, options, f"{self.layers}", again, "0-4", "blocks")
             )
-
-    def terms(self, nodes: Nodes, kind: str) -> Terms:
-        killer = Killer(nodes, kind)
-
-        def progress(*told: object) -> None:
-            killer()
-            self.killed[kind] = killer.killed
-
-        return Terms(lambda memory: Needs(memory=int(memory)), 2, 300.0, progress)
 
     @staticmethod
     def no_room(memory: float) -> Needs:
@@ -109,8 +103,9 @@ def test_what_a_cluster_works_out_is_what_one_machine_does_to_the_bit(same, alon
 
 
 def test_a_killed_worker_s_task_is_done_again(shared):
-    assert shared.killed == {"Ranker": 1, "Repairer": 1, "Retrainer": 1}
-    assert all(shared.done[what].lost == 1 and not shared.done[what].failed for what in ("rank", "repair", "retrain"))
+    for what in ("rank", "repair", "retrain"):
+        done = shared.done[what]
+        assert (what, shared.killers[what].killed, done.lost, done.failed) == (what, 1, 1, {})
 
 
 def test_what_is_done_is_not_done_again(shared):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -49,22 +50,37 @@ class Nodes:
         return found
 
     def lose_worker(self, kind: str, number: int = 0, how: signal.Signals = signal.SIGKILL) -> bool:
-        """Whether there was one."""
+        """Whether there was one; with `kind` "CLASS.work", it had not come to the end of its work."""
         workers = self.workers(kind)
-        if workers:
-            with suppress(psutil.Error):
-                workers[number % len(workers)].send_signal(how)
-        return bool(workers)
+        if not workers:
+            return False
+        worker = workers[number % len(workers)]
+        with suppress(psutil.Error):
+            worker.suspend()  # what it does now does not end before the next line looks
+            if kind in "".join(worker.cmdline()):
+                worker.send_signal(how)
+                return True
+            worker.resume()
+        return False
 
 
 class Killer:
-    """Ends one worker of a class in the middle of its work: to be called again and again, as progress is."""
+    """Ends one worker of a class in the middle of its work, within the `with`."""
 
     def __init__(self, nodes: Nodes, kind: str):
         self.nodes, self.kind, self.killed = nodes, f"{kind}.work", 0
+        self._over, self._thread = threading.Event(), threading.Thread(target=self._hunt)
 
-    def __call__(self, *_: object) -> None:
-        if not self.killed:
+    def __enter__(self) -> Killer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _hunt(self) -> None:
+        while not self.killed and not self._over.wait(0.02):
             self.killed += self.nodes.lose_worker(self.kind)
 
 

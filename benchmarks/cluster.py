@@ -21,6 +21,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from figures import figure
@@ -132,7 +133,9 @@ def main() -> None:
             import ray
 
             record(job, prompts[:8], str(Path(folder) / "warm"), Needs(), 2)  # Ray's own beginnings
-            joiner, began = ray.remote(num_cpus=0)(Joiner).remote(f"{Path(folder) / 'warm'}"), time.monotonic()
+            new: Any = ray.remote(num_cpus=0)(Joiner)
+            began = time.monotonic()
+            joiner = new.remote(f"{Path(folder) / 'warm'}")
             ray.get(joiner.__ray_ready__.remote())
             begins = time.monotonic() - began
             ray.kill(joiner)

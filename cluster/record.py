@@ -26,7 +26,6 @@ from ..flux.fingerprint import Fingerprint
 from ..headless.queue import recording_names
 from ..headless.runs import make_runs
 from ..headless.workflow import Graph
-from ..parsing import from_json
 from ..progress import Progress, silent
 from ..recording.drawing import Wanted
 from ..recording.manifest import MANIFEST
@@ -36,7 +35,7 @@ from .copies import absolute
 from .crew import share
 from .parts import PARTS, Joiner, Part, find_parts
 from .pieces import Piece, drawn_pieces, queued_pieces
-from .shared import Shared
+from .shared import Shared, claim
 from .tasks import Done
 
 FORMAT, ABOUT = "flux-poke cluster recording 1", "cluster.json"
@@ -172,22 +171,10 @@ def record(
 
 def _claim(shared: Shared, job: Job, pieces: Sequence[Piece]) -> None:
     """Notes whose the folder is; raises `UserError` where it is another recording's."""
-    own = {**job.about(), "pieces": hashlib.sha256(json.dumps([piece.key for piece in pieces]).encode()).hexdigest()}
-    if shared.exists(ABOUT):
-        try:
-            found = from_json(shared.read(ABOUT))
-            differ = sorted(name for name in {*own, *found} - {"format"} if own.get(name) != found.get(name))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{shared}/{ABOUT} is damaged ({error}): record into another folder.") from error
-        if differ:
-            raise UserError(
-                f"{shared} holds another recording of a cluster (other {', '.join(differ)}): give the arguments that it was "
-                "begun with to go on with it, or choose another folder with --out."
-            )
-        return
-    if shared.exists(INTERNALS) or shared.exists(f"{STATES}/{MANIFEST}"):
+    keys = hashlib.sha256(json.dumps([piece.key for piece in pieces]).encode()).hexdigest()
+    if not shared.exists(ABOUT) and (shared.exists(INTERNALS) or shared.exists(f"{STATES}/{MANIFEST}")):
         raise UserError(f"{shared} holds a recording that no cluster made: choose another folder with --out, and merge them.")
-    shared.write(ABOUT, json.dumps({"format": FORMAT, **own}, indent=1))
+    claim(shared, ABOUT, {"format": FORMAT, **job.about(), "pieces": keys}, "recording")
 
 
 class _Merger:

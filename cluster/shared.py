@@ -10,13 +10,16 @@ A file is there whole or not at all: on a disk it takes its name when it is comp
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from ..files import replacing
+from ..parsing import from_json
 
 
 class Shared:
@@ -98,3 +101,23 @@ class Shared:
             raise
         except Exception as error:
             raise UserError(f"{self.url}/{name} cannot be read or written ({error!r:.300}).") from error
+
+
+def claim(shared: Shared, name: str, own: Mapping[str, Any], kind: str) -> None:
+    """Notes in the file `name` whose the folder is: a `kind` of work, told from others by `own`.
+
+    Raises `UserError` where it is another one's, and says what differs, or where the file is damaged.
+    """
+    if not shared.exists(name):
+        return shared.write(name, json.dumps(own, indent=1))
+    text = shared.read(name)
+    try:
+        found = from_json(text)
+        differ = sorted(key for key in {*own, *found} if own.get(key) != found.get(key))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{shared}/{name} is damaged ({error}): choose another folder with --out.") from error
+    if differ:
+        raise UserError(
+            f"{shared} holds another {kind} of a cluster (other {', '.join(differ)}): give the arguments that it was begun "
+            "with to go on with it, or choose another folder with --out."
+        )

@@ -43,7 +43,7 @@ from ..tiny.model import TinyFlux
 from .connect import Needs
 from .copies import absolute, folder_at_hand
 from .memory import PYTHON
-from .shared import Shared
+from .shared import Shared, claim
 from .sites import SiteWorker, Source, rank
 from .tasks import Done, Task, Terms, carry_out
 
@@ -112,10 +112,10 @@ class Measuring:
     seed: int = 0
     keep: bool = field(default=False, compare=False)
 
-    def key(self, dense: Dense, recorded: str) -> str:
-        """Tells one sweep from another; `recorded` tells what was recorded."""
-        told = [dense.fingerprint.digest, recorded, self.prompts, self.seed]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    def about(self, dense: Dense, recorded: str) -> dict[str, Any]:
+        """What tells one sweep from another, as JSON; `recorded` tells what was recorded."""
+        prompts = hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()
+        return {"model": dense.fingerprint.digest, "recording": recorded, "prompts": prompts, "seed": self.seed}
 
 
 class Surveyor(SiteWorker):
@@ -177,7 +177,8 @@ def sweep(source: Source, measuring: Measuring, points: Sequence[Point], out: st
     out = absolute(out)
     dense, recording, shared = source.dense(), source.recorded(), Shared(out)
     TinyFlux.load(Path(dense.path))
-    _claim(shared, measuring.key(dense, recording.digest("internals", "rows", "amplification")))
+    about = measuring.about(dense, recording.digest("internals", "rows", "amplification"))
+    claim(shared, ABOUT, {"format": FORMAT, **about}, "sweep")
     known = {point.name: found for point in points if (found := _read(shared, point)) is not None}
     left = [point for point in points if point.name not in known]
     ranked = Done()
@@ -218,23 +219,6 @@ def _read(shared: Shared, point: Point) -> Measured | None:
         return Measured(**from_json(shared.read(_file(point))))
     except (ValueError, TypeError):
         return None
-
-
-def _claim(shared: Shared, key: str) -> None:
-    """Notes whose the folder is; raises `UserError` where it is another sweep's."""
-    if shared.exists(ABOUT):
-        try:
-            found = from_json(shared.read(ABOUT))
-            same = found["format"] == FORMAT and found["key"] == key
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{shared}/{ABOUT} is damaged ({error}): sweep into another folder.") from error
-        if not same:
-            raise UserError(
-                f"{shared} holds a sweep of another model, recording, prompts or seed: give those that it was begun with to go "
-                "on with it, or choose another folder with --out."
-            )
-        return
-    shared.write(ABOUT, json.dumps({"format": FORMAT, "key": key}, indent=1))
 
 
 def _describe(shared: Shared, found: Sequence[Measured]) -> None:

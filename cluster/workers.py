@@ -77,7 +77,7 @@ class ComfyWorker:
     def work(self, piece: Piece) -> Part:
         (name,) = recording_names([Run(0, "", graph) for graph in piece.graphs])
         recording = Recording.at(self.output / OUTPUT / name)
-        shutil.rmtree(self.output, ignore_errors=True)  # of earlier pieces, pictures too
+        shutil.rmtree(self.output, ignore_errors=True)  # of a piece that was not brought
         self.output.mkdir()
         try:
             for number, graph in enumerate(piece.graphs):
@@ -89,7 +89,9 @@ class ComfyWorker:
             raise Lost(f"{error}") from error
         if "internals" not in recording.kinds:
             raise UserError("nothing was counted: the workflow draws nothing that Record watches.")
-        return publish(self.shared, recording, piece.key, piece.number, piece.first)
+        part = publish(self.shared, recording, piece.key, piece.number, piece.first)
+        shutil.rmtree(self.output, ignore_errors=True)  # gigabytes, where nobody would look for them
+        return part
 
     def _watch(self) -> Progress:
         """Progress of a run that ends in `Lost` where nothing changes for too long."""

@@ -59,10 +59,12 @@ def test_a_comfyui_that_hangs_is_replaced_and_every_run_counts_once(host, client
     alone = Recording.open(host.recorded("of a cluster"))
 
     seen: list[psutil.Process] = []
+    outputs: list[Path] = []
 
     def progress(what: str, done: float, total: float) -> None:
         if "2 running" in what and not seen:
             seen.extend(comfyuis())
+            outputs.extend(Path(words[words.index("--output-directory") + 1]) for words in (one.cmdline() for one in seen))
             seen[0].send_signal(signal.SIGSTOP)
 
     options = ["--base-directory", str(host.base), *host.options]
@@ -85,6 +87,8 @@ def test_a_comfyui_that_hangs_is_replaced_and_every_run_counts_once(host, client
     assert len(rows.step.unique()) > 1  # others in every piece
     assert found.states().amplification == alone.states().amplification
     require_gone([*seen, *comfyuis()])
+    assert outputs
+    assert not [file for output in outputs for file in output.rglob("*.*")]
 
 
 def test_a_workflow_that_records_under_two_names_is_refused(graph, tmp_path):

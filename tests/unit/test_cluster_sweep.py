@@ -104,7 +104,7 @@ def test_the_table_marks_what_no_other_point_beats(swept):
 
 
 def test_a_folder_holds_one_sweep(source, swept):
-    with pytest.raises(UserError, match="holds a sweep of another model, recording, prompts or seed"):
+    with pytest.raises(UserError, match=r"holds another sweep of a cluster \(other seed\)"):
         sweep(source, Measuring(HELD_OUT, seed=8), [Point(0.5, "obs", "stored")], f"{swept[0]}", Terms())
 
 

@@ -77,8 +77,16 @@ class ComfyWorker:
     def work(self, piece: Piece) -> Part:
         (name,) = recording_names([Run(0, "", graph) for graph in piece.graphs])
         recording = Recording.at(self.output / OUTPUT / name)
-        shutil.rmtree(self.output, ignore_errors=True)  # of a piece that was not brought
-        self.output.mkdir()
+        self.output.mkdir(exist_ok=True)
+        try:
+            self._draw(piece)
+            if "internals" not in recording.kinds:
+                raise UserError("nothing was counted: the workflow draws nothing that Record watches.")
+            return publish(self.shared, recording, piece.key, piece.number, piece.first)
+        finally:
+            shutil.rmtree(self.output, ignore_errors=True)  # pictures and gigabytes, where nobody would look for them
+
+    def _draw(self, piece: Piece) -> None:
         try:
             for number, graph in enumerate(piece.graphs):
                 attempt = str(uuid.uuid4())
@@ -87,11 +95,6 @@ class ComfyWorker:
         except (Unreachable, Restarted, Lost) as error:
             self.close()
             raise Lost(f"{error}") from error
-        if "internals" not in recording.kinds:
-            raise UserError("nothing was counted: the workflow draws nothing that Record watches.")
-        part = publish(self.shared, recording, piece.key, piece.number, piece.first)
-        shutil.rmtree(self.output, ignore_errors=True)  # gigabytes, where nobody would look for them
-        return part
 
     def _watch(self) -> Progress:
         """Progress of a run that ends in `Lost` where nothing changes for too long."""

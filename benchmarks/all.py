@@ -56,6 +56,7 @@ BENCHMARKS = (
     Benchmark("load.py", 0.5, "--repeats 3", "--repeats 5"),
     Benchmark("memory.py", 0.5, "--single-blocks 4"),
     Benchmark("cluster_memory.py", 0.5, "--hidden 384 768"),
+    Benchmark("cluster.py", 1.5),
     Benchmark("predictions.py", 1.5),
     Benchmark("rounding.py", 1),
     Benchmark("importance.py", 1, "--splits 1"),

@@ -46,6 +46,8 @@ OLDER = [
     "tests/host/test_older_host.py::test_an_older_host_runs_a_pruned_file_in_fp8_through_its_quantised_layers",
 ]
 READS_WIDTH = "0.29.0"
+#: What ComfyUI ends with where its own kernels meet a triton of torch 2.4 to 2.6 on a machine without a GPU.
+WITHOUT_GPU = "0 active drivers"
 #: Seconds for an installation, or for tests.
 PATIENCE = 1800
 
@@ -80,7 +82,15 @@ def tried(python: str, torch: str, comfyui: Path) -> dict[str, str]:
         environment = {**os.environ, "PYTHONPATH": temporary, "OMP_NUM_THREADS": "1", "TMPDIR": str(temp)}
         environment |= {"COMFYUI_PATH": str(comfyui), "COMFYUI_PATH_OLD": str(comfyui), "VIRTUAL_ENV": str(path)}
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        given = [f"torch=={torch}", f"torchvision=={vision}", f"torchaudio=={audio}", "pytest", "scipy", "psutil"]
+        given = [
+            f"torch=={torch}",
+            f"torchvision=={vision}",
+            f"torchaudio=={audio}",
+            "pytest",
+            "scipy",
+            "psutil",
+            *own(comfyui),
+        ]
         required = [*project["dependencies"], *project["optional-dependencies"]["terminal"], *given]
         (folder / "required.txt").write_text("\n".join(required))
         steps = [
@@ -93,7 +103,17 @@ def tried(python: str, torch: str, comfyui: Path) -> dict[str, str]:
                 return dict.fromkeys(("unit", "host"), f"not installed: {reason(said)}")
         run = [str(path / "bin" / "python"), "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         host = HOST if numbers(version(comfyui)) >= numbers(READS_WIDTH) else OLDER
-        return {"unit": summary(*ran([*run, *UNIT], environment)), "host": summary(*ran([*run, *host], environment))}
+        found = {"unit": summary(*ran([*run, *UNIT], environment)), "host": summary(*ran([*run, *host], environment))}
+        if WITHOUT_GPU in found["host"]:
+            ran(["uv", "pip", "uninstall", "-q", "triton"], environment, folder)
+            found["host"] = f"{summary(*ran([*run, *host], environment))}, without triton"
+        return found
+
+
+def own(comfyui: Path) -> list[str]:
+    """Packages of ComfyUI's own, as old as it allows: those of its time, where newer ones take a newer torch."""
+    text = (comfyui / "requirements.txt").read_text(encoding="utf-8")
+    return [f"{name}=={least}" for name, least in re.findall(r"^(comfy[\w-]*)>=([\d.]+)", text, re.MULTILINE)]
 
 
 def ran(command: list[str], environment: dict[str, str], folder: Path = ROOT) -> tuple[int, str]:
@@ -149,7 +169,9 @@ def document(results: list[dict[str, Any]]) -> str:
         "Tried on Linux, without a GPU, by `benchmarks/compatibility.py`, each in an environment of its own: unit tests of",
         "what computes, and on a server of that ComfyUI a recording that is compared with an independent computation, and the",
         "workflow that plans, cuts, loads and compares; with ComfyUI 0.8, which cannot load the tiny FLUX, that it has the",
-        "nodes, and recording and running a pruned file at full width. `compatibility.json` is the same as data.",
+        "nodes, and recording and running a pruned file at full width. Packages of ComfyUI's own are as old as it allows:",
+        "newer ones take a newer torch. *Without triton*: ComfyUI's own kernels do not start beside the triton of torch 2.4 to",
+        "2.6 on a machine without a GPU. `compatibility.json` is the same as data.",
         "",
         "| ComfyUI | torch | Python | unit tests | on the server | tried |",
         "|---|---|---|---|---|---|",

@@ -20,7 +20,6 @@ from flux_poke.files import (
     check_text,
     locked,
     replacing,
-    replacing_folder,
     stream_safetensors,
     write_picture,
     write_safetensors,
@@ -174,26 +173,29 @@ def test_what_a_killed_writer_left_goes_with_the_next_file_in_its_folder(tmp_pat
     assert names(tmp_path) == ["other.txt"]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("renames", [1, 2])
 def test_a_folder_whose_replacing_was_killed_is_back_with_the_next_file_beside_it(tmp_path, renames):
     """Killed before the first or the second of the two renames that put the new one into its place."""
     (tmp_path / "model").mkdir()
     write_text(tmp_path / "model" / "old.txt", "old")
-    process, count = os.fork(), 0
-    if process == 0:
+    code = f"""
+import os, sys
+from pathlib import Path
+from flux_poke.files import replacing_folder
 
-        def kill(event, _):
-            nonlocal count
-            count += event == "os.rename"
-            if count == renames:
-                os._exit(9)
+count = 0
 
-        sys.addaudithook(kill)
-        with replacing_folder(tmp_path / "model", lambda _: None) as new:
-            (new / "new.txt").touch()
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+def kill(event, _):
+    global count
+    count += event == "os.rename"
+    if count == {renames}:
+        os._exit(9)
+
+sys.addaudithook(kill)
+with replacing_folder(Path("model"), lambda _: None) as new:
+    (new / "new.txt").touch()
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 9
     write_text(tmp_path / "other.txt", "")
     assert names(tmp_path) == ["model", "other.txt"]
     assert (tmp_path / "model" / "old.txt").read_text() == "old"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
-import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,22 +144,34 @@ def test_what_no_queue_wrote_is_none(text):
     assert QueuedRun.from_json(text) is None
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_reader_beside_a_writer_meets_one_file_or_the_other(path):
+def test_a_reader_beside_a_writer_meets_one_file_or_the_other(path, tmp_path):
     """The header grows with every run of a queue, so that numbers of one file would be found at places of another."""
     add_run(path, drawn(0), run(0))
     small = Internals.load(path)
     large = replace(small, runs=2, queued=frozenset(map(str, range(50))), sites={k: s + s for k, s in small.sites.items()})
-    writer = os.fork()
-    if writer == 0:
-        for number in range(100_000):
-            (small, large)[number % 2].save(path)
-        os._exit(0)
+    files = [tmp_path / "small.safetensors", tmp_path / "large.safetensors"]
+    for internals, file in zip((small, large), files, strict=True):
+        internals.save(file)
+    code = """
+import sys
+from itertools import cycle
+from pathlib import Path
+from flux_poke.recording.internals import Internals
+
+*files, path = map(Path, sys.argv[1:])
+for number, internals in enumerate(cycle([Internals.load(file) for file in files])):
+    internals.save(path)
+    if number == 1:
+        print("writing", flush=True)
+"""
+    writer = subprocess.Popen([sys.executable, "-c", code, *files, path], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == "writing\n"
     try:
         for _ in range(300):
             found = Internals.load(path)
             assert found.sites["single-0"].tokens == 64 * found.runs
             assert torch.equal(found.sites["single-0"].sum, found.runs * small.sites["single-0"].sum)
     finally:
-        os.kill(writer, signal.SIGKILL)
-        os.waitpid(writer, 0)
+        writer.kill()
+        writer.communicate()

@@ -144,7 +144,8 @@ def reason(said: str) -> str:
     """The line that says why not; addresses are left out."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     causes = [line for line in lines if re.search(r"[Bb]ecause|Error|error:", line)]
-    return re.sub(r"\(?https?://\S+", "...", (causes or lines or ["it ended without a word"])[-1])[:200]
+    last = (causes or lines or ["it ended without a word"])[-1].removeprefix("cause: ")
+    return re.sub(r"\(?https?://\S+", "...", last)[:200]
 
 
 def version(comfyui: Path) -> str:

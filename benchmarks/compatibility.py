@@ -82,16 +82,8 @@ def tried(python: str, torch: str, comfyui: Path) -> dict[str, str]:
         environment = {**os.environ, "PYTHONPATH": temporary, "OMP_NUM_THREADS": "1", "TMPDIR": str(temp)}
         environment |= {"COMFYUI_PATH": str(comfyui), "COMFYUI_PATH_OLD": str(comfyui), "VIRTUAL_ENV": str(path)}
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        given = [
-            f"torch=={torch}",
-            f"torchvision=={vision}",
-            f"torchaudio=={audio}",
-            "pytest",
-            "scipy",
-            "psutil",
-            *own(comfyui),
-        ]
-        required = [*project["dependencies"], *project["optional-dependencies"]["terminal"], *given]
+        given = [f"torch=={torch}", f"torchvision=={vision}", f"torchaudio=={audio}", "pytest", "scipy", "psutil"]
+        required = [*project["dependencies"], *project["optional-dependencies"]["terminal"], *given, *own(comfyui)]
         (folder / "required.txt").write_text("\n".join(required))
         steps = [
             ["uv", "venv", "-q", "--python", python, str(path)],

@@ -32,6 +32,11 @@ SILENCE = 15.0
 GOODBYE, LOOK = 20.0, 0.5
 #: Seconds in which a small result that is there must come: Ray waits for ever for one that was lost with its machine.
 FETCH = 30.0
+#: What Ray looks at when it is imported: it tells nobody of itself, connects to no other cluster where this one is lost, and
+#: under `uv run` sends workers no copy of all that stands in this folder.
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_AUTO_CONNECT": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+#: And for one of this machine's own: nobody else is to reach it.
+LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 class Vanished(UserError):
@@ -72,11 +77,8 @@ def connected(address: str) -> Iterator[None]:
     """
     if importlib.util.find_spec("ray") is None:
         raise UserError("Work on a cluster runs on Ray, which is not installed: pip install 'flux-poke[cluster]'.")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # to any other cluster, where this one is lost
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # it would send all that stands in this folder to workers
-    if address == "local":  # nobody else is to reach it; Ray looks at this when it is imported
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    for name, value in (SETTINGS | LOCAL if address == "local" else SETTINGS).items():
+        os.environ.setdefault(name, value)
     import ray
 
     nobody = "start one (ray start --head), give its address, or use local."

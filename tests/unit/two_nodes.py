@@ -16,12 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
+from flux_poke.cluster.connect import LOCAL, SETTINGS
 
-# All are read when Ray is imported: its machines are reached on 127.0.0.1 alone, it tells nobody of itself, and under `uv run`
-# no worker begins with a copy of this folder, whose environment it would bring up to date.
-os.environ |= dict.fromkeys(
-    ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_UV_RUN_RUNTIME_ENV"), "0"
-)
+os.environ |= SETTINGS | LOCAL  # before Ray is imported
 
 
 @dataclass

@@ -36,6 +36,8 @@ OnNode = Callable[[str, float, float], None]
 SILENCE = 5.0
 #: Seconds between two signs of life while the server is silent.
 TICK = 1.0
+#: Seconds for which a run is asked to stop.
+PATIENCE = 1.0
 
 
 class Lost(UserError):
@@ -151,12 +153,21 @@ class ComfyClient:
         return self._server.told(lambda answer: dict(answer.get(prompt_id) or {}), "GET", f"history/{prompt_id}")
 
     def cancel(self, prompt_id: str) -> None:
-        """Takes the run with this id out of the queue, or stops it if it is running."""
-        self._server.ask("POST", "queue", json={"delete": [prompt_id]})
-        self.interrupt(prompt_id)
+        """Takes the run with this id out of the queue, or stops it if it is running.
+
+        ComfyUI forgets an interrupt that comes in the moment in which a run begins, so it is asked until the run is gone; but
+        for `PATIENCE` seconds at most, for a node may take long until it looks whether it is to stop.
+        """
+        end = time.monotonic() + PATIENCE
+        while True:
+            self._server.ask("POST", "queue", json={"delete": [prompt_id]})
+            self.interrupt(prompt_id)
+            if not self._waits(prompt_id) or time.monotonic() > end:
+                return
+            time.sleep(0.05)
 
     def interrupt(self, prompt_id: str | None = None) -> None:
-        """Stops the run with this id, or whichever is running."""
+        """Stops the run with this id if it is running, or whichever is: once, where `cancel` makes sure."""
         body = {"prompt_id": prompt_id} if prompt_id else {}
         self._server.ask("POST", "interrupt", json=body)
 
@@ -235,11 +246,7 @@ class ComfyClient:
 
     def _past_messages(self, prompt_id: str) -> list[tuple[str, dict[str, Any]]]:
         """What the server said of a run that has ended; nothing while it waits or runs. `Lost` where it is not known."""
-
-        def waits(queue: Any) -> bool:
-            return any(prompt_id == entry[1] for entries in queue.values() for entry in entries)
-
-        if self._server.told(waits, "GET", "queue"):
+        if self._waits(prompt_id):
             return []
         record = self.history(prompt_id)
         if not record:
@@ -251,6 +258,14 @@ class ComfyClient:
         messages = status.get("messages") if isinstance(status, dict) else None
         pairs = (message for message in messages or () if isinstance(message, list) and len(message) == 2)
         return [(str(kind), data) for kind, data in pairs if isinstance(data, dict)]
+
+    def _waits(self, prompt_id: str) -> bool:
+        """Whether the run waits for its turn, or is running."""
+
+        def waits(queue: Any) -> bool:
+            return any(prompt_id == entry[1] for entries in queue.values() for entry in entries)
+
+        return self._server.told(waits, "GET", "queue")
 
     def _connected(self) -> websocket.WebSocket | None:
         """A new websocket; None where there can be none."""

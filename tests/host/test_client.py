@@ -117,6 +117,34 @@ def test_a_run_that_waits_is_taken_out_of_the_queue_and_one_that_is_running_is_s
     assert requests.get(f"http://{client.address}/queue", timeout=30).json() == {"queue_running": [], "queue_pending": []}
 
 
+#: A pack that lengthens the moment between taking a run from the queue and beginning it.
+LATE_BEGINNINGS = """
+import time, nodes
+interrupt = nodes.interrupt_processing
+def late(value=True):
+    if not value:
+        time.sleep(0.5)
+    interrupt(value)
+nodes.interrupt_processing = late
+NODE_CLASS_MAPPINGS = {}
+"""
+
+
+def test_a_run_is_stopped_also_in_the_moment_in_which_it_begins(host):
+    pack = host.base / "custom_nodes" / "late_beginnings.py"
+    pack.write_text(LATE_BEGINNINGS)
+    try:
+        with host.start() as server, ComfyClient(server.address) as client:
+            running = client.queue(slow_graph(7))
+            while not requests.get(f"http://{client.address}/queue", timeout=30).json()["queue_running"]:
+                time.sleep(0.01)
+            client.cancel(running)
+            with pytest.raises(Interrupted):
+                client.wait(running)
+    finally:
+        pack.unlink()
+
+
 def test_a_drawing_that_waits_for_its_turn_can_be_given_up(client, tmp_path, monkeypatch):
     monkeypatch.setattr("flux_poke.headless.client.SILENCE", 0.2)
     running = client.queue(slow_graph(6))

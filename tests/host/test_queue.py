@@ -320,7 +320,9 @@ def test_without_a_websocket_runs_are_followed_by_asking(without_websockets, dra
         assert client._socket is None
         assert len(client.run(graph).files("images")) == 1
         prompt_id = client.queue({**graph, "6": {**graph["6"], "inputs": graph["6"]["inputs"] | {"steps": 10_000}}})
-        client.interrupt(prompt_id)
+        while not requests.get(f"{without_websockets}/queue", timeout=30).json()["queue_running"]:
+            time.sleep(0.01)
+        client.cancel(prompt_id)
         with pytest.raises(Interrupted):
             client.wait(prompt_id)
 

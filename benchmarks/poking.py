@@ -4,15 +4,17 @@
 
 Neurons are found and tuned on one half of the prompts, and measured on the other half with other seeds: a digit's share of
 drawings that a reader takes for it, and the share of the other digits' that it takes for what they are asked to be.
-`chosen` is what `flux-poke neurons find` gives, `difference` a difference of means alone (|m - m'| |W2[:, j]|, factor -1), and
-`shuffled` the search with prompts of other digits, drawn at random, in the place of the digit's. The tuner sees velocities
-alone; the reader is asked at the end.
+`chosen` is what `flux-poke neurons find` gives, `learned` what it gives with --learn, `difference` a difference of means alone
+(|m - m'| |W2[:, j]|, factor -1), `shuffled` and `learned shuffled` what is found and learned of prompts of other digits, drawn
+at random, in the place of the digit's. Velocities alone are looked at; the reader is asked at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -20,6 +22,7 @@ from figures import figure
 from flux_poke.errors import UserError
 from flux_poke.poking.comparing import record_prompts
 from flux_poke.poking.find import Search, find, shuffled, strongest
+from flux_poke.poking.learn import LEARNING, learn
 from flux_poke.poking.neurons import Neurons, SiteNeurons
 from flux_poke.poking.poke import Poke, poked
 from flux_poke.poking.tune import Exam, tune
@@ -38,18 +41,18 @@ def prompts(digit: int, half: int) -> list[str]:
     return [digit_prompts(digit)[2 * n + (n + half) % 2] for n in range(len(TEMPLATES))]
 
 
-VARIANTS = ("chosen", "difference", "shuffled")
+VARIANTS = ("chosen", "learned", "difference", "shuffled", "learned shuffled")
 
 
 class Reader:
     """What is read in drawings of the prompts and seeds that nothing was found on."""
 
-    def __init__(self, tiny: TinyFlux, images: int):
+    def __init__(self, tiny: TinyFlux, images: int, seed: int):
         self.tiny = tiny
         self.digits = torch.arange(10).repeat_interleave(images)
         asked = [prompts(digit, 1) for digit in range(10)]
         self.prompts = [asked[digit][n % len(asked[digit])] for digit in range(10) for n in range(images)]
-        self.noise = tiny.noise(len(self.prompts), MEASURED)
+        self.noise = tiny.noise(len(self.prompts), seed)
         self.dense = self.read([])
 
     def read(self, pokes: Sequence[Poke]) -> torch.Tensor:
@@ -65,6 +68,11 @@ class Reader:
         """Of the digit's drawings, those that read as it; of the others', those that read as they are asked to be."""
         own = self.digits == digit
         return (read[own] == digit).float().mean().item(), (read == self.digits)[~own].float().mean().item()
+
+
+def learned(tiny: TinyFlux, with_it: Sequence[str], without: Sequence[str], known: Neurons, share: float) -> Neurons:
+    """Neurons with weights of their own, a share of all that are known."""
+    return learn(Exam.of(tiny, with_it, without, extent=LEARNING), known, Search(share=share).number(tiny.flux.layout))
 
 
 def by_difference(dense: Dense, with_it: Sequence[Internals], without: Sequence[Internals], share: float) -> Neurons:
@@ -88,6 +96,7 @@ def main() -> None:
     parser.add_argument("--family", choices=("flux1", "flux2"), default="flux1")
     parser.add_argument("--digits", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--images", type=int, default=20, help="drawings of every digit")
+    parser.add_argument("--seed", type=int, default=MEASURED, help="of the first drawing that is measured")
     parser.add_argument("--share", type=float, default=0.02)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     given = parser.parse_args()
@@ -97,40 +106,46 @@ def main() -> None:
     recorded = [
         record_prompts(tiny, dense.fingerprint, prompts(digit, 0), RECORDED, FIRST + 1000 * digit) for digit in range(10)
     ]
-    reader = Reader(tiny, given.images)
+    reader = Reader(tiny, given.images, given.seed)
     means: dict[str, list[tuple[float, float, float]]] = {name: [] for name in given.variants}
-    columns = "".join(f"{name:>11} others" for name in given.variants)
-    print(f"digit   before  neurons  factor  shuffled{columns}", flush=True)
+    columns = "".join(f"{name:>18}  factor  read  others" for name in given.variants)
+    print(f"digit   before{columns}", flush=True)
     for digit in given.digits:
         with_it, without = recorded[digit], [one for other in range(10) if other != digit for one in recorded[other]]
-        exam = Exam.of(tiny, prompts(digit, 0), [prompt for n in range(10) if n != digit for prompt in prompts(n, 0)])
+        asked, others_asked = prompts(digit, 0), [prompt for n in range(10) if n != digit for prompt in prompts(n, 0)]
 
-        def search(spare: float, with_it=with_it, without=without) -> Neurons:
-            what = Search(share=given.share, spare=spare, chance=False)
-            return find(dense.tensors, dense.layout, with_it, without, what)
+        def search(spare: float, share: float = given.share, with_it=with_it, without=without) -> Neurons:
+            return find(dense.tensors, dense.layout, with_it, without, Search(share=share, spare=spare, chance=False))
 
-        tuned = tune(exam, search)
-        factor, number = tuned.factor or 0.0, 0
-        means_alone = by_difference(dense, with_it, without, given.share)
-        pokes = {"chosen": [Poke(tuned, factor)], "difference": [Poke(means_alone, -1.0)]}
-        try:
-            control = search(tuned.spare or 0.0, *shuffled(without, len(with_it), digit))
-            number, pokes["shuffled"] = control.count, [Poke(control, factor)]
-        except UserError:  # nothing stands out
-            pokes["shuffled"] = []
+        found: dict[str, tuple[Neurons, float]] = {}
+        if {"chosen", "shuffled"} & {*given.variants}:
+            tuned = tune(Exam.of(tiny, asked, others_asked), search)
+            found["chosen"] = tuned, tuned.own_factor
+            with suppress(UserError):  # nothing stands out
+                control = search(tuned.spare or 0.0, given.share, *shuffled(without, len(with_it), digit))
+                found["shuffled"] = control, tuned.own_factor
+        if "learned" in given.variants:
+            found["learned"] = learned(tiny, asked, others_asked, search(0.0, 1.0), given.share), 0.0
+        if "learned shuffled" in given.variants:
+            some = random.Random(digit).sample(others_asked, len(asked))
+            rest = [prompt for prompt in others_asked if prompt not in some]
+            drawn = shuffled(without, len(with_it), digit)
+            found["learned shuffled"] = learned(tiny, some, rest, search(0.0, 1.0, *drawn), given.share), 0.0
+        if "difference" in given.variants:
+            found["difference"] = by_difference(dense, with_it, without, given.share), -1.0
         before = reader.shares(reader.dense, digit)
-        read = {
-            name: reader.shares(reader.read(pokes[name]) if pokes[name] else reader.dense, digit) for name in given.variants
-        }
-        for name, (own, others) in read.items():
+        told = ""
+        facts: dict[str, float] = {}
+        for name in given.variants:
+            neurons, factor = found.get(name, (None, 1.0))
+            own, others = reader.shares(reader.dense if neurons is None else reader.read([Poke(neurons, factor)]), digit)
+            count = 0 if neurons is None else neurons.count
             means[name].append((own, others, others - before[1]))
-        told = "".join(f"{own:>11.0%}{others - before[1]:>+7.1%}" for own, others in read.values())
+            told += f"{count:>18}{factor:>8.2f}{own:>6.0%}{100 * (others - before[1]):>+8.1f}"
+            facts |= {f"{name} neurons": count, f"{name} factor": factor, f"{name} read": own, f"{name} others": others}
         figure(
-            f"{digit:>5}{before[0]:>9.0%}{tuned.count:>9}{factor:>8.2f}{number:>10}{told}",
-            family=given.family, digit=digit, before=before[0], others_before=before[1], neurons=tuned.count, factor=factor,
-            spare=tuned.spare or 0.0, by_chance=number,
-            **{f"{name}_read": own for name, (own, _) in read.items()},
-            **{f"{name}_others": others for name, (_, others) in read.items()},
+            f"{digit:>5}{before[0]:>9.0%}{told}",
+            family=given.family, digit=digit, before=before[0], others_before=before[1], **facts,
         )  # fmt: skip
     for name, rows in means.items():
         erased = sum(own < 0.2001 for own, _, _ in rows)  # 4 of 20 are 0.2 in float32, and a little more

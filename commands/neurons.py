@@ -39,6 +39,14 @@ def find(
             most=1000,
         ),
     ] = None,
+    learned: Annotated[
+        bool,
+        typer.Option(
+            "--learn",
+            help="Of prompts: learn by gradients which neurons to turn, and how far each of them: erases what does not go "
+            "otherwise. Takes minutes.",
+        ),
+    ] = False,
     images: Annotated[int, whole(help="Of prompts: pictures of each.", least=1, most=10_000)] = 4,
     steps: Annotated[int, whole(help="Of prompts: Euler steps per picture.", least=2, most=10_000)] = 20,
     seed: Annotated[int, seed("Of prompts: noise of the first picture; each takes the next.", most=2**62)] = 0,
@@ -54,9 +62,11 @@ def find(
     from ..poking.comparing import record_prompts
     from ..poking.find import SPARE, Search
     from ..poking.find import find as search
+    from ..poking.learn import LEARNING, learn
     from ..poking.neurons import FORMAT
     from ..poking.picture import neurons_figure
-    from ..poking.tune import Exam, tune
+    from ..poking.poke import Poke
+    from ..poking.tune import HELD_OUT, Exam, tune
     from ..progress import part
     from ..prompts import read_prompts
     from ..pruning.dense import Dense
@@ -72,39 +82,52 @@ def find(
     compared = f"{' and '.join(path.stem for path in with_it)} against {' and '.join(path.stem for path in without)}"
     sigmas = (sigma_from, sigma_to)
 
-    def looking(spare: float, chance: bool) -> Neurons:
-        what = Search(share=percent / 100, sites=sites, spare=spare, chance=chance, seed=seed)
+    def looking(spare: float, chance: bool, share: float = percent / 100) -> Neurons:
+        what = Search(share=share, sites=sites, spare=spare, chance=chance, seed=seed)
         return replace(search(dense.tensors, dense.layout, own, others, what, compared), sigmas=sigmas)
 
     if all(texts):
         if not sigma_from < sigma_to:
             raise UserError(f"Noise levels from {sigma_from:g} to {sigma_to:g} are none: give the lower one first.")
-        prompts = [[text for path in paths for text in read_prompts(path)] for paths in (with_it, without)]
+        if learned and spare is not None:
+            raise UserError("--learn weighs the others itself: leave out --spare.")
+        asked, asked_else = ([text for path in paths for text in read_prompts(path)] for paths in (with_it, without))
         tiny = TinyFlux.load(checkpoint)
-        count = len(prompts[0]) + len(prompts[1])
+        count = len(asked) + len(asked_else)
+        rest, said = 2 * count if learned else 10, ""
         with progress_bar() as progress:
-            first, second = (
-                part(progress, done, count + 10, len(some)) for done, some in ((0, prompts[0]), (len(prompts[0]), prompts[1]))
+            first, second, last = (
+                part(progress, done, count + rest, size)
+                for done, size in ((0, len(asked)), (len(asked), len(asked_else)), (count, rest))
             )
-            own = record_prompts(tiny, dense.fingerprint, prompts[0], images, seed, steps, sigmas, first)
-            begin = seed + images * len(prompts[0])
-            others = record_prompts(tiny, dense.fingerprint, prompts[1], images, begin, steps, sigmas, second)
-            factor = None
-            if spare is None:
-                exam = Exam.of(tiny, prompts[0], prompts[1])
-                tuned = tune(exam, lambda spare: looking(spare, False), part(progress, count, count + 10, 9))
-                spare, factor = tuned.spare or 0.0, tuned.factor
-            found = replace(looking(spare, True), factor=factor)
+            own = record_prompts(tiny, dense.fingerprint, asked, images, seed, steps, sigmas, first)
+            begin = seed + images * len(asked)
+            others = record_prompts(tiny, dense.fingerprint, asked_else, images, begin, steps, sigmas, second)
+            if spare is not None:
+                found = looking(spare, True)
+            else:
+                exam = Exam.of(tiny, asked, asked_else, extent=LEARNING if learned else None)
+                if learned:
+                    number = Search(share=percent / 100).number(dense.layout)
+                    found = learn(exam, looking(0.0, False, share=1.0), number, last, seed)
+                else:
+                    tuned = tune(exam, lambda spare: looking(spare, False), last)
+                    found = replace(looking(tuned.spare or 0.0, True), factor=tuned.factor)
+                exam, poke = Exam.of(tiny, asked, asked_else, seed=HELD_OUT), [Poke(found, found.own_factor)]
+                left, change = 100 * exam.pull(poke), 100 * exam.change(poke)
+                said = f"In new drawings, {left:.0f} % of the concept's pull is left; others change by {change:.2g} %.\n"
     else:
         if sigmas != (0.0, 1.0):
             raise UserError("--sigma-from and --sigma-to are for prompts: recordings hold all noise levels together.")
+        if learned:
+            raise UserError("--learn is for prompts (.txt), which it draws: recordings hold no velocities.")
         own, others = ([Recording.open(path).internals() for path in paths] for paths in (with_it, without))
-        found = looking(SPARE if spare is None else spare, True)
+        found, said = looking(SPARE if spare is None else spare, True), ""
     found.save(out)
     if picture:
         write_picture(picture, neurons_figure(found))
-    typer.echo(found.table())
-    turned = f"{out}:{-1.0 if found.factor is None else found.factor:g}"
+    typer.echo(f"{found.table()}\n{said}", nl=not said)
+    turned = f"{out}:{found.own_factor:g}"
     typer.echo(f"{out}: turn them down with {typed('draw', checkpoint, '--poke', turned, '--prompt', '...', '-o', 'drawings')}")
 
 
@@ -185,6 +208,6 @@ def lora(
 
     neurons, dense = Neurons.load(file), Dense.open(checkpoint)
     neurons.require(dense.fingerprint, f"{checkpoint}")
-    chosen = (-1.0 if neurons.factor is None else neurons.factor) if factor is None else factor
+    chosen = neurons.own_factor if factor is None else factor
     rank = save_lora(out, dense.tensors, dense.layout, [Poke(neurons, chosen, None if about == "mean" else 0.0)])
     typer.echo(f"{out}: rank {rank}, factor {chosen:g}; load it at strength 1")

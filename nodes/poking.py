@@ -158,7 +158,8 @@ class LoadNeurons(io.ComfyNode):
                 NeuronsType.Output(display_name="neurons"),
                 io.String.Output(display_name="text"),
                 io.Float.Output(
-                    display_name="factor", tooltip="At which the concept is gone, where that was measured; else -1."
+                    display_name="factor",
+                    tooltip="That erases the concept, where that was worked out; else -1, or 0 of neurons that were learned.",
                 ),
             ],
         )
@@ -175,7 +176,7 @@ class LoadNeurons(io.ComfyNode):
     def execute(cls, file: str) -> io.NodeOutput:
         found = Neurons.load(host.output_path(inputs.chosen(file), ".safetensors"))
         host.say(cls.hidden.unique_id, found.totals())
-        return io.NodeOutput(found, found.table(), -1.0 if found.factor is None else found.factor)
+        return io.NodeOutput(found, found.table(), found.own_factor)
 
 
 class PokeNeurons(io.ComfyNode):

@@ -46,12 +46,13 @@ def lora_of(tensors: Mapping[str, Tensor], layout: Layout, pokes: Sequence[Poke]
             weight = full_precision(tensors, f"{site.down}.weight")
             places = own.indices + site.down_column
             column = weight[:, places]
-            centre = own.measured.mean if poke.about is None else torch.full_like(own.measured.mean, poke.about)
+            centre, weights = poke.turning(own.measured)
+            change = (poke.factor - 1) * weights
             down = torch.zeros(len(places), weight.shape[1])
-            down[torch.arange(len(places)), places] = poke.factor - 1
+            down[torch.arange(len(places)), places] = change
             columns.append(down)
             ups.append(column)
-            shift = (1 - poke.factor) * (column @ centre)
+            shift = -column @ (change * centre)
             constant = shift if constant is None else constant + shift
         if constant is None:
             continue

@@ -79,9 +79,8 @@ class Scored:
         mean, variance = others.mean, others.variance
         difference = concept.mean - mean
         gain = columns**2 * (concept.variance + difference**2)
-        measured = Measured(
-            *(one.float() for one in (mean, difference, variance.sqrt(), difference.abs() * columns)),
-        )
+        effect = difference.abs() * columns
+        measured = Measured(mean.float(), difference.float(), variance.sqrt().float(), effect.float(), torch.ones(len(mean)))
         return cls(measured, (gain - spare * columns**2 * variance).float())
 
 

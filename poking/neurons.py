@@ -7,8 +7,9 @@
     plan = neurons.plan(Dense.open(checkpoint))      # cuts them
 
 File, per site S: `S` int32 [n], ascending, and float32 [n] each: `S.mean` (mean of the others), `S.difference` (mean with the
-concept less that), `S.spread` (of the others) and `S.effect`. Directions have `S.directions` float32 [n, width] in the place of
-`S`, and the same four as `S.directions.mean`, ... Everything else is in the header. Neurons are found in `find.py`.
+concept less that), `S.spread` (of the others) and `S.effect`; of neurons that were learned, `S.weight` too. Directions have
+`S.directions` float32 [n, width] in the place of `S`, and the same four as `S.directions.mean`, ... Everything else is in the
+header. Neurons are found in `find.py`, and learned in `learn.py`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from ..recording.internals import site_order
 
 FORMAT = "flux-poke neurons 1"
 DIRECTIONS = ".directions"
+#: How far a neuron may be turned.
+MOST_WEIGHT = 100.0
 _SITE = re.compile(r"(double-(img|txt)|single)-\d{1,4}")
 
 
@@ -48,17 +51,20 @@ class Measured:
         mean: of the others: what they are turned about. Of a direction, the mean of the activations along it.
         difference: mean with the concept less that of the others. spread: standard deviation of the others.
         effect: what the difference does to the output of the MLP, times how much that moves the velocity, where it is known.
+        weight: how far a neuron is turned beside the others: at a factor f by 1 + (f - 1) weight. 1 where that was not learned.
     """
 
     mean: Tensor
     difference: Tensor
     spread: Tensor
     effect: Tensor
+    weight: Tensor
 
     @classmethod
     def about(cls, mean: Tensor) -> Measured:
         """Of neurons that nothing else is known of than what they are turned about."""
-        return cls(mean.float(), *(torch.zeros(len(mean)) for _ in range(3)))
+        difference, spread, effect = (torch.zeros(len(mean)) for _ in range(3))
+        return cls(mean.float(), difference, spread, effect, torch.ones(len(mean)))
 
     def part(self, which: Tensor) -> Measured:
         return Measured(*(getattr(self, one.name)[which] for one in fields(self)))
@@ -103,7 +109,7 @@ class Neurons:
         sigmas: noise levels that they were found at.
         explained: share of the whole effect (its squares, over all neurons that were compared) that is theirs.
         spare: how much more a change of the others counted than one of the concept, where they were found so.
-        factor: by which to turn them so that the concept is gone, where that was measured (`tune.py`).
+        factor: by which to turn them to erase the concept, where that was worked out (`tune.py`, `learn.py`).
         chance: how many of as many would stand out as far if there were nothing to find; None where that was not measured.
         workflow: ComfyUI's `workflow` and `prompt` of the run that found them.
     """
@@ -141,6 +147,16 @@ class Neurons:
     @property
     def total(self) -> int:
         return sum(self.widths.values())
+
+    @property
+    def learned(self) -> bool:
+        """Whether neurons are turned each by as much as was learned."""
+        return any((site.measured.weight != 1).any() for site in self.sites.values())
+
+    @property
+    def own_factor(self) -> float:
+        """To poke with where nobody says another: what erases the concept as far as that is known, else what often does."""
+        return self.factor if self.factor is not None else 0.0 if self.learned else -1.0
 
     def strongest(self, count: int) -> list[tuple[str, int, Measured]]:
         """Site, index and what is known of the `count` neurons of the largest effect, largest first."""
@@ -230,8 +246,10 @@ class Neurons:
             said.append(f"{self.explained:.1%} of the effect of all")
         if self.chance is not None:
             said.append(f"by chance as far from the others: {self.chance:,.3g} neurons")
+        if self.learned:
+            said.append("each turned as far as was learned")
         if self.factor is not None:
-            said.append(f"the concept is gone at factor {self.factor:.2g}")
+            said.append(f"erased with factor {self.factor:.2g}")
         return "; ".join(said)
 
     def table(self, count: int = 20) -> str:
@@ -321,14 +339,20 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def _named(key: str, measured: Measured) -> dict[str, Tensor]:
-    return {f"{key}.{name}": getattr(measured, name).float().contiguous() for name in MEASURES}
+    """Weights are named where one is not 1."""
+    names = [name for name in MEASURES if name != "weight" or (measured.weight != 1).any()]
+    return {f"{key}.{name}": getattr(measured, name).float().contiguous() for name in names}
 
 
 def _measured(tensors: Mapping[str, Tensor], key: str, count: int) -> Measured:
-    found = [tensors[f"{key}.{name}"] for name in MEASURES]
+    known = {f"{key}.weight": torch.ones(count)} | dict(tensors)
+    found = [known[f"{key}.{name}"] for name in MEASURES]
     if any(one.shape != (count,) or not one.is_floating_point() for one in found):
         raise ValueError(f"what is known of {key} is of other lengths than its {count}")
-    return Measured(*(one.float() for one in found))
+    measured = Measured(*(one.float() for one in found))
+    if (measured.weight.abs() > MOST_WEIGHT).any():
+        raise ValueError(f"weights of {key} are beyond {MOST_WEIGHT:g}")
+    return measured
 
 
 def _ordered(found: dict) -> dict:

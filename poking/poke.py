@@ -6,7 +6,8 @@
         tiny.draw(["three"])
 
 A neuron becomes m' + factor (h - m'), with m' the mean of the others: at 1 it is as it was, to the bit, at 0 it is m', at -1
-it is mirrored, and at 2 it is boosted. With a direction, that holds for what of all neurons lies along it, and with several, in
+it is mirrored, and at 2 it is boosted. With a weight w that was learned (`learn.py`), 1 + (factor - 1) w stands for the factor.
+With a direction, that holds for what of all neurons lies along it, and with several, in
 the space they span. A block's contribution is what its attention or its MLP adds to the tokens, times the factor.
 
 A poke may be for a range of noise levels, for a part of the image, and for positive prompts alone. Where it does not apply,
@@ -30,7 +31,7 @@ from ..errors import UserError
 from ..flux.blocks import Block, choose_blocks
 from ..flux.layout import Layout, Site
 from ..recording.hooks import force_eager
-from .neurons import Neurons, unit
+from .neurons import Measured, Neurons, unit
 
 Part = Literal["attention", "mlp", "both"]
 Stream = Literal["img", "txt", "both"]
@@ -63,13 +64,19 @@ class Where:
 class Poke:
     """Neurons and by which factor they are turned about `about`: the mean of the others, or a value (0: they are scaled).
 
-    `factor` 0 about a value sets them to it; 0 about 0 cuts them.
+    `factor` 0 about a value sets them to it; 0 about 0 cuts them. Weights that were learned are for turning about the mean.
     """
 
     neurons: Neurons
     factor: float = 0.0
     about: float | None = None
     where: Where = field(default_factory=Where)
+
+    def turning(self, known: Measured) -> tuple[Tensor, Tensor]:
+        """What n neurons are turned about [n], and their weights [n]."""
+        if self.about is None:
+            return known.mean, known.weight
+        return torch.full_like(known.mean, self.about), torch.ones_like(known.mean)
 
 
 @dataclass(frozen=True)
@@ -227,7 +234,7 @@ def read_poke(text: str) -> Poke:
         factor = None
     neurons = Neurons.load(text if factor is None else path)
     if factor is None:
-        factor = -1.0 if neurons.factor is None else neurons.factor
+        factor = neurons.own_factor
     if not abs(factor) <= 100:
         raise UserError(f"{text}: expected a factor from -100 to 100.")
     return Poke(neurons, factor)
@@ -265,13 +272,14 @@ def _after(changes: Sequence[Any], module: nn.Module, args: tuple, output: Tenso
 def _of_neurons(poke: Poke, site: Site, strength: Strength, kept: Tensor | None) -> Iterator[Any]:
     """What a poke does with the input [batch, tokens, ...] of the site's down projection, in place."""
     if (own := poke.neurons.sites.get(site.name)) is not None:
-        indices, means = own.indices, own.measured.mean
+        places, known = own.indices, own.measured
         if kept is not None:
-            there = torch.isin(indices, kept)
-            indices, means = torch.searchsorted(kept, indices[there]), means[there]
-        if len(indices):
-            centre = means if poke.about is None else torch.full_like(means, poke.about)
-            yield partial(_turn, site, indices + site.down_column, centre, strength, poke.factor)
+            there = torch.isin(places, kept)
+            places, known = torch.searchsorted(kept, places[there]), known.part(there)
+        if len(places):
+            centre, weights = poke.turning(known)
+            each = weights if (weights != 1).any() else None
+            yield partial(_turn, site, places + site.down_column, centre, each, strength, poke.factor)
     if (along := poke.neurons.directions.get(site.name)) is not None:
         if kept is not None:
             raise UserError(
@@ -282,13 +290,17 @@ def _of_neurons(poke: Poke, site: Site, strength: Strength, kept: Tensor | None)
         yield partial(_turn_along, site, basis, mean, strength, poke.factor)
 
 
-def _turn(site: Site, columns: Tensor, centre: Tensor, strength: Strength, factor: float, given: Tensor) -> None:
+def _turn(
+    site: Site, columns: Tensor, centre: Tensor, weights: Tensor | None, strength: Strength, factor: float, given: Tensor
+) -> None:
     places, middle, tokens = columns.to(given.device), centre.to(given.device), given.shape[-2]
-    weight = strength.of(site.stream, tokens, factor)
+    amount = strength.of(site.stream, tokens, factor)
+    if weights is not None:
+        amount = 1 + (amount - 1) * weights.to(given.device)
     tile = TILE if given.device.type == "cpu" else max(tokens, 1)
-    each = isinstance(weight, Tensor) and weight.shape[-2] > 1
-    weights = weight.split(tile, -2) if each else repeat(weight)  # type: ignore[union-attr]
-    for rows, own in zip(given.split(tile, -2), weights, strict=False):
+    each = isinstance(amount, Tensor) and amount.ndim > 1 and amount.shape[-2] > 1
+    amounts = amount.split(tile, -2) if each else repeat(amount)  # type: ignore[union-attr]
+    for rows, own in zip(given.split(tile, -2), amounts, strict=False):
         picked = rows.gather(-1, places.expand(*rows.shape[:-1], -1)).float()
         turned = torch.lerp(middle.expand_as(picked), picked, own)
         rows.index_copy_(-1, places, turned.to(rows.dtype))

@@ -33,10 +33,18 @@ from .poke import BlockPoke, Poke, poked
 LEFT, LOWEST, CHANGE = 0.0, -3.0, 0.005
 #: How much the others count, in the choices that are tried.
 SPARES = (2.0, 3.0, 5.0, 8.0, 12.0, 20.0)
-#: Drawings of the concept and of others, other prompts at each point, and at which parts of the steps.
-CONCEPT, OTHERS, PROMPTS, STEPS = 6, 24, 6, (0.0, 0.15, 0.3)
-#: The seed of the first of those drawings.
-SEED = 700_000
+#: The seed of the first drawing, and of the first of those that nothing was tuned or learned on.
+SEED, HELD_OUT = 700_000, 900_000
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How many drawings of the concept and of others, other prompts at each point, and at which parts of the steps."""
+
+    concept: int = 6
+    others: int = 24
+    prompts: int = 6
+    steps: tuple[float, ...] = (0.0, 0.15, 0.3)
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,10 @@ class Point:
     sigma: Tensor
     texts: tuple[Tensor, Tensor | None]
     dense: Tensor
+
+    def change(self, velocity: Tensor) -> Tensor:
+        """The squared change to `velocity`, relative to its square."""
+        return (velocity - self.dense).square().sum() / self.dense.square().sum()
 
 
 @dataclass(frozen=True)
@@ -60,29 +72,33 @@ class Exam:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, tiny: TinyFlux, with_it: Sequence[str], without: Sequence[str], seed: int = SEED) -> Exam:
+    def of(
+        cls, tiny: TinyFlux, with_it: Sequence[str], without: Sequence[str], seed: int = SEED, extent: Extent | None = None
+    ) -> Exam:
         """Draws with the prompts `with_it` and `without`, as many as are needed, in turns."""
         if not with_it or not without:
             raise UserError("There are no prompts with the concept, or none without it: at least one of each is needed.")
-        concept = _points(tiny, _some(with_it, CONCEPT), seed)
-        others = _points(tiny, _some(without, OTHERS), seed + CONCEPT)
-        texts = [tiny.words([prompt] * CONCEPT) for prompt in _some(without, min(PROMPTS, len(without)))]
+        extent = extent or Extent()
+        concept = _points(tiny, _some(with_it, extent.concept), seed, extent.steps)
+        others = _points(tiny, _some(without, extent.others), seed + extent.concept, extent.steps)
+        texts = [tiny.words([prompt] * extent.concept) for prompt in _some(without, min(extent.prompts, len(without)))]
         neutral = [sum(tiny.flux(at.x, at.sigma, *text) for text in texts) / len(texts) for at in concept]
         return cls(tiny, concept, neutral, others)  # type: ignore[arg-type]
 
     def pull(self, pokes: Sequence[Poke | BlockPoke]) -> float:
         """The share of the concept's pull that is left."""
-        left = []
-        for at, neutral, velocity in zip(self.concept, self.neutral, self._velocities(self.concept, pokes), strict=True):
-            pull = (at.dense - neutral).flatten(1)
-            left.append(((velocity - neutral).flatten(1) * pull).sum(1) / pull.square().sum(1))
-        return torch.stack(left).mean().item()
+        velocities = self._velocities(self.concept, pokes)
+        return torch.stack([self.pull_at(place, velocity) for place, velocity in enumerate(velocities)]).mean().item()
+
+    def pull_at(self, place: int, velocity: Tensor) -> Tensor:
+        """The share that `velocity` leaves of the pull at one of the concept's points, of each drawing."""
+        pull = (self.concept[place].dense - self.neutral[place]).flatten(1)
+        return ((velocity - self.neutral[place]).flatten(1) * pull).sum(1) / pull.square().sum(1)
 
     def change(self, pokes: Sequence[Poke | BlockPoke]) -> float:
         """The squared change of the others' velocity, relative to its square."""
         pairs = zip(self.others, self._velocities(self.others, pokes), strict=True)
-        found = [(velocity - at.dense).square().sum() / at.dense.square().sum() for at, velocity in pairs]
-        return torch.stack(found).mean().item()
+        return torch.stack([at.change(velocity) for at, velocity in pairs]).mean().item()
 
     @torch.no_grad()
     def _velocities(self, points: Sequence[Point], pokes: Sequence[Poke | BlockPoke]) -> list[Tensor]:
@@ -103,10 +119,10 @@ def tune(exam: Exam, find: Callable[[float], Neurons], progress: Progress = sile
     return min(tried, key=lambda one: one[0])[1]
 
 
-def _points(tiny: TinyFlux, prompts: Sequence[str], seed: int) -> list[Point]:
-    """Points of the drawings of `prompts`, number n from `seed` + n, at `STEPS`."""
+def _points(tiny: TinyFlux, prompts: Sequence[str], seed: int, at: Sequence[float]) -> list[Point]:
+    """Points of the drawings of `prompts`, number n from `seed` + n, at these parts of the steps."""
     sigmas, found, texts = tiny.sigmas(), [], tiny.words(prompts)
-    steps = {round(part * (len(sigmas) - 1)) for part in STEPS}
+    steps = {round(part * (len(sigmas) - 1)) for part in at}
     last = max(steps)
 
     def keep(step: int, x: Tensor, velocity: Tensor) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from flux_poke.errors import UserError
 from flux_poke.poking.neurons import Neurons
+from flux_poke.poking.tune import Extent
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.tiny.model import FOLDER
 from PIL import Image, ImageChops
@@ -56,6 +58,25 @@ def test_from_two_lists_of_prompts_to_a_picture_without_the_concept(run, prompts
     assert "load it at strength 1" in run("neurons", "lora", found, CHECKPOINT, "-o", tmp_path / "lora.safetensors")
     lora = load_file(tmp_path / "lora.safetensors")
     assert sum(len(tensor) for key, tensor in lora.items() if key.endswith("lora_down.weight")) == neurons.count
+
+
+def test_how_far_each_neuron_is_turned_is_learned_where_asked(run, prompts, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("flux_poke.poking.learn.STEPS", 10)
+    monkeypatch.setattr("flux_poke.poking.learn.LEARNING", Extent(2, 4, 2, (0.0, 0.3)))
+    with_it, without = prompts
+    found = tmp_path / "three.safetensors"
+    given = "neurons", "find", CHECKPOINT, "--with", with_it, "--without", without, "-o", found, "--images", 1, "--steps", 4
+    said = run(*given, "--learn", "--percent", 1, "--streams", "txt")
+    neurons = Neurons.load(found)
+    assert neurons.learned
+    assert neurons.count == 40
+    assert all("txt" in name for name in neurons.sites)
+    assert re.search(r"In new drawings, -?\d+ % of the concept's pull is left; others change by [\d.e-]+ %", said)
+    assert f"--poke {found}:0 " in said
+    with pytest.raises(UserError, match="leave out --spare"):
+        run(*given, "--learn", "--spare", 3)
+    with pytest.raises(UserError, match="--learn is for prompts"):
+        run("neurons", "find", CHECKPOINT, "--with", tmp_path, "--without", tmp_path, "-o", found, "--learn")
 
 
 def test_recordings_are_compared_too(run, prompts, tmp_path: Path):

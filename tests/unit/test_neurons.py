@@ -119,6 +119,32 @@ def test_recordings_that_cannot_be_compared_are_refused(recordings):
             Search(**wrong)
 
 
+@pytest.fixture(scope="module")
+def weighed(found: Neurons) -> Neurons:
+    """The same, as if they had been learned."""
+    weights = {"double-txt-1": torch.tensor([2.5, -0.5]), "single-3": torch.tensor([1.0])}
+    sites = {name: replace(site, measured=replace(site.measured, weight=weights[name])) for name, site in found.sites.items()}
+    return replace(found, sites=sites, factor=0.0, chance=None)
+
+
+def test_a_file_holds_weights_that_were_learned(found: Neurons, weighed: Neurons, tmp_path: Path):
+    weighed.save(tmp_path / "n.safetensors")
+    read = Neurons.load(tmp_path / "n.safetensors")
+    assert (read.learned, read.own_factor, found.learned, found.own_factor) == (True, 0.0, False, -1.0)
+    assert read.table() == weighed.table()
+    assert "each turned as far as was learned; erased with factor 0" in read.totals()
+    for name, site in weighed.sites.items():
+        assert torch.equal(read.sites[name].measured.weight, site.measured.weight)
+    other = Neurons.of(LAYOUT, DENSE.fingerprint, {"double-txt-1": torch.tensor([100, 7]), "single-1": torch.tensor([1])}, "b")
+    both = read.join(other)
+    assert both.sites["double-txt-1"].indices.tolist() == [7, 100, 200]
+    assert both.sites["double-txt-1"].measured.weight.tolist() == [2.5, 1.0, -0.5]
+    assert both.sites["single-1"].measured.weight.tolist() == [1.0]
+    assert both.own_factor == 0.0
+    assert other.join(read).sites["double-txt-1"].measured.weight.tolist() == [1.0, 1.0, -0.5]  # 7 as it is in the first
+    assert read.subtract(other).sites["double-txt-1"].measured.weight.tolist() == [-0.5]
+
+
 def test_a_file_holds_them_whole(found: Neurons, tmp_path: Path):
     vectors = torch.randn(2, 512, generator=torch.Generator().manual_seed(1))
     along = {"single-0": SiteDirections(vectors, Measured.about(torch.tensor([0.5, -1.0])))}
@@ -155,9 +181,15 @@ def damage(tensors: dict[str, Tensor], header: dict[str, str], how: str) -> None
             header["neurons"] = header["neurons"].replace('"sigmas": [0.0, 1.0]', '"sigmas": [0.8, 0.1]')
         case "family":
             header["family"] = "sd15"
+        case "weights":
+            tensors["double-txt-1.weight"] = torch.ones(3)
+        case "far":
+            tensors["single-3.weight"] = torch.tensor([1e6])
 
 
-@pytest.mark.parametrize("how", ["descending", "beyond", "nan", "short", "lacks", "site", "header", "levels", "family"])
+@pytest.mark.parametrize(
+    "how", ["descending", "beyond", "nan", "short", "lacks", "site", "header", "levels", "family", "weights", "far"]
+)
 def test_a_damaged_file_is_told(found: Neurons, tmp_path: Path, how: str):
     found.save(tmp_path / "n.safetensors")
     with safe_open(tmp_path / "n.safetensors", "pt") as file:
@@ -219,16 +251,17 @@ def with_lora(flux: Flux, lora: dict[str, Tensor]) -> Flux:
 
 
 @pytest.mark.parametrize("factor", [-1.0, 0.0, 2.0])
-def test_a_lora_does_what_the_poke_does(found: Neurons, tmp_path: Path, factor: float):
+def test_a_lora_does_what_the_poke_does(found: Neurons, weighed: Neurons, tmp_path: Path, factor: float):
     tiny = TinyFlux.load()
     args = tiny.noise(2, 0), torch.tensor([0.9, 0.4]), *tiny.words(["three", "a 7"])
-    rank = save_lora(tmp_path / "lora.safetensors", DENSE.tensors, LAYOUT, [Poke(found, factor)])
-    assert rank == 2
-    with torch.no_grad():
-        expected = with_lora(tiny.flux, load_file(tmp_path / "lora.safetensors"))(*args)
-        with poked(tiny.flux, [Poke(found, factor)]):
-            by_hooks = tiny.flux(*args)
-    torch.testing.assert_close(expected, by_hooks, rtol=1e-4, atol=1e-5)
+    for poke in (Poke(found, factor), Poke(weighed, factor), Poke(weighed, factor, about=0.5)):
+        rank = save_lora(tmp_path / "lora.safetensors", DENSE.tensors, LAYOUT, [poke])
+        assert rank == 2
+        with torch.no_grad():
+            expected = with_lora(tiny.flux, load_file(tmp_path / "lora.safetensors"))(*args)
+            with poked(tiny.flux, [poke]):
+                by_hooks = tiny.flux(*args)
+        torch.testing.assert_close(expected, by_hooks, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_without_biases_takes_a_lora_of_cut_neurons_alone():

@@ -14,10 +14,11 @@ from flux_poke.flux.layout import Family
 from flux_poke.flux.model import Flux
 from flux_poke.poking.comparing import record_prompts
 from flux_poke.poking.find import Search, find
+from flux_poke.poking.learn import learn
 from flux_poke.poking.neurons import Measured, Neurons, SiteDirections, SiteNeurons
 from flux_poke.poking.poke import BlockPoke, Moment, Poke, Stream, Where, poked, poking, read_poke
 from flux_poke.poking.sweep import factors_of, sweep
-from flux_poke.poking.tune import Exam, tune
+from flux_poke.poking.tune import HELD_OUT, Exam, Extent, tune
 from flux_poke.pruning.dense import Dense
 from flux_poke.recording.call import Call
 from flux_poke.recording.neurons import InternalsRecorder
@@ -68,18 +69,27 @@ class Given:
             self.flux(*self.args)
         return seen
 
+    def weighed(self) -> Neurons:
+        """The same neurons, each turned as far as a weight of its own says."""
+        generator = torch.Generator().manual_seed(6)
+        sites = {
+            name: replace(site, measured=replace(site.measured, weight=torch.rand(9, generator=generator) * 4 - 1))
+            for name, site in self.neurons.sites.items()
+        }
+        return replace(self.neurons, sites=sites)
+
     @torch.no_grad()
-    def by_hand(self, factor: float) -> Tensor:
+    def by_hand(self, factor: float, neurons: Neurons) -> Tensor:
         """The same as a poke of all tokens: one hook for each MLP, written out."""
         with ExitStack() as hooks:
             for site in self.layout.sites:
-                chosen = self.neurons.sites[site.name]
+                chosen = neurons.sites[site.name]
 
                 def hook(module, args, site=site, chosen=chosen):
                     h = args[0].clone()
                     for place, index in enumerate(chosen.indices.tolist()):
-                        mean = chosen.measured.mean[place]
-                        h[:, :, site.down_column + index] = mean + factor * (h[:, :, site.down_column + index] - mean)
+                        mean, own = chosen.measured.mean[place], 1 + (factor - 1) * chosen.measured.weight[place]
+                        h[:, :, site.down_column + index] = mean + own * (h[:, :, site.down_column + index] - mean)
                     return (h,)
 
                 hooks.enter_context(self.flux.get_submodule(site.down).register_forward_pre_hook(hook))
@@ -100,30 +110,32 @@ def same(a: Tensor, b: Tensor) -> None:
 
 def test_factor_one_changes_nothing_to_the_bit(given: Given):
     everything = BlockPoke.of(given.layout, "all", factor=1.0)
-    assert torch.equal(given.velocity(Poke(given.neurons, 1.0), everything), given.velocity())
+    assert torch.equal(given.velocity(Poke(given.neurons, 1.0), Poke(given.weighed(), 1.0), everything), given.velocity())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in given.flux.modules())
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, 2.0])
 def test_neurons_become_what_the_formula_says(given: Given, factor: float):
-    found = given.velocity(Poke(given.neurons, factor))
-    same(found, given.by_hand(factor))
-    assert (found - given.velocity()).abs().max() > 1e-3
+    for neurons in (given.neurons, given.weighed()):
+        found = given.velocity(Poke(neurons, factor))
+        same(found, given.by_hand(factor, neurons))
+        assert (found - given.velocity()).abs().max() > 1e-3
 
 
 def test_neurons_are_cut_or_set_to_a_value(given: Given):
-    for value in (0.0, 0.7):
-        seen = given.inputs(Poke(given.neurons, 0.0, about=value))
-        for name, chosen in given.neurons.sites.items():
+    for value, neurons in ((0.0, given.neurons), (0.7, given.neurons), (0.7, given.weighed())):
+        seen = given.inputs(Poke(neurons, 0.0, about=value))
+        for name, chosen in neurons.sites.items():
             assert (seen[name][..., chosen.indices] == value).all()
 
 
 def test_a_poke_is_for_its_noise_levels_alone(given: Given):
-    as_it_was, everywhere = given.inputs(), given.inputs(Poke(given.neurons, -1.0))
-    low = given.inputs(Poke(given.neurons, -1.0, where=Where(sigmas=(0.0, 0.3))))
-    for name in as_it_was:
-        assert torch.equal(low[name][0], as_it_was[name][0])  # sigma 0.8
-        assert torch.equal(low[name][1], everywhere[name][1])  # sigma 0.3
+    for neurons in (given.neurons, given.weighed()):
+        as_it_was, everywhere = given.inputs(), given.inputs(Poke(neurons, -1.0))
+        low = given.inputs(Poke(neurons, -1.0, where=Where(sigmas=(0.0, 0.3))))
+        for name in as_it_was:
+            assert torch.equal(low[name][0], as_it_was[name][0])  # sigma 0.8
+            assert torch.equal(low[name][1], everywhere[name][1])  # sigma 0.3
 
 
 def test_a_mask_is_for_tokens_of_the_image_alone(given: Given):
@@ -134,7 +146,7 @@ def test_a_mask_is_for_tokens_of_the_image_alone(given: Given):
     where = Where(mask=mask.repeat_interleave(16, 0).repeat_interleave(16, 1))
     as_it_was = given.inputs()
     for name, words in (("double-img-0", 0), ("single-0", given.args[2].shape[1])):
-        chosen = given.part(name)
+        chosen = replace(given.weighed(), sites={name: given.weighed().sites[name]})
         everywhere, found = given.inputs(Poke(chosen, 0.0)), given.inputs(Poke(chosen, 0.0, where=where))
         token = words + columns + 2
         others = torch.arange(found[name].shape[1]) != token
@@ -287,6 +299,33 @@ def test_a_digit_is_erased_by_what_is_found_and_tuned(family: Family):
     pull = at.dense - exam.neutral[0]
     left = [float(((a - b) * c).sum() / c.square().sum()) for a, b, c in zip(velocity, exam.neutral[0], pull, strict=True)]
     assert sum(left) / len(left) < 0.7
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_digit_is_erased_by_what_is_learned(family: Family, monkeypatch):
+    """In few steps: less of the pull is left than of the factor that is tuned, and neurons are as few as they should be."""
+    monkeypatch.setattr("flux_poke.poking.learn.STEPS", 40)
+    tiny = TinyFlux.load(family=family)
+    dense = Dense.open(SHIPPED[family] / "flux.safetensors")
+    with_it, without = ["three", "a 3"], ["one", "7", "a five", "8"]
+    own = record_prompts(tiny, dense.fingerprint, with_it, 1, 0, steps=4)
+    others = record_prompts(tiny, dense.fingerprint, without, 1, 50, steps=4)
+    known = find(dense.tensors, dense.layout, own, others, Search(share=1.0, spare=0.0, chance=False))
+    exam = Exam.of(tiny, with_it, without, extent=Extent(4, 8, 3, (0.0, 0.3)))
+    told: list[tuple[float, float]] = []
+    found = learn(exam, known, 50, lambda _, done, total: told.append((done, total)))
+    assert told == [(step, 140) for step in range(140)]
+    assert found.count == 50
+    assert found.own_factor == 0.0
+    assert all(site.measured.weight.min() >= -2 and site.measured.weight.max() <= 8 for site in found.sites.values())
+    assert not any(parameter.grad is not None for parameter in tiny.flux.parameters())
+    held_out = Exam.of(tiny, with_it, without, seed=HELD_OUT)
+    assert held_out.pull([Poke(found, 0.0)]) < 0.3
+    assert held_out.change([Poke(found, 0.0)]) < 0.02
+    again = learn(exam, known, 50)
+    assert all(torch.equal(site.measured.weight, again.sites[name].measured.weight) for name, site in found.sites.items())
+    with pytest.raises(UserError, match="There are no neurons to learn with"):
+        learn(exam, replace(known, sites={}), 50)
 
 
 def test_noise_levels_are_recorded_alone_where_asked():

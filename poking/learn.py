@@ -40,7 +40,7 @@ from .tune import Exam, Extent, Point
 LEARNING = Extent(concept=13, others=117, prompts=9, steps=(0.0, 0.1, 0.2, 0.35, 0.5))
 #: The share of the pull that is aimed at (its contrary: some of it is left), and the change of the others that counts as 1.
 LEFT, CHANGE = -0.6, 0.005
-#: Weights: no neuron is boosted, or mirrored at more than seven times its distance.
+#: Weights: no neuron is boosted more than three times, or mirrored at more than seven times its distance.
 LEAST, MOST = -2.0, 8.0
 #: Steps with all neurons, and again with those that are left; how many times too many stay before that, for half as many steps.
 STEPS, TOO_MANY = 120, (6.5, 3.3, 2.0)

@@ -260,13 +260,15 @@ class Neurons:
             effect = math.sqrt(sum(one.effect.square().sum().item() for one in known))
             number = len(self.sites[name].indices) if name in self.sites else 0
             lines.append(f"{name:<16}{number:>9,}{self.widths[name]:>8,}{effect:>12.3g}")
-        lines.append(f"{'strongest':<20}{'others':>10}{'difference':>12}{'in spreads':>12}{'effect':>12}")
+        heading = f"{'strongest':<20}{'others':>10}{'difference':>12}{'in spreads':>12}{'effect':>12}"
+        lines.append(f"{heading}{'weight':>9}" if self.learned else heading)
         for name, index, known_of in self.strongest(count):
             spreads = known_of.difference.item() / known_of.spread.item() if known_of.spread.item() else math.nan
-            lines.append(
+            line = (
                 f"{f'{name}:{index}':<20}{known_of.mean.item():>10.3g}{known_of.difference.item():>12.3g}"
                 f"{spreads:>12.2f}{known_of.effect.item():>12.3g}"
             )
+            lines.append(f"{line}{known_of.weight.item():>9.2f}" if self.learned else line)
         return "\n".join(lines)
 
     def save(self, path: str | os.PathLike[str], graph: Mapping[str, str] | None = None) -> None:

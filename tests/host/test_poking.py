@@ -31,18 +31,18 @@ def poked(in_process):
 
 @pytest.fixture
 def some(in_process):
-    """Seven neurons of every MLP of a MODEL, with means of their own."""
+    """Seven neurons of every MLP of a MODEL, with means and weights of their own."""
     from flux_poke.nodes.models import flux_layout, model_fingerprint
 
     def choose(model) -> Neurons:
         layout, generator = flux_layout(model), torch.Generator().manual_seed(4)
         indices = {site.name: torch.randperm(site.width, generator=generator)[:7] for site in layout.sites}
         named = Neurons.of(layout, model_fingerprint(model), indices, "by the test")
-        means = {
-            name: replace(site, measured=Measured.about(torch.randn(7, generator=generator)))
-            for name, site in named.sites.items()
-        }
-        return replace(named, sites=means)
+        sites = {}
+        for name, site in named.sites.items():
+            mean, weight = torch.randn(7, generator=generator), 2 * torch.rand(7, generator=generator)
+            sites[name] = replace(site, measured=replace(Measured.about(mean), weight=weight))
+        return replace(named, sites=sites)
 
     return choose
 
@@ -86,9 +86,10 @@ def test_a_poked_model_draws_what_hooks_by_hand_draw(load, poked, some, family, 
             chosen = neurons.sites[site.name]
 
             def hook(module, args, site=site, chosen=chosen):
-                h = args[0].clone()
-                for index, mean in zip(chosen.indices.tolist(), chosen.measured.mean.tolist(), strict=True):
-                    h[..., site.down_column + index] = mean + factor * (h[..., site.down_column + index] - mean)
+                h, known = args[0].clone(), chosen.measured
+                for index, mean, weight in zip(chosen.indices, known.mean, known.weight, strict=True):
+                    turned = 1 + (factor - 1) * weight
+                    h[..., site.down_column + index] = mean + turned * (h[..., site.down_column + index] - mean)
                 return (h,)
 
             down = model.model.diffusion_model.get_submodule(site.down)

@@ -133,6 +133,8 @@ def test_a_file_holds_weights_that_were_learned(found: Neurons, weighed: Neurons
     assert (read.learned, read.own_factor, found.learned, found.own_factor) == (True, 0.0, False, -1.0)
     assert read.table() == weighed.table()
     assert "each turned as far as was learned; erased with factor 0" in read.totals()
+    assert {line.split()[-1] for line in read.table().splitlines()[-4:]} == {"weight", "2.50", "-0.50", "1.00"}
+    assert "weight" not in found.table()
     for name, site in weighed.sites.items():
         assert torch.equal(read.sites[name].measured.weight, site.measured.weight)
     other = Neurons.of(LAYOUT, DENSE.fingerprint, {"double-txt-1": torch.tensor([100, 7]), "single-1": torch.tensor([1])}, "b")

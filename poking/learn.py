@@ -93,6 +93,7 @@ class _Learner:
     def train(self, steps: int, rate: float, sparse: float, progress: Progress) -> None:
         weights = list(self.weights.values())
         adam = torch.optim.Adam(weights, lr=rate)
+        falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.05, steps)
         for step in range(steps):
             progress("learning", step, steps)
             with torch.enable_grad():
@@ -103,6 +104,7 @@ class _Learner:
             for weight, gradient in zip(weights, gradients, strict=True):
                 weight.grad = gradient
             adam.step()
+            falling.step()
         self.matters = {
             name: turn.detach().square() * adam.state[weight]["exp_avg_sq"]
             for (name, weight), turn in zip(self.weights.items(), self.turns().values(), strict=True)

@@ -183,18 +183,13 @@ def test_a_run_whose_history_was_cleared_is_reported(client):
 
 
 def test_a_server_that_dies_during_a_run_is_reported(host):
-    server = host.start()
-    server.__enter__()
-    try:
-        with ComfyClient(server.address) as client:
-            prompt_id = client.queue(slow_graph(2))
-            threading.Timer(1.0, server.__exit__).start()
-            with pytest.raises(UserError, match="No ComfyUI answers"):
-                client.wait(prompt_id)
-            with pytest.raises(UserError, match="No ComfyUI answers"):
-                client.queue(slow_graph(3))
-    finally:
-        server.__exit__()
+    with host.start() as server, ComfyClient(server.address) as client:
+        prompt_id = client.queue(slow_graph(2))
+        threading.Timer(1.0, server._process.kill).start()
+        with pytest.raises(UserError, match="No ComfyUI answers"):
+            client.wait(prompt_id)
+        with pytest.raises(UserError, match="No ComfyUI answers"):
+            client.queue(slow_graph(3))
 
 
 def test_where_no_server_is_that_is_said():

@@ -78,10 +78,7 @@ def learned(tiny: TinyFlux, with_it: Sequence[str], without: Sequence[str], know
 def by_difference(dense: Dense, with_it: Sequence[Internals], without: Sequence[Internals], share: float) -> Neurons:
     """A difference of means alone."""
     whole = find(dense.tensors, dense.layout, with_it, without, Search(share=1.0, spare=0.0, chance=False))
-    effects = {
-        name: torch.zeros(whole.widths[name]).index_copy(0, site.indices, site.measured.effect)
-        for name, site in whole.sites.items()
-    }
+    effects = {name: site.placed(site.measured.effect, whole.widths[name]) for name, site in whole.sites.items()}
     chosen, _ = strongest(effects, Search(share=share).number(dense.layout))
     sites = {}
     for name, indices in chosen.items():
@@ -151,7 +148,7 @@ def main() -> None:
         erased = sum(own < 0.2001 for own, _, _ in rows)  # 4 of 20 are 0.2 in float32, and a little more
         lost = -100 * sum(change for _, _, change in rows) / len(rows)
         figure(
-            f"{name:<11}{erased} of {len(rows)} digits read in at most 20 % of their drawings; others lose {lost:.1f} points",
+            f"{name:<18}{erased} of {len(rows)} digits read in at most 20 % of their drawings; others lose {lost:.1f} points",
             family=given.family, variant=name, erased=erased, digits=len(rows), points_lost=lost,
         )  # fmt: skip
 

@@ -80,7 +80,7 @@ def find(
     if any(texts) and not all(texts):
         raise UserError("--with and --without are both prompts (.txt), or both recordings: one of each cannot be compared.")
     compared = f"{' and '.join(path.stem for path in with_it)} against {' and '.join(path.stem for path in without)}"
-    sigmas = (sigma_from, sigma_to)
+    sigmas, said = (sigma_from, sigma_to), ""
 
     def looking(spare: float, chance: bool, share: float = percent / 100) -> Neurons:
         what = Search(share=share, sites=sites, spare=spare, chance=chance, seed=seed)
@@ -94,7 +94,7 @@ def find(
         asked, asked_else = ([text for path in paths for text in read_prompts(path)] for paths in (with_it, without))
         tiny = TinyFlux.load(checkpoint)
         count = len(asked) + len(asked_else)
-        rest, said = 2 * count if learned else 10, ""
+        rest = 2 * count if learned else 10
         with progress_bar() as progress:
             first, second, last = (
                 part(progress, done, count + rest, size)
@@ -115,18 +115,20 @@ def find(
                     found = replace(looking(tuned.spare or 0.0, True), factor=tuned.factor)
                 exam, poke = Exam.of(tiny, asked, asked_else, seed=HELD_OUT), [Poke(found, found.own_factor)]
                 left, change = 100 * exam.pull(poke), 100 * exam.change(poke)
-                said = f"In new drawings, {left:.0f} % of the concept's pull is left; others change by {change:.2g} %.\n"
+                said = f"In new drawings, {left:.0f} % of the concept's pull is left; others change by {change:.2g} %."
     else:
         if sigmas != (0.0, 1.0):
             raise UserError("--sigma-from and --sigma-to are for prompts: recordings hold all noise levels together.")
         if learned:
             raise UserError("--learn is for prompts (.txt), which it draws: recordings hold no velocities.")
         own, others = ([Recording.open(path).internals() for path in paths] for paths in (with_it, without))
-        found, said = looking(SPARE if spare is None else spare, True), ""
+        found = looking(SPARE if spare is None else spare, True)
     found.save(out)
     if picture:
         write_picture(picture, neurons_figure(found))
-    typer.echo(f"{found.table()}\n{said}", nl=not said)
+    typer.echo(found.table())
+    if said:
+        typer.echo(said)
     turned = f"{out}:{found.own_factor:g}"
     typer.echo(f"{out}: turn them down with {typed('draw', checkpoint, '--poke', turned, '--prompt', '...', '-o', 'drawings')}")
 

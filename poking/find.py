@@ -121,8 +121,8 @@ def find(
     sites = {
         name: SiteNeurons(indices, scored[name].measured.part(indices)) for name, indices in chosen.items() if len(indices)
     }
-    everything = sum(one.measured.effect.double().square().sum().item() for one in scored.values())
-    explained = sum(site.measured.effect.double().square().sum().item() for site in sites.values()) / max(everything, 1e-300)
+    everything = sum(one.measured.strength for one in scored.values())
+    explained = sum(site.measured.strength for site in sites.values()) / max(everything, 1e-300)
     chance = by_chance(others, len(concept), columns, what, least) if what.chance and len(others) > len(concept) else None
     return Neurons(
         layout.family, with_it.fingerprint, widths, sites, compared, explained=explained, chance=chance,

@@ -33,8 +33,9 @@ from ..errors import UserError
 from ..flux.layout import Site
 from ..progress import Progress, part, renamed, silent
 from ..tiny.model import TinyFlux
+from .find import strongest
 from .neurons import Neurons
-from .tune import Exam, Extent, Point
+from .tune import Exam, Extent
 
 #: What is looked at: more drawings than for a factor, up to half of the steps.
 LEARNING = Extent(concept=13, others=117, prompts=9, steps=(0.0, 0.1, 0.2, 0.35, 0.5))
@@ -73,8 +74,9 @@ class _Learner:
         self.exam, self.known = exam, known
         self.sites = [site for site in exam.tiny.flux.layout.sites if site.name in known.sites]
         self.weights = {site.name: torch.zeros(site.width, requires_grad=True) for site in self.sites}
-        self.free = {name: _spread(known, name, torch.ones(len(known.sites[name].indices))) for name in self.weights}
-        self.centres = {name: _spread(known, name, known.sites[name].measured.mean) for name in self.weights}
+        places = {site.name: (known.sites[site.name], site.width) for site in self.sites}
+        self.free = {name: own.placed(torch.ones(len(own.indices)), width) for name, (own, width) in places.items()}
+        self.centres = {name: own.placed(own.measured.mean, width) for name, (own, width) in places.items()}
         self.matters: dict[str, Tensor] = {}
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -84,10 +86,10 @@ class _Learner:
     def loss(self, step: int) -> Tensor:
         place = step % len(self.exam.concept)
         other = self.exam.others[int(torch.randint(len(self.exam.others), (), generator=self._generator))]
-        other = _some_of(other, torch.randperm(len(other.x), generator=self._generator)[:AT_ONCE])
+        other = other.part(torch.randperm(len(other.x), generator=self._generator)[:AT_ONCE])
         with turned(self.exam.tiny, self.sites, self.turns(), self.centres):
-            pull = self.exam.pull_at(place, _velocity(self.exam.tiny, self.exam.concept[place]))
-            change = other.change(_velocity(self.exam.tiny, other))
+            pull = self.exam.pull_at(place, self.exam.concept[place].velocity(self.exam.tiny))
+            change = other.change(other.velocity(self.exam.tiny))
         return (pull - LEFT).square().mean() + change / CHANGE
 
     def train(self, steps: int, rate: float, sparse: float, progress: Progress) -> None:
@@ -112,9 +114,8 @@ class _Learner:
 
     def leave(self, count: int) -> None:
         """Learns on with the `count` that matter most."""
-        every = torch.cat(list(self.matters.values()))
-        least = every.topk(min(count, len(every))).values[-1]
-        self.free = {name: ((one >= least) & (one > 0)).float() * self.free[name] for name, one in self.matters.items()}
+        chosen, _ = strongest(self.matters, count)
+        self.free = {name: torch.zeros(len(one)).index_fill(0, chosen[name], 1.0) for name, one in self.matters.items()}
 
     def neurons(self) -> Neurons:
         sites = {}
@@ -123,11 +124,8 @@ class _Learner:
             weight = turn.detach()[own.indices]
             if len(chosen := weight.nonzero().squeeze(1)):
                 sites[name] = replace(own, measured=replace(own.measured, weight=weight)).part(chosen)
-        effects = [
-            sum(site.measured.effect.double().square().sum().item() for site in some.values())
-            for some in (sites, self.known.sites)
-        ]
-        explained = (self.known.explained or 1.0) * effects[0] / max(effects[1], 1e-300)
+        ours, everyones = (sum(site.measured.strength for site in some.values()) for some in (sites, self.known.sites))
+        explained = (self.known.explained or 1.0) * ours / max(everyones, 1e-300)
         return replace(self.known, sites=sites, explained=explained, chance=None, spare=None, factor=0.0)
 
 
@@ -144,18 +142,3 @@ def turned(tiny: TinyFlux, sites: list[Site], turns: Mapping[str, Tensor], centr
         for site in sites:
             hooks.enter_context(tiny.flux.get_submodule(site.down).register_forward_pre_hook(partial(turn, site)))
         yield
-
-
-def _spread(known: Neurons, name: str, values: Tensor) -> Tensor:
-    """Values of the known neurons of an MLP, in the places of these among all of its neurons; 0 elsewhere."""
-    return torch.zeros(known.widths[name]).index_copy(0, known.sites[name].indices, values)
-
-
-def _velocity(tiny: TinyFlux, at: Point) -> Tensor:
-    return tiny.flux(at.x, at.sigma, *at.texts)
-
-
-def _some_of(at: Point, which: Tensor) -> Point:
-    text, vector = at.texts
-    texts = text[which], None if vector is None else vector[which]
-    return Point(at.x[which], at.sigma[which], texts, at.dense[which])

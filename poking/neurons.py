@@ -66,6 +66,11 @@ class Measured:
         difference, spread, effect = (torch.zeros(len(mean)) for _ in range(3))
         return cls(mean.float(), difference, spread, effect, torch.ones(len(mean)))
 
+    @property
+    def strength(self) -> float:
+        """The effects' sum of squares."""
+        return self.effect.double().square().sum().item()
+
     def part(self, which: Tensor) -> Measured:
         return Measured(*(getattr(self, one.name)[which] for one in fields(self)))
 
@@ -85,6 +90,10 @@ class SiteNeurons:
 
     def part(self, which: Tensor) -> SiteNeurons:
         return SiteNeurons(self.indices[which], self.measured.part(which))
+
+    def placed(self, values: Tensor, width: int) -> Tensor:
+        """What is known of them [n] in their places among all neurons [width]; 0 elsewhere."""
+        return torch.zeros(width).index_copy(0, self.indices, values)
 
 
 @dataclass(frozen=True)
@@ -156,7 +165,9 @@ class Neurons:
     @property
     def own_factor(self) -> float:
         """To poke with where nobody says another: what erases the concept as far as that is known, else what often does."""
-        return self.factor if self.factor is not None else 0.0 if self.learned else -1.0
+        if self.factor is not None:
+            return self.factor
+        return 0.0 if self.learned else -1.0
 
     def strongest(self, count: int) -> list[tuple[str, int, Measured]]:
         """Site, index and what is known of the `count` neurons of the largest effect, largest first."""
@@ -257,7 +268,7 @@ class Neurons:
         lines = [self.totals(), f"{'site':<16}{'neurons':>9}{'of':>8}{'effect':>12}"]
         for name in sorted({*self.sites, *self.directions}, key=site_order):
             known = [found.measured for found in (self.sites.get(name), self.directions.get(name)) if found is not None]
-            effect = math.sqrt(sum(one.effect.square().sum().item() for one in known))
+            effect = math.sqrt(sum(one.strength for one in known))
             number = len(self.sites[name].indices) if name in self.sites else 0
             lines.append(f"{name:<16}{number:>9,}{self.widths[name]:>8,}{effect:>12.3g}")
         heading = f"{'strongest':<20}{'others':>10}{'difference':>12}{'in spreads':>12}{'effect':>12}"

@@ -56,6 +56,17 @@ class Point:
     texts: tuple[Tensor, Tensor | None]
     dense: Tensor
 
+    def part(self, which: Tensor) -> Point:
+        """Some of the drawings."""
+        text, vector = self.texts
+        return Point(
+            self.x[which], self.sigma[which], (text[which], None if vector is None else vector[which]), self.dense[which]
+        )
+
+    def velocity(self, tiny: TinyFlux) -> Tensor:
+        """The model's, as it is now."""
+        return tiny.flux(self.x, self.sigma, *self.texts)
+
     def change(self, velocity: Tensor) -> Tensor:
         """The squared change to `velocity`, relative to its square."""
         return (velocity - self.dense).square().sum() / self.dense.square().sum()
@@ -103,7 +114,7 @@ class Exam:
     @torch.no_grad()
     def _velocities(self, points: Sequence[Point], pokes: Sequence[Poke | BlockPoke]) -> list[Tensor]:
         with poked(self.tiny.flux, pokes):
-            return [self.tiny.flux(at.x, at.sigma, *at.texts) for at in points]
+            return [at.velocity(self.tiny) for at in points]
 
 
 def tune(exam: Exam, find: Callable[[float], Neurons], progress: Progress = silent) -> Neurons:

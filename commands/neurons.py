@@ -11,7 +11,7 @@ from ..errors import UserError
 from .terminal import number, picture, progress_bar, seed, typed, whole
 
 if TYPE_CHECKING:
-    from ..poking.neurons import Neurons
+    from ..poking.comparing import Way
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="File to write (.safetensors).")]
 File = Annotated[Path, typer.Argument(help="A file of neurons, from `neurons find` or Find Neurons.")]
@@ -55,19 +55,15 @@ def find(
     picture: Annotated[Path | None, picture("Also draw them (.png, .pdf, .svg).")] = None,
 ) -> None:
     """Find the neurons of a concept: pictures with it against pictures without."""
-    from dataclasses import replace
-
     from ..files import check_replaces, write_picture
     from ..flux.layout import select_sites
-    from ..poking.comparing import record_prompts
+    from ..poking.comparing import Drawings, find_in_prompts
     from ..poking.find import SPARE, Search
     from ..poking.find import find as search
-    from ..poking.learn import LEARNING, learn
     from ..poking.neurons import FORMAT
     from ..poking.picture import neurons_figure
     from ..poking.poke import Poke
-    from ..poking.tune import HELD_OUT, Exam, tune
-    from ..progress import part
+    from ..poking.tune import HELD_OUT, Exam
     from ..prompts import read_prompts
     from ..pruning.dense import Dense
     from ..recording.recording import Recording
@@ -75,44 +71,22 @@ def find(
 
     check_replaces(out, FORMAT)
     dense = Dense.open(checkpoint)
-    sites = None if streams == "all" else select_sites(dense.layout, streams=(streams,))
     texts = [path.suffix == ".txt" for path in (*with_it, *without)]
     if any(texts) and not all(texts):
         raise UserError("--with and --without are both prompts (.txt), or both recordings: one of each cannot be compared.")
     compared = f"{' and '.join(path.stem for path in with_it)} against {' and '.join(path.stem for path in without)}"
+    sites = None if streams == "all" else select_sites(dense.layout, streams=(streams,))
+    what = Search(share=percent / 100, sites=sites, spare=SPARE if spare is None else spare, seed=seed)
     sigmas, said = (sigma_from, sigma_to), ""
-
-    def looking(spare: float, chance: bool, share: float = percent / 100) -> Neurons:
-        what = Search(share=share, sites=sites, spare=spare, chance=chance, seed=seed)
-        return replace(search(dense.tensors, dense.layout, own, others, what, compared), sigmas=sigmas)
-
     if all(texts):
-        if not sigma_from < sigma_to:
-            raise UserError(f"Noise levels from {sigma_from:g} to {sigma_to:g} are none: give the lower one first.")
         if learned and spare is not None:
             raise UserError("--learn weighs the others itself: leave out --spare.")
+        drawn, tiny = Drawings(images, steps, sigmas), TinyFlux.load(checkpoint)
         asked, asked_else = ([text for path in paths for text in read_prompts(path)] for paths in (with_it, without))
-        tiny = TinyFlux.load(checkpoint)
-        count = len(asked) + len(asked_else)
-        rest = 2 * count if learned else 10
+        way: Way = "learn" if learned else "tune" if spare is None else "search"
         with progress_bar() as progress:
-            first, second, last = (
-                part(progress, done, count + rest, size)
-                for done, size in ((0, len(asked)), (len(asked), len(asked_else)), (count, rest))
-            )
-            own = record_prompts(tiny, dense.fingerprint, asked, images, seed, steps, sigmas, first)
-            begin = seed + images * len(asked)
-            others = record_prompts(tiny, dense.fingerprint, asked_else, images, begin, steps, sigmas, second)
-            if spare is not None:
-                found = looking(spare, True)
-            else:
-                exam = Exam.of(tiny, asked, asked_else, extent=LEARNING if learned else None)
-                if learned:
-                    number = Search(share=percent / 100).number(dense.layout)
-                    found = learn(exam, looking(0.0, False, share=1.0), number, last, seed)
-                else:
-                    tuned = tune(exam, lambda spare: looking(spare, False), last)
-                    found = replace(looking(tuned.spare or 0.0, True), factor=tuned.factor)
+            found = find_in_prompts(dense, tiny, asked, asked_else, what, way, drawn, compared, progress)
+            if way != "search":
                 exam, poke = Exam.of(tiny, asked, asked_else, seed=HELD_OUT), [Poke(found, found.own_factor)]
                 left, change = 100 * exam.pull(poke), 100 * exam.change(poke)
                 said = f"In new drawings, {left:.0f} % of the concept's pull is left; others change by {change:.2g} %."
@@ -122,7 +96,7 @@ def find(
         if learned:
             raise UserError("--learn is for prompts (.txt), which it draws: recordings hold no velocities.")
         own, others = ([Recording.open(path).internals() for path in paths] for paths in (with_it, without))
-        found = looking(SPARE if spare is None else spare, True)
+        found = search(dense.tensors, dense.layout, own, others, what, compared)
     found.save(out)
     if picture:
         write_picture(picture, neurons_figure(found))

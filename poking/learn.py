@@ -35,18 +35,20 @@ from ..progress import Progress, part, renamed, silent
 from ..tiny.model import TinyFlux
 from .find import strongest
 from .neurons import Neurons
-from .tune import Exam, Extent
+from .tune import CHANGE, Exam, Extent, Point
 
 #: What is looked at: more drawings than for a factor, up to half of the steps.
-LEARNING = Extent(concept=13, others=117, prompts=9, steps=(0.0, 0.1, 0.2, 0.35, 0.5))
-#: The share of the pull that is aimed at (its contrary: some of it is left), and the change of the others that counts as 1.
-LEFT, CHANGE = -0.6, 0.005
+LEARNING = Extent(concept=26, others=234, prompts=9, steps=(0.0, 0.1, 0.2, 0.35, 0.5))
+#: The share of the pull that is aimed at: its contrary, since some of it is left.
+LEFT = -0.6
 #: Weights: no neuron is boosted more than three times, or mirrored at more than seven times its distance.
 LEAST, MOST = -2.0, 8.0
 #: Steps with all neurons, and again with those that are left; how many times too many stay before that, for half as many steps.
 STEPS, TOO_MANY = 120, (6.5, 3.3, 2.0)
-#: Rates of Adam with all neurons and with some, what |w| costs with all, and how many of the other drawings a step looks at.
-RATES, SPARSE, AT_ONCE = (0.03, 0.05), 0.0004, 26
+#: Rates of Adam with all neurons and with some, and what |w| costs with all.
+RATES, SPARSE = (0.03, 0.05), 0.0004
+#: How many drawings of the concept, and of others, a step looks at.
+AT_ONCE = 13, 26
 
 
 def learn(exam: Exam, known: Neurons, count: int, progress: Progress = silent, seed: int = 0) -> Neurons:
@@ -86,11 +88,15 @@ class _Learner:
     def loss(self, step: int) -> Tensor:
         place = step % len(self.exam.concept)
         other = self.exam.others[int(torch.randint(len(self.exam.others), (), generator=self._generator))]
-        other = other.part(torch.randperm(len(other.x), generator=self._generator)[:AT_ONCE])
+        other = other.part(self._some(other, AT_ONCE[1]))
+        which = self._some(self.exam.concept[place], AT_ONCE[0])
         with turned(self.exam.tiny, self.sites, self.turns(), self.centres):
-            pull = self.exam.pull_at(place, self.exam.concept[place].velocity(self.exam.tiny))
+            pull = self.exam.pull_at(place, self.exam.concept[place].part(which).velocity(self.exam.tiny), which)
             change = other.change(other.velocity(self.exam.tiny))
         return (pull - LEFT).square().mean() + change / CHANGE
+
+    def _some(self, at: Point, count: int) -> Tensor:
+        return torch.randperm(len(at.x), generator=self._generator)[:count]
 
     def train(self, steps: int, rate: float, sparse: float, progress: Progress) -> None:
         weights = list(self.weights.values())

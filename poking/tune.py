@@ -101,10 +101,11 @@ class Exam:
         velocities = self._velocities(self.concept, pokes)
         return torch.stack([self.pull_at(place, velocity) for place, velocity in enumerate(velocities)]).mean().item()
 
-    def pull_at(self, place: int, velocity: Tensor) -> Tensor:
-        """The share that `velocity` leaves of the pull at one of the concept's points, of each drawing."""
-        pull = (self.concept[place].dense - self.neutral[place]).flatten(1)
-        return ((velocity - self.neutral[place]).flatten(1) * pull).sum(1) / pull.square().sum(1)
+    def pull_at(self, place: int, velocity: Tensor, which: Tensor | slice = slice(None)) -> Tensor:
+        """The share that `velocity` leaves of the pull at one of the concept's points, of each drawing in `which`."""
+        neutral = self.neutral[place][which]
+        pull = (self.concept[place].dense[which] - neutral).flatten(1)
+        return ((velocity - neutral).flatten(1) * pull).sum(1) / pull.square().sum(1)
 
     def change(self, pokes: Sequence[Poke | BlockPoke]) -> float:
         """The squared change of the others' velocity, relative to its square."""

@@ -95,7 +95,7 @@ def compare(variant: Tensor, reference: Tensor, name: str = "") -> Comparison:
     """The measures of `variant` against `reference`, both [batch, channels, height, width], over the whole batch.
 
     PSNR and SSIM refer to a range of 1; where there are other than 3 channels (latents), to the reference's own. Raises
-    `UserError` where the two have different shapes.
+    `UserError` where the two have different shapes, or hold numbers that are not finite.
     """
     if variant.shape != reference.shape:
         raise UserError(
@@ -104,6 +104,9 @@ def compare(variant: Tensor, reference: Tensor, name: str = "") -> Comparison:
     from kornia.metrics import ssim
 
     a, b = variant.detach().cpu().double(), reference.detach().cpu().double()
+    for what, pixels in ((name or "The variant", a), ("The reference", b)):
+        if not pixels.isfinite().all():
+            raise UserError(f"{what} holds numbers that are not finite, with which nothing can be compared: draw it again.")
     peak = 1.0 if b.shape[1] == 3 else float(b.max() - b.min()) or 1.0
     squares = (a - b).square()
     window = min(SSIM_WINDOW, *b.shape[-2:])

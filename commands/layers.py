@@ -105,6 +105,6 @@ def replace(
     opened = RetrainedLayers.open(layers, dense, first, last)
     with progress_bar() as progress:
         save_pruned(out, Replaced(dense, opened), progress=progress)
-    if opened.missing:
-        typer.echo(opened.describe_missing(dense.layout))
+    for note in opened.notes(dense.layout):
+        typer.echo(note)
     say_written(out, Path(dense.path))

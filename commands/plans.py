@@ -26,8 +26,10 @@ class Budget:
 
     size: Annotated[float | None, typer.Option(help="Budget: GB of the pruned file (1 GB = 10^9 bytes).")] = None
     saved: Annotated[float | None, typer.Option(help="Budget: GB less than the dense model.")] = None
-    share: Annotated[float | None, typer.Option(help="Budget: share of all parameters to cut, 0 to 1.")] = None
-    neurons: Annotated[float | None, typer.Option(help="Budget: share of the MLP neurons to cut, and nothing else.")] = None
+    share: Annotated[float | None, typer.Option(help="Budget: share of all parameters to cut, above 0 and below 1.")] = None
+    neurons: Annotated[
+        float | None, typer.Option(help="Budget: share of the MLP neurons to cut, above 0 and below 1, and nothing else.")
+    ] = None
     touch: Annotated[
         str | None, typer.Option(help="Budget: what may be cut: both (default), neurons, or modulation (its rank).")
     ] = None

@@ -104,6 +104,9 @@ def record(
     prompts: Annotated[Path, typer.Option(help="Text file, one prompt per line.")],
     what: What,
     seed: Annotated[int, seed("Seed of the first image; each image takes the next.", most=2**62)] = 0,
+    append: Annotated[
+        bool, typer.Option("--append/--no-append", help="Internals: add to the counts that are there, or take their place.")
+    ] = True,
 ) -> None:
     """Draw a file of prompts once and record what the model does on the way."""
     from ..prompts import read_prompts
@@ -112,11 +115,13 @@ def record(
     from ..tiny.model import TinyFlux
 
     wanted = what.wanted(seed)
+    if not (append or wanted.internals):
+        raise UserError("--no-append is for internals: leave it out, or add them to --what.")
     texts, to = read_prompts(prompts), Recording.at(recording)
     for kind, size in wanted.estimated_bytes(TinyFlux.load(checkpoint), what.steps, len(texts)).items():
         typer.echo(f"{recording}: at most {size / 1e9:.2g} GB of {kind}")
     with progress_bar() as progress:
-        notes = draw(checkpoint, texts, to, wanted, seed, what.steps, what.batch, progress)
+        notes = draw(checkpoint, texts, to, wanted, seed, what.steps, what.batch, progress, append)
     for note in notes:
         typer.echo(note)
     _say(to, [kind for kind in KINDS if kind in what.kinds])

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image, ImageDraw
 
 from ..errors import UserError
@@ -32,6 +33,8 @@ class RetrainLayers(io.ComfyNode):
         dtypes = ["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"]
         rate: dict[str, Any] = {"default": 5e-4, "min": 1e-8, "max": 1.0, "step": 1e-6, "round": False}
         other = "What to train on, where it is not the recording that the plan was made from."
+        sequential = "Train on what the retrained layers before give, one after the other. Needs block states."
+        just_evaluate = "Only measure the layers as training would begin; write nothing, and run nothing that needs the folder."
         return inputs.schema(
             cls,
             "Retrain Layers",
@@ -53,6 +56,10 @@ class RetrainLayers(io.ComfyNode):
                     inputs.switch("mixed_precision", False, "Products in bfloat16: faster on a GPU."),
                 ),
                 inputs.text("folder", "", "Folder in output/flux_poke for the layers; empty = one that is named by the plan."),
+                *inputs.advanced(
+                    io.Boolean.Input("sequential", default=False, optional=True, tooltip=sequential),
+                    io.Boolean.Input("just_evaluate", default=False, optional=True, tooltip=just_evaluate),
+                ),
             ],
             [
                 inputs.NameType.Output(display_name="folder", tooltip="For Load Replaced FLUX."),
@@ -73,7 +80,7 @@ class RetrainLayers(io.ComfyNode):
     @classmethod
     def execute(
         cls, plan: PruningPlan, layers, method, train_on, thickness, steps, learning_rate, batch, save_dtype, train_seed,
-        mixed_precision, folder, recording: Recording | None = None,
+        mixed_precision, folder, recording: Recording | None = None, sequential=False, just_evaluate=False,
     ) -> io.NodeOutput:  # fmt: skip
         name = folder.strip() or default_folder(plan)
         dense, source, out = open_dense(plan), recording or open_recording(plan), host.output_path(name)
@@ -82,13 +89,15 @@ class RetrainLayers(io.ComfyNode):
             stats = retrain(
                 method, dense, plan, source, out, layers, train_on, LossCurve(), progress, steps=steps or None,
                 learning_rate=learning_rate, batch=batch or None, thickness=thickness, save_dtype=save_dtype, seed=train_seed,
-                mixed_precision=mixed_precision, device=str(computing.training_device()),
-                graph=host.graph_metadata(cls.hidden),
+                mixed_precision=mixed_precision, sequential=sequential, just_evaluate=just_evaluate,
+                device=str(computing.training_device()), graph=host.graph_metadata(cls.hidden),
             )  # fmt: skip
-        draw_stats(out)
+        if not just_evaluate:
+            draw_stats(out)
         text, image = stats_table(stats), host.figure_image(stats_figure(stats))
         host.PictureProgress().end(host.to_pictures(image)[0])
-        return io.NodeOutput(name, text, image, ui=host.shown(cls, f"{name}\n{text}", image, stats_chart(stats)))
+        told, made = (text, ExecutionBlocker(None)) if just_evaluate else (f"{name}\n{text}", name)
+        return io.NodeOutput(made, text, image, ui=host.shown(cls, told, image, stats_chart(stats)))
 
 
 class LossCurve:
@@ -187,5 +196,5 @@ class LoadReplacedFlux(io.ComfyNode):
         masked_count, ranks = replaced.plan.masked_count, replaced.plan.ranks
         text = f"{len(layers.layers)} layers replaced, neurons cut: {masked_count}"
         text += f", {len(ranks)} modulation layers truncated" if ranks else ""
-        host.say(cls.hidden.unique_id, " ".join([text, layers.describe_missing(dense.layout)]).strip())
+        host.say(cls.hidden.unique_id, " ".join([text, *layers.notes(dense.layout)]))
         return io.NodeOutput(model, masked_count)

@@ -32,7 +32,7 @@ from .amplification import AmplificationProbe, probed_steps
 from .atlas import Atlas, add_to_atlas
 from .calibration import AskedImage, Effort, batches, drawn_name
 from .call import Call
-from .internals import Internals, add_to_file
+from .internals import Internals, add_to_file, replace_in_file
 from .lens_rows import LensRecorder, estimated_lens_bytes
 from .manifest import Kind, Limit
 from .neurons import InternalsRecorder
@@ -105,18 +105,22 @@ def record(
     steps: int = 20,
     batch: int = 16,
     progress: Progress = silent,
+    append: bool = True,
 ) -> tuple[str, ...]:
     """Draws every prompt once (image n from seed + n) and adds what is wanted to `recording`; sentences on what was left out.
 
-    With rows, amplifications are measured once. Raises `UserError`, before anything is drawn, where the
-    checkpoint is not of the tiny kind, or the recording is of another model or cannot be written.
+    Without `append`, internals take the place of those that the recording holds. With rows, amplifications are measured
+    once. Raises `UserError`, before anything is drawn, where the checkpoint is not of the tiny kind, or the recording is of
+    another model or cannot be written.
     """
     tiny = TinyFlux.load(checkpoint)
     fingerprint = Fingerprint.of_checkpoint(Checkpoint(checkpoint))
     recording.check_writable(fingerprint, str(checkpoint), wanted.internals)
     recorders = _recorders(recording, tiny.flux.layout, fingerprint, wanted)
     parts = [Together(tuple(prompts[start : start + batch]), seed + start) for start in range(0, len(prompts), batch)]
-    return _record(tiny, fingerprint, recording, recorders, wanted.internals, parts, steps, progress, wanted.atlas)
+    return _record(
+        tiny, fingerprint, recording, recorders, wanted.internals, parts, steps, progress, wanted.atlas, append=append
+    )
 
 
 def record_some(
@@ -176,6 +180,7 @@ def _record(
     progress: Progress,
     atlas: bool = False,
     amplification: bool = True,
+    append: bool = True,
 ) -> tuple[str, ...]:
     layout, store = tiny.flux.layout, next((recorder.store for recorder in recorders if recorder.kind == "rows"), None)
     probe = AmplificationProbe(layout, store.amplification) if store and amplification else None
@@ -194,7 +199,7 @@ def _record(
                 add_to_atlas(recording.atlas_file, Atlas.new(layout.family, fingerprint, strongest, known))
             if found := neurons.results():
                 new = Internals.new(layout.family, fingerprint, found, neurons.calls, padded=neurons.padded, drawn=images.name)
-                add_to_file(recording.internals_file, new)
+                (add_to_file if append or done else replace_in_file)(recording.internals_file, new)
             if not done and store and probe is not None:
                 store.add_amplification(probe.results())
             for run in runs:

@@ -47,6 +47,7 @@ class StoredLayer:
         names: what a tensor is called in the file. shapes: of all but the scales.
         plan: what is cut of this block. report: how its MLPs came about.
         plan_digest: of the whole plan that the layer is of; None of the original flux-poke's.
+        together: the blocks that it was trained with, itself among them; key: of that training.
     """
 
     path: Path
@@ -55,6 +56,8 @@ class StoredLayer:
     plan: PruningPlan
     report: Mapping[str, RepairReport]
     plan_digest: str | None
+    together: frozenset[int] = frozenset()
+    key: str = ""
 
     @classmethod
     def open(cls, path: Path, dense: Dense, block_index: int) -> StoredLayer:
@@ -67,10 +70,12 @@ class StoredLayer:
             weights = {key: name for key, name in names.items() if not key.endswith(_SCALES)}
             shapes = {key: tuple(file.get_slice(name).get_shape()) for key, name in weights.items()}
         before = after = None
+        together: frozenset[int] = frozenset()
         try:
             if header.get("format") == FORMAT:
-                plan = PruningPlan.from_header(header, kept)
-                before, after = (_error(from_json(header["stats"])[name]) for name in ("relative_cut", "relative_final"))
+                plan, stats = PruningPlan.from_header(header, kept), from_json(header["stats"])
+                before, after = (_error(stats[name]) for name in ("relative_cut", "relative_final"))
+                together = frozenset(stats.get("together", ()))
             elif "format" in header:
                 raise ValueError(f"expected '{FORMAT}', found '{header['format']}'")
             else:
@@ -118,7 +123,16 @@ class StoredLayer:
         report = RepairReport("retrained", before=before, after=after)
         replaced = [site.name for site in sites if f"{site.down}.weight" in shapes]
         plan = replace(plan, unknown=unknown)
-        return cls(path, names, shapes, plan, dict.fromkeys(replaced, report), header.get("plan_digest"))
+        return cls(
+            path,
+            names,
+            shapes,
+            plan,
+            dict.fromkeys(replaced, report),
+            header.get("plan_digest"),
+            together,
+            header.get("key", ""),
+        )
 
     def read(self, key: str) -> Tensor:
         """A tensor in float32, with its scale undone; raises `UserError` where it holds numbers that are not finite."""
@@ -174,10 +188,23 @@ class RetrainedLayers:
             )
         return cls(folder, chosen, tuple(index for index in range(low, high + 1) if index not in chosen))
 
-    def describe_missing(self, layout: Layout) -> str:
-        """A sentence about the missing layers, or nothing."""
-        names = [blocks_of(layout)[index].title for index in self.missing]
-        return f"{self.folder} has no file for {', '.join(names)}: left dense." if names else ""
+    @property
+    def anew(self) -> tuple[int, ...]:
+        """Layers that were trained together with others of the range, and anew since, without those."""
+        partners = [(layer.key, other) for layer in self.layers.values() for other in layer.together & self.layers.keys()]
+        return tuple(sorted({other for key, other in partners if self.layers[other].key != key}))
+
+    def notes(self, layout: Layout) -> list[str]:
+        """Sentences about layers that are missing, or do not go with the others."""
+        blocks, found = blocks_of(layout), []
+        if names := [blocks[index].title for index in self.missing]:
+            found.append(f"{self.folder} has no file for {', '.join(names)}: left dense.")
+        if names := [blocks[index].title for index in self.anew]:
+            found.append(
+                f"{self.folder} mixes two trainings: {', '.join(names)}, once trained together with others, came about by "
+                "another one. What they made up for each other is lost: retrain all of them, or into a folder of its own."
+            )
+        return found
 
 
 def open_dense_of(folder: str | os.PathLike[str], override: str | os.PathLike[str] | None = None) -> Dense:

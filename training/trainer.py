@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..files import check_replaces
 from ..flux.autoencoder import Autoencoder
 from ..flux.autoencoder import Pixels as PixelSpace
+from ..flux.checkpoint import open_safetensors
 from ..flux.model import Flux
 from ..flux.resume import saved_notes
 from ..parsing import from_json
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 FLUX, WORDS = "flux.safetensors", "words.safetensors"
+#: What files of a training have in them, among their tensors' names or in the header.
+_SIGNS = {FLUX: "axes", WORDS: "text.weight"}
 #: Keys, and whole sections, that may be others when a training goes on.
 _MAY_CHANGE = ("flux.steps", "samples", "saving", "computing")
 #: Steps between two figures for TensorBoard.
@@ -57,6 +60,8 @@ def train(config: Config, out: Path, progress: Progress = silent) -> None:
     _check_batches(config, len(examples), accelerator.num_processes)
     for name in (FLUX, WORDS, AUTOENCODER):
         check_replaces(out / name, None)
+    for name, sign in _SIGNS.items():
+        _check_trained(out / name, sign)
     _check_same(config, out)
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
@@ -193,6 +198,17 @@ def _check_batches(config: Config, images: int, processes: int) -> None:
             )
         if section.batch % processes:
             raise UserError(f"batch in section {name} must be a multiple of the {processes} processes; found {section.batch}.")
+
+
+def _check_trained(path: Path, sign: str) -> None:
+    """Raises `UserError` where a file is there that no training has written: one would replace it, or take it for its own."""
+    if path.exists():
+        with open_safetensors(path) as file:
+            if sign not in {*file.keys(), *(file.metadata() or {})}:
+                raise UserError(
+                    f"{path} is something else and is not replaced: expected what a training has written, with {sign} in it. "
+                    "Choose another folder."
+                )
 
 
 def _check_same(config: Config, out: Path) -> None:

@@ -173,6 +173,24 @@ def test_distilled_layers_run_too(recorded, server):
     assert len(load_file(recorded / "distilled" / "0.safetensors")) == 10
 
 
+def test_layers_are_only_measured_and_what_needs_their_folder_does_not_run(recorded, server):
+    graph = retrain("unwritten", layers="0-1", just_evaluate=True)
+    with ComfyClient(server.address) as client:
+        found = client.run(drawing(graph | replaced(["retrain", 0], plan=["plan", 0], unet_name="as in the plan")))
+    assert "double-0" in found.texts["retrain"]
+    assert not found.files("images", "save")
+    assert not (recorded / "unwritten").exists()
+
+
+def test_in_sequential_training_a_layer_learns_from_the_retrained_one_before_it(recorded, server):
+    with ComfyClient(server.address) as client:
+        for folder, sequential in (("each", False), ("in_turn", True)):
+            client.run(retrain(folder, layers="0-1", method="closed form", sequential=sequential))
+    first, second = ([load_file(recorded / folder / f"{n}.safetensors") for folder in ("each", "in_turn")] for n in (0, 1))
+    assert all(torch.equal(first[0][key], first[1][key]) for key in first[0])
+    assert not torch.equal(second[0]["img_mlp.2.weight"], second[1]["img_mlp.2.weight"])
+
+
 def rows_and_trajectories(name: str, **choice: int) -> dict:
     """The tiny FLUX with recorders of both on it, the last of which is "velocities"."""
     return {

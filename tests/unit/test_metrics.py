@@ -75,6 +75,17 @@ def test_different_sizes_are_refused():
         compare(images(), images(width=40), "half")
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_not_compared(wrong):
+    b = images()
+    a = b.clone()
+    a[0, 0, 3, 3] = wrong
+    with pytest.raises(UserError, match="half holds numbers that are not finite"):
+        compare(a, b, "half")
+    with pytest.raises(UserError, match="The reference holds numbers that are not finite"):
+        compare(b, a, "half")
+
+
 def test_several_variants_are_written_as_csv_and_json(tmp_path):
     b = images()
     rows = [compare(b, b, "dense"), compare(noisy(b, 0.1), b, "half")]

@@ -57,12 +57,19 @@ def test_internals_alone_are_what_is_recorded_where_nothing_is_said(run, given, 
         ("rows", ("--max-gb", "nan"), "number of gigabytes above 0"),
         ("rows", ("--max-gb", "inf"), "number of gigabytes above 0"),
         ("blocks", ("--blocks", "triple"), "is not understood"),
+        ("rows", ("--no-append",), "--no-append is for internals"),
     ],
 )
 def test_no_option_is_ignored_and_nothing_is_made_before_all_are_understood(run, given, tmp_path, what, option, said):
     with pytest.raises(UserError, match=said):
         run(*given, "--what", what, *option)
     assert not (tmp_path / "digits").exists()
+
+
+def test_counts_add_up_or_take_the_place_of_those_before(run, given):
+    run(*given)
+    assert "2 runs" in run(*given, "--batch", 2)
+    assert "2 runs, 4 model calls" in run(*given, "--batch", 1, "--no-append")
 
 
 def test_the_same_prompts_again_are_said_to_be(run, given):

@@ -150,11 +150,24 @@ def test_layers_that_are_missing_are_named_and_stay_dense(recorded, tmp_path):
     retrain_layers(recorded.dense, recorded.plan, recorded.states, "0, 2-3", tmp_path, Options(method="closed form"))
     layers = RetrainedLayers.open(tmp_path, recorded.dense, 0, 3)
     assert layers.missing == (1,)
-    assert "double block 1: left dense" in layers.describe_missing(recorded.dense.layout)
+    (note,) = layers.notes(recorded.dense.layout)
+    assert "double block 1: left dense" in note
     replaced = Replaced(recorded.dense, layers)
     assert replaced.plan.masked_count == "img256_txt256_single512"
     layout = Flux.load(replaced).layout
     assert [layout.site(f"double-img-{index}").width for index in (0, 1)] == [256, 512]
+
+
+def test_a_layer_that_was_trained_anew_without_those_it_was_trained_with_is_told_of(recorded, tmp_path):
+    def train(layers: str, thickness: int) -> list[str]:
+        options = Options(method="closed form", thickness=thickness)
+        retrain_layers(recorded.dense, recorded.plan, recorded.states, layers, tmp_path, options)
+        return RetrainedLayers.open(tmp_path, recorded.dense).notes(recorded.dense.layout)
+
+    assert train("0-3", 2) == []
+    (note,) = train("3", 1)
+    assert "mixes two trainings: single block 1, once trained" in note
+    assert train("2", 1) == []
 
 
 def test_the_originals_files_of_whole_blocks_load(recorded, tmp_path):

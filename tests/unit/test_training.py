@@ -149,6 +149,16 @@ def test_a_training_may_not_go_on_for_fewer_steps_than_are_done_or_as_another(tm
         trained(tmp_path, flux={"batch": 4, "steps": 9})
 
 
+@pytest.mark.parametrize("name", ["flux", "words"])
+def test_a_file_that_no_training_has_written_is_not_replaced_nor_taken_for_one(name, tmp_path):
+    path = tmp_path / f"{name}.safetensors"
+    save_file({"my.lora": torch.ones(3)}, path)
+    with pytest.raises(UserError, match=rf"{name}\.safetensors is something else and is not replaced"):
+        trained(tmp_path)
+    assert load_file(path).keys() == {"my.lora"}
+    assert [*tmp_path.iterdir()] == [path]
+
+
 def test_a_training_of_an_older_version_goes_on_where_keys_are_new(tmp_path):
     trained(tmp_path)
     path = tmp_path / "flux.training.safetensors"

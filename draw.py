@@ -28,11 +28,17 @@ from .analysis.sheets import prompt_grid
 from .errors import UserError
 from .files import check_beginning, check_writable
 from .flux.autoencoder import to_picture
+from .flux.checkpoint import Checkpoint
+from .flux.fingerprint import Fingerprint
 from .flux.integrators import Name, integrator
 from .flux.model import Flux
 from .flux.sampling import FluxTimer
 from .flux.weights import Plain
+from .poking.poke import Poke, read_poke
 from .progress import Progress, part, silent
+from .pruning.checkpoint import Pruned
+from .pruning.dense import PRUNED_FORMAT
+from .pruning.plan import PruningPlan
 from .retrain.replaced import Replaced, RetrainedLayers, open_dense_of
 from .tiny.model import STEPS, TinyFlux
 
@@ -108,6 +114,34 @@ def open_tiny(checkpoint: Path) -> TinyFlux:
     dense = open_dense_of(checkpoint)
     tiny, replaced = TinyFlux.load(Path(dense.path)), Replaced(dense, RetrainedLayers.open(checkpoint, dense))
     return replace(tiny, flux=Flux.load(dict(Plain(replaced)), torch.float32, f"{checkpoint}"))
+
+
+def open_pokes(checkpoint: Path, given: Sequence[str]) -> tuple[list[Poke], list[Mapping[str, Tensor]]]:
+    """Pokes by FILE:FACTOR for what `open_tiny` opens; for each, which neurons are left there of the model that it is of.
+
+    Raises `UserError` where they are of another model, or a file is missing or damaged.
+    """
+    pokes, kept = [read_poke(one) for one in given], list[Mapping[str, Tensor]]()
+    plan = _plan_of(checkpoint) if pokes else None
+    for poke in pokes:
+        neurons = poke.neurons
+        if plan is None or not neurons.fingerprint.matches(plan.fingerprint):
+            if not checkpoint.is_dir():
+                neurons.require(Fingerprint.of_checkpoint(Checkpoint(checkpoint)), f"{checkpoint}")
+            kept.append({})
+            continue
+        if unknown := sorted(plan.unknown.keys() & neurons.sites.keys()):
+            raise UserError(f"Which neurons of {unknown[0]} {checkpoint} has kept is not known: poke the dense model.")
+        kept.append(plan.kept)
+    return pokes, kept
+
+
+def _plan_of(checkpoint: Path) -> PruningPlan | None:
+    """Of a pruned checkpoint, or a folder of retrained layers; None of a dense model."""
+    if checkpoint.is_dir():
+        dense = open_dense_of(checkpoint)
+        return Replaced(dense, RetrainedLayers.open(checkpoint, dense)).plan
+    return Pruned.open(checkpoint).plan if Checkpoint(checkpoint).metadata.get("format") == PRUNED_FORMAT else None
 
 
 @torch.no_grad()

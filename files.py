@@ -230,8 +230,13 @@ def check_text(path: str | os.PathLike[str], what: str, ours: Callable[[str], An
 
 
 def check_replaces(path: str | os.PathLike[str], format: str | None) -> None:
-    """Raises `UserError` where a file stands at `path` whose header names another `format`, or none; its version may differ."""
+    """Raises `UserError` where a folder stands at `path`, or a file whose header names another `format`, or none.
+
+    Its version may differ.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: choose another name.")
     if not path.is_file():
         return
     try:

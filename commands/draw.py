@@ -50,12 +50,12 @@ def draw(
     comfyui: Annotated[Path | None, typer.Option(help="Folder of a ComfyUI to start for it, and stop afterwards.")] = None,
 ) -> None:
     """Draw prompts with a model: of the tiny kind here, any other FLUX on ComfyUI."""
-    from ..draw import DrawRequest, draw_tiny, open_tiny, shift_of, write_drawings
+    from ..draw import DrawRequest, draw_tiny, open_pokes, open_tiny, shift_of, write_drawings
     from ..headless.client import ComfyClient
     from ..headless.draw import draw_there
     from ..headless.families import Setup
     from ..headless.fit import fit_server
-    from ..poking.poke import poked, read_poke
+    from ..poking.poke import poked
     from ..prompts import read_prompts
 
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
@@ -67,7 +67,7 @@ def draw(
         if clip or vae:
             raise UserError("--clip and --vae are for ComfyUI: leave them out, or give --server or --comfyui.")
         tiny = open_tiny(checkpoint)
-        with progress_bar() as progress, poked(tiny.flux, [read_poke(one) for one in poke or ()]):
+        with progress_bar() as progress, poked(tiny.flux, *open_pokes(checkpoint, poke or ())):
             files = write_drawings(out, draw_tiny(tiny, request, batch, progress), request, checkpoint.name)
     else:
         if poke:

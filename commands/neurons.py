@@ -71,7 +71,7 @@ def find(
 
     check_replaces(out, FORMAT)
     dense = Dense.open(checkpoint)
-    texts = [path.suffix == ".txt" for path in (*with_it, *without)]
+    texts = [path.suffix.lower() == ".txt" for path in (*with_it, *without)]
     if any(texts) and not all(texts):
         raise UserError("--with and --without are both prompts (.txt), or both recordings: one of each cannot be compared.")
     compared = f"{' and '.join(path.stem for path in with_it)} against {' and '.join(path.stem for path in without)}"
@@ -96,6 +96,9 @@ def find(
         if learned:
             raise UserError("--learn is for prompts (.txt), which it draws: recordings hold no velocities.")
         own, others = ([Recording.open(path).internals() for path in paths] for paths in (with_it, without))
+        for internals in (*own, *others):
+            internals.require_sums("finding neurons")
+            internals.require(dense.fingerprint, {site.name: site.width for site in dense.layout.sites}, f"{checkpoint}")
         found = search(dense.tensors, dense.layout, own, others, what, compared)
     found.save(out)
     if picture:
@@ -184,6 +187,10 @@ def lora(
 
     neurons, dense = Neurons.load(file), Dense.open(checkpoint)
     neurons.require(dense.fingerprint, f"{checkpoint}")
+    if neurons.learned and about == "zero":
+        raise UserError(
+            "These neurons have weights for turning about the mean, which do not count about zero: leave out --about."
+        )
     chosen = neurons.own_factor if factor is None else factor
     rank = save_lora(out, dense.tensors, dense.layout, [Poke(neurons, chosen, None if about == "mean" else 0.0)])
     typer.echo(f"{out}: rank {rank}, factor {chosen:g}; load it at strength 1")

@@ -34,11 +34,14 @@ ABOUT: dict[str, float | None] = {"mean of the others": None, "zero": 0.0}
 
 @dataclass(frozen=True)
 class Poked:
-    """The wrapper of a clone: `pokes` one after the other, in every call of the model, also in passes of guidance."""
+    """The wrapper of a clone: `pokes` one after the other, in every call of the model, also in passes of guidance.
+
+    `kept` is as for `poking`.
+    """
 
     layout: Layout
-    kept: Mapping[str, Tensor]
     pokes: tuple[Poke | BlockPoke, ...]
+    kept: tuple[Mapping[str, Tensor], ...]
 
     def model_call(self, executor, *args, **kwargs):
         given = inspect.signature(executor.original).bind(*args, **kwargs).arguments
@@ -59,10 +62,10 @@ def poked_clone(model: ModelPatcher, poke: Poke | BlockPoke) -> ModelPatcher:
     kept = _kept(model, poke.neurons, layout) if isinstance(poke, Poke) else {}
     earlier = [one.__self__ for one in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY)]
     pokes = (*(before for one in earlier for before in one.pokes), poke)
-    kept = {**(earlier[0].kept if earlier else {}), **kept}
+    left = (*(before for one in earlier for before in one.kept), kept)
     clone = model.clone()
     clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, Poked(layout, kept, pokes).model_call)
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, Poked(layout, pokes, left).model_call)
     return clone
 
 

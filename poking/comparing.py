@@ -46,7 +46,10 @@ def record_prompts(
     sigmas: tuple[float, float] = (0.0, 1.0),
     progress: Progress = silent,
 ) -> list[Internals]:
-    """Internals of each prompt, drawn `images` times (image n of all from `seed` + n), at noise levels in the range."""
+    """Internals of each prompt, drawn `images` times (image n of all from `seed` + n), at noise levels in the range.
+
+    Raises `UserError` where no step is at one of these, or an activation is not finite.
+    """
     levels, found = tiny.sigmas(steps), []
     for number, prompt in enumerate(prompts):
         progress(f"recording {len(prompts)} prompts", number, len(prompts))
@@ -61,7 +64,14 @@ def record_prompts(
                 return tiny.flux(x, sigma, *texts)
 
         euler(velocity, tiny.noise(images, seed + number * images), levels)
-        found.append(Internals.new(tiny.flux.layout.family, fingerprint, recorder.results(), recorder.calls, padded=True))
+        if not recorder.calls:
+            raise UserError(
+                f"None of the {steps} steps is at a noise level from {sigmas[0]:g} to {sigmas[1]:g}: choose a wider range, or "
+                "more steps."
+            )
+        if not (results := recorder.results()):
+            raise UserError(f"'{prompt}': {recorder.note}")
+        found.append(Internals.new(tiny.flux.layout.family, fingerprint, results, recorder.calls, padded=True))
     return found
 
 

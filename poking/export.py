@@ -62,8 +62,8 @@ def lora_of(tensors: Mapping[str, Tensor], layout: Layout, pokes: Sequence[Poke]
             found[f"{name}.diff_b"] = constant
         elif constant.any():
             raise UserError(
-                f"{site.down} has no bias, which the means that neurons are turned about would go to: scale or cut them (about "
-                "0), or poke with the node."
+                f"{site.down} has no bias, which the means that neurons are turned about would go to: poke with the node, or "
+                "scale or cut them about zero, where weights that were learned do not count."
             )
     if not found:
         raise UserError("Nothing is changed: expected neurons and a factor other than 1.")

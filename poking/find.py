@@ -152,8 +152,9 @@ def strongest(scores: Mapping[str, Tensor], number: int) -> tuple[dict[str, Tens
 
 
 def by_chance(others: Sequence[Internals], size: int, columns: Mapping[str, Tensor], what: Search, least: float) -> float:
-    """How many neurons reach the score `least` where there is nothing to find: `size` of the recordings without the concept
-    stand for those with it, drawn at random, the mean over `SHUFFLES` draws."""
+    """How many neurons reach the score `least` among the others alone: `size` of their recordings stand for those with the
+    concept, drawn at random, the mean over `SHUFFLES` draws. Where all are of the same prompts, that is what chance gives; of
+    one prompt each, they differ as these prompts do."""
     counts = []
     for number in range(SHUFFLES):
         parts = shuffled(others, size, what.seed + number)

@@ -118,8 +118,9 @@ class Neurons:
         sigmas: noise levels that they were found at.
         explained: share of the whole effect (its squares, over all neurons that were compared) that is theirs.
         spare: how much more a change of the others counted than one of the concept, where they were found so.
-        factor: by which to turn them to erase the concept, where that was worked out (`tune.py`, `learn.py`).
-        chance: how many of as many would stand out as far if there were nothing to find; None where that was not measured.
+        factor: by which to turn them to erase the concept as far as they do, where that was worked out (`tune.py`, `learn.py`).
+        chance: how many stand out as far among the others alone, some of their recordings against the rest; None where that
+            was not measured.
         workflow: ComfyUI's `workflow` and `prompt` of the run that found them.
     """
 
@@ -179,8 +180,13 @@ class Neurons:
         return sorted(found, key=lambda one: (-one[2].effect.item(), one[0], one[1]))[:count]
 
     def join(self, other: Neurons) -> Neurons:
-        """Both together; of a neuron that is in both, what this one knows of it is kept."""
+        """Both together; of a neuron that is in both, what this one knows of it is kept.
+
+        Where each has a factor of its own, weights take their place: at factor 0 every neuron is turned as it was in its file.
+        """
         self._require_same(other)
+        if self.factor != other.factor:
+            return self._weighed().join(other._weighed())
         sites = dict(self.sites)
         for name, new in other.sites.items():
             if name not in sites:
@@ -200,8 +206,16 @@ class Neurons:
         compared = self.compared if self.compared == other.compared else f"{self.compared}; {other.compared}"
         return replace(
             self, sites=_ordered(sites), directions=_ordered(directions), compared=compared, sigmas=sigmas, explained=None,
-            chance=None, spare=None, factor=None,
+            chance=None, spare=None,
         )  # fmt: skip
+
+    def _weighed(self) -> Neurons:
+        """With weights that turn them at factor 0 as their own factor does."""
+        sites = {}
+        for name, site in self.sites.items():
+            weight = (1 - self.own_factor) * site.measured.weight
+            sites[name] = replace(site, measured=replace(site.measured, weight=weight))
+        return replace(self, sites=sites, factor=0.0)
 
     def subtract(self, other: Neurons) -> Neurons:
         """Without the neurons of `other`; directions stay."""
@@ -214,7 +228,7 @@ class Neurons:
             if len(left.indices):
                 sites[name] = left
         compared = f"{self.compared}, without those of: {other.compared}"
-        return replace(self, sites=sites, compared=compared, explained=None, chance=None, spare=None, factor=None)
+        return replace(self, sites=sites, compared=compared, explained=None, chance=None, spare=None)
 
     def plan(self, dense: Dense) -> PruningPlan:
         """The plan that cuts them; raises `UserError` where it would leave an MLP without neurons, or of another model."""
@@ -256,11 +270,11 @@ class Neurons:
         if self.explained is not None:
             said.append(f"{self.explained:.1%} of the effect of all")
         if self.chance is not None:
-            said.append(f"by chance as far from the others: {self.chance:,.3g} neurons")
+            said.append(f"as far apart among the others alone: {self.chance:,.3g} neurons")
         if self.learned:
-            said.append("each turned as far as was learned")
+            said.append("each turned by a weight of its own")
         if self.factor is not None:
-            said.append(f"erased with factor {self.factor:.2g}")
+            said.append(f"turned with factor {self.factor:g}")
         return "; ".join(said)
 
     def table(self, count: int = 20) -> str:

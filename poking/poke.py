@@ -173,22 +173,23 @@ def poking(
     layout: Layout,
     pokes: Sequence[Poke | BlockPoke],
     moment: Moment,
-    kept: Mapping[str, Tensor] | None = None,
+    kept: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> Iterator[None]:
     """Hooks on `model` (its module names are the checkpoint's) for one call of it, in the order of `pokes`.
 
-    `layout` is the model's own; `kept`, by site, tells of a pruned one which of the dense model's neurons are left: pokes of
-    others do nothing. Inputs of down projections are changed in place, unless gradients are asked for.
+    `layout` is the model's own. `kept`, for each poke and by site, tells of a pruned one which neurons are left of the model
+    that the poke is of: pokes of others do nothing. Inputs of down projections are changed in place, unless gradients are asked
+    for.
     """
     changes: dict[str, list[Any]] = {}
     ends: dict[str, list[Any]] = {}
-    for poke in pokes:
+    for poke, left in zip(pokes, kept or repeat({}), strict=False):
         if poke.factor == 1:
             continue
         strength = moment.strength(poke.where)
         if isinstance(poke, Poke):
             for site in layout.sites:
-                for change in _of_neurons(poke, site, strength, (kept or {}).get(site.name)):
+                for change in _of_neurons(poke, site, strength, left.get(site.name)):
                     changes.setdefault(site.down, []).append(change)
         else:
             for path, change, at_end in _of_blocks(poke, layout, strength):
@@ -205,17 +206,18 @@ def poking(
 
 
 @contextmanager
-def poked(flux: Any, pokes: Sequence[Poke | BlockPoke]) -> Iterator[None]:
-    """Pokes a `Flux` in every call while the `with` lasts; raises `UserError` where neurons are of another model."""
-    for poke in pokes:
-        if isinstance(poke, Poke):
+def poked(flux: Any, pokes: Sequence[Poke | BlockPoke], kept: Sequence[Mapping[str, Tensor]] | None = None) -> Iterator[None]:
+    """Pokes a `Flux` in every call while the `with` lasts, `kept` as for `poking`; raises `UserError` where MLPs have other
+    widths than the neurons' model."""
+    for poke, left in zip(pokes, kept or repeat({}), strict=False):
+        if isinstance(poke, Poke) and not left:
             require_widths(poke.neurons, flux.layout)
     standing = ExitStack()
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = dict(zip(("x", "sigma", "context"), args, strict=False)) | kwargs
         moment = Moment.at(flux.layout, given["x"], given["sigma"], given["context"])
-        standing.enter_context(poking(flux, flux.layout, pokes, moment))
+        standing.enter_context(poking(flux, flux.layout, pokes, moment, kept))
 
     with (
         standing,

@@ -31,6 +31,8 @@ from .poke import BlockPoke, Poke, poked
 
 #: The share of the pull that factors aim at, the lowest of them, and the cost that counts as much as all of the pull.
 LEFT, LOWEST, CHANGE = 0.0, -3.0, 0.005
+#: Below this share of the velocity's square, a prompt pulls nowhere.
+LEAST_PULL = 1e-8
 #: How much the others count, in the choices that are tried.
 SPARES = (2.0, 3.0, 5.0, 8.0, 12.0, 20.0)
 #: The seed of the first drawing, and of the first of those that nothing was tuned or learned on.
@@ -86,7 +88,10 @@ class Exam:
     def of(
         cls, tiny: TinyFlux, with_it: Sequence[str], without: Sequence[str], seed: int = SEED, extent: Extent | None = None
     ) -> Exam:
-        """Draws with the prompts `with_it` and `without`, as many as are needed, in turns."""
+        """Draws with the prompts `with_it` and `without`, as many as are needed, in turns.
+
+        Raises `UserError` where there are none, or one `with_it` makes no difference.
+        """
         if not with_it or not without:
             raise UserError("There are no prompts with the concept, or none without it: at least one of each is needed.")
         extent = extent or Extent()
@@ -94,6 +99,14 @@ class Exam:
         others = _points(tiny, _some(without, extent.others), seed + extent.concept, extent.steps)
         texts = [tiny.words([prompt] * extent.concept) for prompt in _some(without, min(extent.prompts, len(without)))]
         neutral = [sum(tiny.flux(at.x, at.sigma, *text) for text in texts) / len(texts) for at in concept]
+        for at, mean in zip(concept, neutral, strict=True):
+            pulls = (at.dense - mean).flatten(1).square().sum(1) / at.dense.flatten(1).square().sum(1)
+            if pulls.min() < LEAST_PULL:
+                prompt = _some(with_it, extent.concept)[int(pulls.argmin())]
+                raise UserError(
+                    f"With '{prompt}' this model draws what it does with the prompts without the concept: there is nothing to "
+                    "find. Choose prompts that differ, in words that it knows."
+                )
         return cls(tiny, concept, neutral, others)  # type: ignore[arg-type]
 
     def pull(self, pokes: Sequence[Poke | BlockPoke]) -> float:
@@ -123,7 +136,12 @@ def tune(exam: Exam, find: Callable[[float], Neurons], progress: Progress = sile
     tried: list[tuple[float, Neurons]] = []
     for done, spare in enumerate(SPARES):
         progress("turning neurons down", done, len(SPARES))
-        found = find(spare)
+        try:
+            found = find(spare)
+        except UserError:  # none is left, nor will be where the others count more
+            if not tried:
+                raise
+            break
         left = exam.pull([Poke(found, -1.0)])  # falls nearly in a line with the factor, from 1 at 1
         factor = round(max(1 - 2 * (1 - LEFT) / max(1 - left, 1e-3), LOWEST), 2)
         poke = [Poke(found, factor)]

@@ -198,6 +198,29 @@ def test_neurons_of_a_pruned_model_are_those_that_were_kept(load, poked, some, r
             assert torch.equal((h == 0.7).all(0).all(0).nonzero().squeeze(1), left)
 
 
+def test_pokes_of_a_pruned_model_and_of_the_dense_one_it_was_made_of_go_together(load, poked, some, read, in_process):
+    from flux_poke.nodes import loading
+    from flux_poke.nodes.models import MergedWeights, model_fingerprint
+    from flux_poke.nodes.pruned import PRUNED, PrunedModel
+    from flux_poke.poking.neurons import Neurons
+    from flux_poke.pruning.dense import Dense
+    from flux_poke.pruning.plan import PruningPlan
+    from flux_poke.pruning.surgery import Cut
+
+    model = load(FLUX1)
+    dense = Dense.of(dict(MergedWeights(model)))
+    plan = replace(PruningPlan.keeping_all(dense), kept={"single-0": torch.arange(256, 512)})
+    cut = Cut(dense, plan)
+    smaller = loading.load_flux(cut, "default", {})
+    smaller.set_attachments(PRUNED, PrunedModel(dense.layout, plan, {}, {}, None, cut))
+    of_dense = Neurons.of(dense.layout, dense.fingerprint, {"single-0": torch.tensor([7, 300])}, "of the dense model")
+    own = Neurons.of(layout_of(smaller), model_fingerprint(smaller), {"single-0": torch.tensor([5, 100])}, "of the pruned one")
+    pokes = Poke(of_dense, 0.0, about=0.7), Poke(own, 0.0, about=0.7)
+    for some_pokes, turned in ((pokes, [5, 44, 100]), (pokes[::-1], [5, 44, 100]), (pokes[:1], [44]), (pokes[1:], [5, 100])):
+        (h, *_) = read(poked(smaller, *some_pokes))["single-0"]
+        assert (h == 0.7).all(0).all(0).nonzero().squeeze(1).tolist() == turned
+
+
 def test_the_lora_of_a_poke_draws_what_the_node_draws(load, poked, some, in_process):
     import comfy.sd
     from flux_poke.nodes.models import MergedWeights

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from flux_poke.poking.tune import Extent
 from flux_poke.pruning.plan import PruningPlan
 from flux_poke.tiny.model import FOLDER
 from PIL import Image, ImageChops
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 CHECKPOINT = FOLDER / "flux.safetensors"
 
@@ -73,10 +75,42 @@ def test_how_far_each_neuron_is_turned_is_learned_where_asked(run, prompts, tmp_
     assert all("txt" in name for name in neurons.sites)
     assert re.search(r"In new drawings, -?\d+ % of the concept's pull is left; others change by [\d.e-]+ %", said)
     assert f"--poke {found}:0 " in said
+    with pytest.raises(UserError, match="do not count about zero"):
+        run("neurons", "lora", found, CHECKPOINT, "--about", "zero", "-o", tmp_path / "lora.safetensors")
     with pytest.raises(UserError, match="leave out --spare"):
         run(*given, "--learn", "--spare", 3)
     with pytest.raises(UserError, match="--learn is for prompts"):
         run("neurons", "find", CHECKPOINT, "--with", tmp_path, "--without", tmp_path, "-o", found, "--learn")
+
+
+def test_neurons_are_poked_in_their_own_model_and_in_what_it_was_pruned_to(run, prompts, tmp_path: Path):
+    with_it, without = prompts
+    found, other = tmp_path / "three.safetensors", tmp_path / "other"
+    given = "--with", with_it, "--without", without, "--images", 1, "--steps", 4, "--spare", 2
+    run("neurons", "find", CHECKPOINT, *given, "-o", found)
+    shutil.copytree(FOLDER, other)
+    save_file({key: 1.01 * tensor for key, tensor in load_file(CHECKPOINT).items()}, other / "flux.safetensors")
+    drawn = "-o", tmp_path / "drawings", "--prompt", "a three", "--steps", 2
+    with pytest.raises(UserError, match="neurons are of another model than"):
+        run("draw", other / "flux.safetensors", "--poke", found, *drawn)
+    run("record", CHECKPOINT, tmp_path / "threes", "--prompts", with_it, "--steps", 2)
+    with pytest.raises(UserError, match="another model than"):
+        run("neurons", "find", other / "flux.safetensors", "--with", tmp_path / "threes", "--without", tmp_path / "threes",
+            "-o", tmp_path / "n.safetensors")  # fmt: skip
+    neurons = Neurons.load(found)
+    first = next(iter(neurons.sites))
+    half = replace(neurons, sites={first: neurons.sites[first]})
+    half.save(tmp_path / "half.safetensors")
+    run("neurons", "cut", tmp_path / "half.safetensors", CHECKPOINT, "-o", tmp_path / "plan.safetensors")
+    run("prune", tmp_path / "plan.safetensors", "--repair", "none", "-o", other / "pruned.safetensors")
+    pictures = []
+    for poke in (found, tmp_path / "half.safetensors"):  # of the second none is left
+        run("draw", other / "pruned.safetensors", "--poke", f"{poke}:-3", *drawn)
+        pictures.append(Image.open(tmp_path / "drawings" / "a-three_0.png").copy())
+    run("draw", other / "pruned.safetensors", *drawn)
+    as_it_is = Image.open(tmp_path / "drawings" / "a-three_0.png")
+    assert ImageChops.difference(pictures[0], as_it_is).getbbox() is not None
+    assert ImageChops.difference(pictures[1], as_it_is).getbbox() is None
 
 
 def test_recordings_are_compared_too(run, prompts, tmp_path: Path):

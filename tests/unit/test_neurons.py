@@ -12,7 +12,7 @@ from flux_poke.files import write_safetensors
 from flux_poke.flux.model import Flux
 from flux_poke.poking.export import lora_of, save_lora
 from flux_poke.poking.find import Search, find, shuffled
-from flux_poke.poking.neurons import FORMAT, Measured, Neurons, SiteDirections
+from flux_poke.poking.neurons import FORMAT, Measured, Neurons, SiteDirections, SiteNeurons
 from flux_poke.poking.poke import Poke, Where, poked
 from flux_poke.pruning.dense import Dense
 from flux_poke.recording.internals import Internals
@@ -92,7 +92,7 @@ def test_what_chance_gives_is_told(recordings):
     first, rest = shuffled(without, 3, seed=1)
     assert (len(first), len(rest)) == (3, 5)
     assert {id(one) for one in [*first, *rest]} == {id(one) for one in without}
-    assert "by chance" in found.totals()
+    assert "among the others alone" in found.totals()
 
 
 def test_one_recording_each_is_enough_but_for_the_control(recordings):
@@ -132,7 +132,7 @@ def test_a_file_holds_weights_that_were_learned(found: Neurons, weighed: Neurons
     read = Neurons.load(tmp_path / "n.safetensors")
     assert (read.learned, read.own_factor, found.learned, found.own_factor) == (True, 0.0, False, -1.0)
     assert read.table() == weighed.table()
-    assert "each turned as far as was learned; erased with factor 0" in read.totals()
+    assert "each turned by a weight of its own; turned with factor 0" in read.totals()
     assert {line.split()[-1] for line in read.table().splitlines()[-4:]} == {"weight", "2.50", "-0.50", "1.00"}
     assert "weight" not in found.table()
     for name, site in weighed.sites.items():
@@ -140,10 +140,10 @@ def test_a_file_holds_weights_that_were_learned(found: Neurons, weighed: Neurons
     other = Neurons.of(LAYOUT, DENSE.fingerprint, {"double-txt-1": torch.tensor([100, 7]), "single-1": torch.tensor([1])}, "b")
     both = read.join(other)
     assert both.sites["double-txt-1"].indices.tolist() == [7, 100, 200]
-    assert both.sites["double-txt-1"].measured.weight.tolist() == [2.5, 1.0, -0.5]
-    assert both.sites["single-1"].measured.weight.tolist() == [1.0]
+    assert both.sites["double-txt-1"].measured.weight.tolist() == [2.5, 2.0, -0.5]  # at factor 0 as the other was at -1
+    assert both.sites["single-1"].measured.weight.tolist() == [2.0]
     assert both.own_factor == 0.0
-    assert other.join(read).sites["double-txt-1"].measured.weight.tolist() == [1.0, 1.0, -0.5]  # 7 as it is in the first
+    assert other.join(read).sites["double-txt-1"].measured.weight.tolist() == [2.0, 2.0, -0.5]  # 7 as it is in the first
     assert read.subtract(other).sites["double-txt-1"].measured.weight.tolist() == [-0.5]
 
 
@@ -229,6 +229,24 @@ def test_neurons_are_joined_and_subtracted(found: Neurons):
             join(other if join == of_another.join else of_another)
     with pytest.raises(UserError, match="0 to 511"):
         Neurons.of(LAYOUT, DENSE.fingerprint, {"single-0": torch.tensor([512])}, "none")
+
+
+def test_joined_neurons_are_turned_as_they_were_in_their_files(found: Neurons):
+    others = {"double-img-0": torch.tensor([1]), "single-3": torch.tensor([12])}
+    tuned = replace(found, factor=-2.5)
+    assert tuned.join(tuned).own_factor == -2.5
+    assert tuned.subtract(Neurons.of(LAYOUT, DENSE.fingerprint, others, "b")).own_factor == -2.5
+    measured = replace(Measured.about(torch.tensor([0.3])), weight=torch.tensor([1.5]))
+    sites = {name: SiteNeurons(which, measured) for name, which in others.items()}
+    learned = replace(Neurons.of(LAYOUT, DENSE.fingerprint, others, "b"), sites=sites, factor=0.0)
+    tiny = TinyFlux.load()
+    args = tiny.noise(2, 0), torch.tensor([0.9, 0.4]), *tiny.words(["three", "a 7"])
+    drawn = []
+    for pokes in ([Poke(tuned, -2.5), Poke(learned, 0.0)], [Poke(both := tuned.join(learned), both.own_factor)]):
+        with torch.no_grad(), poked(tiny.flux, pokes):
+            drawn.append(tiny.flux(*args))
+    assert both.own_factor == 0.0
+    torch.testing.assert_close(drawn[0], drawn[1], rtol=1e-5, atol=1e-6)
 
 
 def test_a_plan_cuts_them(found: Neurons):

@@ -328,6 +328,43 @@ def test_a_digit_is_erased_by_what_is_learned(family: Family, monkeypatch):
         learn(exam, replace(known, sites={}), 50)
 
 
+def test_the_choice_ends_where_no_neuron_is_left_and_fails_where_none_was_found():
+    tiny = TinyFlux.load()
+    exam = Exam.of(tiny, ["three"], ["one", "a 7"], extent=Extent(2, 2, 2, (0.0,)))
+    layout, tried = tiny.flux.layout, []
+    some = Neurons.of(layout, Dense.of(tiny.flux.state_dict()).fingerprint, {"double-txt-0": torch.arange(9)}, "nine")
+
+    def search(spare: float, most: float) -> Neurons:
+        tried.append(spare)
+        if spare > most:
+            raise UserError("none is left")
+        return some
+
+    assert tune(exam, lambda spare: search(spare, 3.0)).count == 9
+    assert tried == [2.0, 3.0, 5.0]
+    with pytest.raises(UserError, match="none is left"):
+        tune(exam, lambda spare: search(spare, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("with_it", "without"), [(["three"], ["Three"]), (["a cat"], ["a dog"]), (["a 3", "three"], ["three"])]
+)
+def test_prompts_that_draw_the_same_are_told_of(with_it, without):
+    with pytest.raises(UserError, match=f"With '{with_it[-1]}' this model draws what it does with the prompts without"):
+        Exam.of(TinyFlux.load(), with_it, without)
+
+
+def test_what_is_left_out_of_a_comparison_is_told_of():
+    tiny = TinyFlux.load()
+    fingerprint = Dense.of(tiny.flux.state_dict()).fingerprint
+    with pytest.raises(UserError, match=r"None of the 4 steps is at a noise level from 0\.8 to 0\.81"):
+        record_prompts(tiny, fingerprint, ["three"], 1, 0, steps=4, sigmas=(0.8, 0.81))
+    with torch.no_grad():
+        tiny.flux.get_parameter(f"{tiny.flux.layout.site('double-img-0').up}.weight").mul_(1e30)
+    with pytest.raises(UserError, match=r"'three': .*finite"):
+        record_prompts(tiny, fingerprint, ["three"], 1, 0, steps=4)
+
+
 def test_noise_levels_are_recorded_alone_where_asked():
     tiny = TinyFlux.load()
     dense = Dense.open(SHIPPED["flux1"] / "flux.safetensors")

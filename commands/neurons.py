@@ -47,8 +47,8 @@ def find(
             "otherwise. Takes minutes.",
         ),
     ] = False,
-    images: Annotated[int, whole(help="Of prompts: pictures of each.", least=1, most=10_000)] = 4,
-    steps: Annotated[int, whole(help="Of prompts: Euler steps per picture.", least=2, most=10_000)] = 20,
+    images: Annotated[int | None, whole(help="Of prompts: pictures of each (4).", least=1, most=10_000)] = None,
+    steps: Annotated[int | None, whole(help="Of prompts: Euler steps per picture (20).", least=2, most=10_000)] = None,
     seed: Annotated[int, seed("Of prompts: noise of the first picture; each takes the next.", most=2**62)] = 0,
     sigma_from: Annotated[float, number(help="Of prompts: only noise levels from here.", least=0, most=1)] = 0.0,
     sigma_to: Annotated[float, number(help="Of prompts: only noise levels up to here.", least=0, most=1)] = 1.0,
@@ -67,7 +67,7 @@ def find(
     from ..prompts import read_prompts
     from ..pruning.dense import Dense
     from ..recording.recording import Recording
-    from ..tiny.model import TinyFlux
+    from ..tiny.model import STEPS, TinyFlux
 
     check_replaces(out, FORMAT)
     dense = Dense.open(checkpoint)
@@ -81,7 +81,7 @@ def find(
     if all(texts):
         if learned and spare is not None:
             raise UserError("--learn weighs the others itself: leave out --spare.")
-        drawn, tiny = Drawings(images, steps, sigmas), TinyFlux.load(checkpoint)
+        drawn, tiny = Drawings(images or 4, steps or STEPS, sigmas), TinyFlux.load(checkpoint)
         asked, asked_else = ([text for path in paths for text in read_prompts(path)] for paths in (with_it, without))
         way: Way = "learn" if learned else "tune" if spare is None else "search"
         with progress_bar() as progress:
@@ -93,6 +93,8 @@ def find(
     else:
         if sigmas != (0.0, 1.0):
             raise UserError("--sigma-from and --sigma-to are for prompts: recordings hold all noise levels together.")
+        if images or steps:
+            raise UserError("--images and --steps are for prompts: recordings are drawn already.")
         if learned:
             raise UserError("--learn is for prompts (.txt), which it draws: recordings hold no velocities.")
         own, others = ([Recording.open(path).internals() for path in paths] for paths in (with_it, without))

@@ -231,8 +231,13 @@ class Neurons:
         return replace(self, sites=sites, compared=compared, explained=None, chance=None, spare=None)
 
     def plan(self, dense: Dense) -> PruningPlan:
-        """The plan that cuts them; raises `UserError` where it would leave an MLP without neurons, or of another model."""
+        """The plan that cuts them.
+
+        Raises `UserError` where there are none, an MLP would be left without neurons, or the model is another.
+        """
         self.require(dense.fingerprint, dense.source)
+        if not self.sites:
+            raise UserError(f"There are no neurons to cut ({self.compared}): choose others.")
         whole = PruningPlan.keeping_all(dense)
         kept = {}
         for name, site in self.sites.items():

@@ -42,6 +42,7 @@ const APPLIES = {
     layers: (node) => !is(node, "method", "distill") || !is(node, "layers", "all"),
     train_on: (node) => !is(node, "method", "distill") || !is(node, "train_on", "auto"),
     thickness: (node) => !is(node, "method", "distill") || !is(node, "thickness", 1),
+    sequential: (node) => !is(node, "method", "distill") || !is(node, "sequential", false),
     ...Object.fromEntries(
       ["steps", "learning_rate", "batch", "mixed_precision"].map((name) => [name, (node) => !is(node, "method", "closed form")]),
     ),

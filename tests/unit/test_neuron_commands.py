@@ -55,6 +55,8 @@ def test_from_two_lists_of_prompts_to_a_picture_without_the_concept(run, prompts
     assert Neurons.load(tmp_path / "both.safetensors").count == neurons.count
     run("neurons", "subtract", found, found, "-o", tmp_path / "none.safetensors")
     assert Neurons.load(tmp_path / "none.safetensors").count == 0
+    with pytest.raises(UserError, match="There are no neurons to cut"):
+        run("neurons", "cut", tmp_path / "none.safetensors", CHECKPOINT, "-o", tmp_path / "plan.safetensors")
     run("neurons", "cut", found, CHECKPOINT, "-o", tmp_path / "plan.safetensors")
     assert sum(PruningPlan.load(tmp_path / "plan.safetensors").cut.values()) == neurons.count
     assert "load it at strength 1" in run("neurons", "lora", found, CHECKPOINT, "-o", tmp_path / "lora.safetensors")
@@ -128,6 +130,7 @@ def test_recordings_are_compared_too(run, prompts, tmp_path: Path):
     for wrong, sentence in (
         (("--without", prompts[1]), "one of each cannot be compared"),
         (("--without", folders[1], "--sigma-from", 0.5), "are for prompts"),
+        (("--without", folders[1], "--steps", 4), "--images and --steps are for prompts"),
     ):
         with pytest.raises(UserError, match=sentence):
             run(*given, *wrong)

@@ -39,8 +39,8 @@ from .surgery import shape_of
 #: Below so many recorded images, errors on other prompts were up to 35 times those predicted (benchmarks/README.md).
 FEW = 24
 #: Where less than a share of the rows lie on one side of a middle noise level, drawings whose steps lie evenly had errors
-#: 2 to 100 times those predicted; where more did, up to 2.2 times (benchmarks/README.md).
-MIDDLE, SCARCE = 0.5, 0.3
+#: 1.5 to 100 times those predicted; where more did, less than 2 times (benchmarks/README.md).
+MIDDLE, SCARCE = 0.5, 0.4
 #: Widths are rounded to multiples of this at most.
 MOST_MULTIPLE = 65_536
 

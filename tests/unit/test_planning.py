@@ -202,11 +202,12 @@ def test_rows_of_so_few_images_that_predictions_do_not_hold_are_told(dense, reco
     ("sigma", "said"),
     [
         (torch.linspace(0.3, 1, 700), "noise levels 0.3 to 1, 29% of them below 0.5: with another shift, number of steps or"),
+        (torch.linspace(0.2, 1, 700), "noise levels 0.2 to 1, 38% of them below 0.5"),
         (torch.linspace(0.01, 0.6, 700), "noise levels 0.01 to 0.6, 17% of them from 0.5 on: with another shift"),
         (torch.ones(700), "noise levels 1 to 1, 0% of them below 0.5"),
         (torch.tensor([0.25, 0.5, 0.75, 1]).repeat(175), "noise levels 0.25 to 1, 25% of them below 0.5"),
     ],
-    ids=["shifted", "denoise", "one step", "four steps"],
+    ids=["shifted", "eight steps", "denoise", "one step", "four steps"],
 )
 def test_rows_of_noise_levels_that_leave_others_out_are_told(dense, tmp_path, sigma, said):
     (note,) = make_plan(dense, recorded(dense, tmp_path / "other", sigma), ByBudget(neurons=0.5)).notes

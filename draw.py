@@ -195,6 +195,8 @@ def write_drawings(
     description. Raises `UserError`, before anything is drawn, where a file of another kind stands in the place of one.
     """
     names = [one.file for one in request.images]
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file, and a folder is needed for the pictures: choose another name.")
     for name in (*names, GRID):
         check_writable(out / name)
         check_beginning(out / name)

@@ -89,7 +89,10 @@ def find(
             if way != "search":
                 exam, poke = Exam.of(tiny, asked, asked_else, seed=HELD_OUT), [Poke(found, found.own_factor)]
                 left, change = 100 * exam.pull(poke), 100 * exam.change(poke)
-                said = f"In new drawings, {left:.0f} % of the concept's pull is left; others change by {change:.2g} %."
+                pull = f"{left:.0f} % of the concept's pull is left"
+                if left < 0:
+                    pull = f"the concept's pull is turned round, {-left:.0f} % of it the other way"
+                said = f"In new drawings, {pull}; others change by {change:.2g} %."
     else:
         if sigmas != (0.0, 1.0):
             raise UserError("--sigma-from and --sigma-to are for prompts: recordings hold all noise levels together.")
@@ -150,6 +153,8 @@ def subtract(file: File, others: Files, out: Out) -> None:
 
     check_replaces(out, FORMAT)
     found = reduce(Neurons.subtract, map(Neurons.load, others), Neurons.load(file))
+    if not (found.sites or found.directions):
+        raise UserError(f"Nothing is left of {file} without the others: nothing is written.")
     found.save(out)
     typer.echo(f"{out}: {found.totals()}")
 

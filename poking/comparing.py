@@ -104,8 +104,13 @@ def find_in_prompts(
 ) -> Neurons:
     """The neurons by which drawings of two lists of prompts differ; `what.spare` counts for "search" alone.
 
-    `tiny` is the model that `dense` holds. Seeds are `what.seed` and on, those of `without` after those of `with_it`.
+    `tiny` is the model that `dense` holds. Seeds are `what.seed` and on, those of `without` after those of `with_it`. Raises
+    `UserError` where a prompt is in both.
     """
+    if both_have := sorted({*with_it} & {*without}):
+        raise UserError(
+            f"The prompt '{both_have[0]}' is among those with the concept and among those without: leave it out of one."
+        )
     drawn, both = drawn or Drawings(), len(with_it) + len(without)
     rest = {"search": 0.0, "tune": 10.0, "learn": 2.0 * both}[way]
 

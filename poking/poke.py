@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -234,6 +235,8 @@ def read_poke(text: str) -> Poke:
         factor = float(last) if path else None
     except ValueError:
         factor = None
+        if Path(path).is_file() and not Path(text).is_file():
+            raise UserError(f"{text}: expected a factor from -100 to 100 after the file, found '{last}'.") from None
     neurons = Neurons.load(text if factor is None else path)
     if factor is None:
         factor = neurons.own_factor

@@ -121,6 +121,12 @@ def test_nothing_is_drawn_where_a_file_stands_that_is_no_picture(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["three_0.png"]
 
 
+def test_a_folder_for_pictures_that_is_a_file_is_told_of(run, tmp_path):
+    (tmp_path / "out.png").write_text("mine")
+    with pytest.raises(UserError, match="is a file, and a folder is needed"):
+        run("draw", SHIPPED["flux1"] / "flux.safetensors", "-o", tmp_path / "out.png", "--prompt", "three", "--steps", 2)
+
+
 def test_a_model_of_another_text_encoder_is_sent_to_comfyui(run, tmp_path, shapes):
     path = tmp_path / "other.safetensors"
     save_file({key: torch.zeros(shape) for key, shape in shapes().items()}, path)

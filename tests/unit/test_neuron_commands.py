@@ -53,15 +53,20 @@ def test_from_two_lists_of_prompts_to_a_picture_without_the_concept(run, prompts
 
     run("neurons", "join", found, found, "-o", tmp_path / "both.safetensors")
     assert Neurons.load(tmp_path / "both.safetensors").count == neurons.count
-    run("neurons", "subtract", found, found, "-o", tmp_path / "none.safetensors")
-    assert Neurons.load(tmp_path / "none.safetensors").count == 0
-    with pytest.raises(UserError, match="There are no neurons to cut"):
-        run("neurons", "cut", tmp_path / "none.safetensors", CHECKPOINT, "-o", tmp_path / "plan.safetensors")
+    with pytest.raises(UserError, match="Nothing is left"):
+        run("neurons", "subtract", found, found, "-o", tmp_path / "none.safetensors")
+    assert not (tmp_path / "none.safetensors").exists()
     run("neurons", "cut", found, CHECKPOINT, "-o", tmp_path / "plan.safetensors")
     assert sum(PruningPlan.load(tmp_path / "plan.safetensors").cut.values()) == neurons.count
     assert "load it at strength 1" in run("neurons", "lora", found, CHECKPOINT, "-o", tmp_path / "lora.safetensors")
     lora = load_file(tmp_path / "lora.safetensors")
     assert sum(len(tensor) for key, tensor in lora.items() if key.endswith("lora_down.weight")) == neurons.count
+
+
+def test_a_prompt_that_is_in_both_lists_is_told_of_before_anything_is_drawn(run, prompts, tmp_path: Path):
+    given = "--with", prompts[0], "--without", prompts[1], "--without", prompts[0]
+    with pytest.raises(UserError, match="'a 3' is among those with the concept and among those without"):
+        run("neurons", "find", CHECKPOINT, *given, "-o", tmp_path / "n.safetensors")
 
 
 def test_how_far_each_neuron_is_turned_is_learned_where_asked(run, prompts, tmp_path: Path, monkeypatch):
@@ -75,7 +80,9 @@ def test_how_far_each_neuron_is_turned_is_learned_where_asked(run, prompts, tmp_
     assert neurons.learned
     assert neurons.count == 40
     assert all("txt" in name for name in neurons.sites)
-    assert re.search(r"In new drawings, -?\d+ % of the concept's pull is left; others change by [\d.e-]+ %", said)
+    assert re.search(
+        r"In new drawings, (\d+ % of the concept's pull is left|.* the other way); others change by [\d.e-]+ %", said
+    )
     assert f"--poke {found}:0 " in said
     with pytest.raises(UserError, match="do not count about zero"):
         run("neurons", "lora", found, CHECKPOINT, "--about", "zero", "-o", tmp_path / "lora.safetensors")

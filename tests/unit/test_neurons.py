@@ -250,6 +250,8 @@ def test_joined_neurons_are_turned_as_they_were_in_their_files(found: Neurons):
 
 
 def test_a_plan_cuts_them(found: Neurons):
+    with pytest.raises(UserError, match="There are no neurons to cut"):
+        replace(found, sites={}).plan(DENSE)
     plan = found.plan(DENSE)
     assert plan.neurons == (4093, 4096)
     assert {name: plan.removed(name).tolist() for name in plan.kept} == {"double-txt-1": [7, 200], "single-3": [11]}

@@ -401,7 +401,7 @@ def test_a_poke_is_read_with_its_factor_or_with_the_files_own(given: Given, tmp_
     assert [read_poke(text).factor for text in (f"{path}", f"{path}:0", f"{path}:2.5")] == [-1.0, 0.0, 2.5]
     replace(given.neurons, factor=-2.5).save(path)
     assert read_poke(f"{path}").factor == -2.5
-    for text in (f"{path}:101", f"{path}:nan"):
+    for text in (f"{path}:101", f"{path}:nan", f"{path}:x", f"{path}:"):
         with pytest.raises(UserError, match="from -100 to 100"):
             read_poke(text)
     with pytest.raises(UserError, match="There are no neurons"):

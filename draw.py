@@ -116,32 +116,35 @@ def open_tiny(checkpoint: Path) -> TinyFlux:
     return replace(tiny, flux=Flux.load(dict(Plain(replaced)), torch.float32, f"{checkpoint}"))
 
 
-def open_pokes(checkpoint: Path, given: Sequence[str]) -> tuple[list[Poke], list[Mapping[str, Tensor]]]:
-    """Pokes by FILE:FACTOR for what `open_tiny` opens; for each, which neurons are left there of the model that it is of.
+def open_pokes(checkpoint: Path, given: Sequence[str]) -> list[Poke]:
+    """Pokes by FILE:FACTOR for what `open_tiny` opens.
 
     Raises `UserError` where they are of another model, or a file is missing or damaged.
     """
-    pokes, kept = [read_poke(one) for one in given], list[Mapping[str, Tensor]]()
-    plan = _plan_of(checkpoint) if pokes else None
+    pokes = [read_poke(one) for one in given]
+    if not pokes:
+        return []
+    plan, own = _plan_of(checkpoint)
+    found = []
     for poke in pokes:
-        neurons = poke.neurons
-        if plan is None or not neurons.fingerprint.matches(plan.fingerprint):
-            if not checkpoint.is_dir():
-                neurons.require(Fingerprint.of_checkpoint(Checkpoint(checkpoint)), f"{checkpoint}")
-            kept.append({})
-            continue
-        if unknown := sorted(plan.unknown.keys() & neurons.sites.keys()):
-            raise UserError(f"Which neurons of {unknown[0]} {checkpoint} has kept is not known: poke the dense model.")
-        kept.append(plan.kept)
-    return pokes, kept
+        kept = None if plan is None else poke.neurons.kept_by(plan)
+        if kept is None:
+            poke.neurons.require(own, f"{checkpoint}")
+        found.append(replace(poke, kept=kept or {}))
+    return found
 
 
-def _plan_of(checkpoint: Path) -> PruningPlan | None:
-    """Of a pruned checkpoint, or a folder of retrained layers; None of a dense model."""
+def _plan_of(checkpoint: Path) -> tuple[PruningPlan | None, Fingerprint]:
+    """The plan of a pruned checkpoint or a folder of retrained layers, None of a dense model; and what model it is by itself.
+
+    A folder is nothing by itself: it is its dense model.
+    """
     if checkpoint.is_dir():
         dense = open_dense_of(checkpoint)
-        return Replaced(dense, RetrainedLayers.open(checkpoint, dense)).plan
-    return Pruned.open(checkpoint).plan if Checkpoint(checkpoint).metadata.get("format") == PRUNED_FORMAT else None
+        return Replaced(dense, RetrainedLayers.open(checkpoint, dense)).plan, dense.fingerprint
+    opened = Checkpoint(checkpoint)
+    pruned = opened.metadata.get("format") == PRUNED_FORMAT
+    return Pruned.open(checkpoint).plan if pruned else None, Fingerprint.of_checkpoint(opened)
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ def draw(
         if clip or vae:
             raise UserError("--clip and --vae are for ComfyUI: leave them out, or give --server or --comfyui.")
         tiny = open_tiny(checkpoint)
-        with progress_bar() as progress, poked(tiny.flux, *open_pokes(checkpoint, poke or ())):
+        with progress_bar() as progress, poked(tiny.flux, open_pokes(checkpoint, poke or ())):
             files = write_drawings(out, draw_tiny(tiny, request, batch, progress), request, checkpoint.name)
     else:
         if poke:

@@ -67,7 +67,7 @@ def find(
     from ..prompts import read_prompts
     from ..pruning.dense import Dense
     from ..recording.recording import Recording
-    from ..tiny.model import STEPS, TinyFlux
+    from ..tiny.model import TinyFlux
 
     check_replaces(out, FORMAT)
     dense = Dense.open(checkpoint)
@@ -81,7 +81,8 @@ def find(
     if all(texts):
         if learned and spare is not None:
             raise UserError("--learn weighs the others itself: leave out --spare.")
-        drawn, tiny = Drawings(images or 4, steps or STEPS, sigmas), TinyFlux.load(checkpoint)
+        given = {name: value for name, value in (("images", images), ("steps", steps)) if value is not None}
+        drawn, tiny = Drawings(sigmas=sigmas, **given), TinyFlux.load(checkpoint)
         asked, asked_else = ([text for path in paths for text in read_prompts(path)] for paths in (with_it, without))
         way: Way = "learn" if learned else "tune" if spare is None else "search"
         with progress_bar() as progress:

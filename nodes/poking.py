@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..errors import UserError
 from ..files import check_replaces
 from ..flux.layout import Layout, select_sites
 from ..poking.find import SPARE, Search, find
@@ -34,14 +33,10 @@ ABOUT: dict[str, float | None] = {"mean of the others": None, "zero": 0.0}
 
 @dataclass(frozen=True)
 class Poked:
-    """The wrapper of a clone: `pokes` one after the other, in every call of the model, also in passes of guidance.
-
-    `kept` is as for `poking`.
-    """
+    """The wrapper of a clone: `pokes` one after the other, in every call of the model, also in passes of guidance."""
 
     layout: Layout
     pokes: tuple[Poke | BlockPoke, ...]
-    kept: tuple[Mapping[str, Tensor], ...]
 
     def model_call(self, executor, *args, **kwargs):
         given = inspect.signature(executor.original).bind(*args, **kwargs).arguments
@@ -49,7 +44,7 @@ class Poked:
         parts = (given.get("transformer_options") or {}).get("cond_or_uncond") or [0]
         negative = [part != 0 for part in parts for _ in range(len(x) // len(parts))]
         moment = Moment.at(self.layout, x, sigma, context, negative)
-        with poking(executor.class_obj.diffusion_model, self.layout, self.pokes, moment, self.kept):
+        with poking(executor.class_obj.diffusion_model, self.layout, self.pokes, moment):
             return executor(*args, **kwargs)
 
 
@@ -59,26 +54,24 @@ def poked_clone(model: ModelPatcher, poke: Poke | BlockPoke) -> ModelPatcher:
     Raises `UserError` where neurons are of another model.
     """
     layout = flux_layout(model)
-    kept = _kept(model, poke.neurons, layout) if isinstance(poke, Poke) else {}
+    if isinstance(poke, Poke):
+        poke = replace(poke, kept=_kept(model, poke.neurons, layout))
     earlier = [one.__self__ for one in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY)]
     pokes = (*(before for one in earlier for before in one.pokes), poke)
-    left = (*(before for one in earlier for before in one.kept), kept)
     clone = model.clone()
     clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, Poked(layout, pokes, left).model_call)
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, Poked(layout, pokes).model_call)
     return clone
 
 
 def _kept(model: ModelPatcher, neurons: Neurons, layout: Layout) -> Mapping[str, Tensor]:
     """Which of the dense model's neurons a pruned MODEL has left, by site; empty where it is the neurons' own model."""
     pruned: PrunedModel | None = model.get_attachment(PRUNED)
-    if pruned is None or not neurons.fingerprint.matches(pruned.plan.fingerprint):
-        neurons.require(model_fingerprint(model), "the one that is connected")
-        require_widths(neurons, layout)
-        return {}
-    if unknown := sorted(pruned.plan.unknown.keys() & neurons.sites.keys()):
-        raise UserError(f"Which neurons of {unknown[0]} were kept is not known: neurons cannot be found again in this model.")
-    return pruned.plan.kept
+    if pruned is not None and (kept := neurons.kept_by(pruned.plan)) is not None:
+        return kept
+    neurons.require(model_fingerprint(model), "the one that is connected")
+    require_widths(neurons, layout)
+    return {}
 
 
 class FindNeurons(io.ComfyNode):

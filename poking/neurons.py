@@ -258,6 +258,19 @@ class Neurons:
                 "were found in it, or find them again."
             )
 
+    def kept_by(self, plan: PruningPlan) -> Mapping[str, Tensor] | None:
+        """Which neurons of their model `plan` keeps, by site; None where it is of another model.
+
+        Raises `UserError` where that is not known of their sites.
+        """
+        if not self.fingerprint.matches(plan.fingerprint):
+            return None
+        if unknown := sorted(plan.unknown.keys() & self.sites.keys()):
+            raise UserError(
+                f"Which neurons of {unknown[0]} were kept is not known: neurons cannot be found again in this model."
+            )
+        return plan.kept
+
     def _require_same(self, other: Neurons) -> None:
         if not self.fingerprint.matches(other.fingerprint):
             raise UserError(

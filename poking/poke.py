@@ -66,12 +66,14 @@ class Poke:
     """Neurons and by which factor they are turned about `about`: the mean of the others, or a value (0: they are scaled).
 
     `factor` 0 about a value sets them to it; 0 about 0 cuts them. Weights that were learned are for turning about the mean.
+    `kept`, by site, tells of a pruned model which neurons are left of the one that these are of: others are passed over.
     """
 
     neurons: Neurons
     factor: float = 0.0
     about: float | None = None
     where: Where = field(default_factory=Where)
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
     def turning(self, known: Measured) -> tuple[Tensor, Tensor]:
         """What n neurons are turned about [n], and their weights [n]."""
@@ -174,23 +176,20 @@ def poking(
     layout: Layout,
     pokes: Sequence[Poke | BlockPoke],
     moment: Moment,
-    kept: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> Iterator[None]:
     """Hooks on `model` (its module names are the checkpoint's) for one call of it, in the order of `pokes`.
 
-    `layout` is the model's own. `kept`, for each poke and by site, tells of a pruned one which neurons are left of the model
-    that the poke is of: pokes of others do nothing. Inputs of down projections are changed in place, unless gradients are asked
-    for.
+    `layout` is the model's own. Inputs of down projections are changed in place, unless gradients are asked for.
     """
     changes: dict[str, list[Any]] = {}
     ends: dict[str, list[Any]] = {}
-    for poke, left in zip(pokes, kept or repeat({}), strict=False):
+    for poke in pokes:
         if poke.factor == 1:
             continue
         strength = moment.strength(poke.where)
         if isinstance(poke, Poke):
             for site in layout.sites:
-                for change in _of_neurons(poke, site, strength, left.get(site.name)):
+                for change in _of_neurons(poke, site, strength):
                     changes.setdefault(site.down, []).append(change)
         else:
             for path, change, at_end in _of_blocks(poke, layout, strength):
@@ -207,18 +206,18 @@ def poking(
 
 
 @contextmanager
-def poked(flux: Any, pokes: Sequence[Poke | BlockPoke], kept: Sequence[Mapping[str, Tensor]] | None = None) -> Iterator[None]:
-    """Pokes a `Flux` in every call while the `with` lasts, `kept` as for `poking`; raises `UserError` where MLPs have other
-    widths than the neurons' model."""
-    for poke, left in zip(pokes, kept or repeat({}), strict=False):
-        if isinstance(poke, Poke) and not left:
+def poked(flux: Any, pokes: Sequence[Poke | BlockPoke]) -> Iterator[None]:
+    """Pokes a `Flux` in every call while the `with` lasts; raises `UserError` where MLPs have other widths than the neurons'
+    model."""
+    for poke in pokes:
+        if isinstance(poke, Poke) and not poke.kept:
             require_widths(poke.neurons, flux.layout)
     standing = ExitStack()
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = dict(zip(("x", "sigma", "context"), args, strict=False)) | kwargs
         moment = Moment.at(flux.layout, given["x"], given["sigma"], given["context"])
-        standing.enter_context(poking(flux, flux.layout, pokes, moment, kept))
+        standing.enter_context(poking(flux, flux.layout, pokes, moment))
 
     with (
         standing,
@@ -274,8 +273,9 @@ def _after(changes: Sequence[Any], module: nn.Module, args: tuple, output: Tenso
     return output
 
 
-def _of_neurons(poke: Poke, site: Site, strength: Strength, kept: Tensor | None) -> Iterator[Any]:
+def _of_neurons(poke: Poke, site: Site, strength: Strength) -> Iterator[Any]:
     """What a poke does with the input [batch, tokens, ...] of the site's down projection, in place."""
+    kept = poke.kept.get(site.name)
     if (own := poke.neurons.sites.get(site.name)) is not None:
         places, known = own.indices, own.measured
         if kept is not None:

@@ -95,14 +95,15 @@ class Exam:
         if not with_it or not without:
             raise UserError("There are no prompts with the concept, or none without it: at least one of each is needed.")
         extent = extent or Extent()
-        concept = _points(tiny, _some(with_it, extent.concept), seed, extent.steps)
+        asked = _some(with_it, extent.concept)
+        concept = _points(tiny, asked, seed, extent.steps)
         others = _points(tiny, _some(without, extent.others), seed + extent.concept, extent.steps)
         texts = [tiny.words([prompt] * extent.concept) for prompt in _some(without, min(extent.prompts, len(without)))]
         neutral = [sum(tiny.flux(at.x, at.sigma, *text) for text in texts) / len(texts) for at in concept]
         for at, mean in zip(concept, neutral, strict=True):
             pulls = (at.dense - mean).flatten(1).square().sum(1) / at.dense.flatten(1).square().sum(1)
             if pulls.min() < LEAST_PULL:
-                prompt = _some(with_it, extent.concept)[int(pulls.argmin())]
+                prompt = asked[int(pulls.argmin())]
                 raise UserError(
                     f"With '{prompt}' this model draws what it does with the prompts without the concept: there is nothing to "
                     "find. Choose prompts that differ, in words that it knows."

@@ -56,8 +56,8 @@ class StoredLayer:
     plan: PruningPlan
     report: Mapping[str, RepairReport]
     plan_digest: str | None
-    together: frozenset[int] = frozenset()
-    key: str = ""
+    together: frozenset[int]
+    key: str
 
     @classmethod
     def open(cls, path: Path, dense: Dense, block_index: int) -> StoredLayer:
@@ -123,16 +123,8 @@ class StoredLayer:
         report = RepairReport("retrained", before=before, after=after)
         replaced = [site.name for site in sites if f"{site.down}.weight" in shapes]
         plan = replace(plan, unknown=unknown)
-        return cls(
-            path,
-            names,
-            shapes,
-            plan,
-            dict.fromkeys(replaced, report),
-            header.get("plan_digest"),
-            together,
-            header.get("key", ""),
-        )
+        made, key = dict.fromkeys(replaced, report), header.get("key", "")
+        return cls(path, names, shapes, plan, made, header.get("plan_digest"), together, key)
 
     def read(self, key: str) -> Tensor:
         """A tensor in float32, with its scale undone; raises `UserError` where it holds numbers that are not finite."""
